@@ -1,0 +1,1 @@
+"""Table → weights and metric → subspace → codes and decoder."""

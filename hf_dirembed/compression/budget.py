@@ -1,0 +1,105 @@
+"""How many bytes may replace a table, and the rank that float latents reach within them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..configuration_dirembed import BudgetError
+
+
+@dataclass(frozen=True)
+class TableSize:
+    """A table's shape and its bytes per weight in the source checkpoint."""
+
+    num_rows: int
+    dim: int
+    itemsize: int
+
+    @property
+    def num_weights(self) -> int:
+        """V x d."""
+        return self.num_rows * self.dim
+
+    @property
+    def dense_bytes(self) -> int:
+        """The bytes of the table as the source stores it."""
+        return self.num_weights * self.itemsize
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may replace a table; exactly one of the three is given.
+
+    Attributes:
+        bits: Bits per weight: 8 x the bytes of all tensors that replace the table / (V x d).
+        ratio: The table's bytes in the source checkpoint / the bytes that replace it.
+        rank: The number of latent dimensions of a method with float latents.
+
+    Raises:
+        BudgetError: If not exactly one is given, or it is not a positive number.
+
+    Example:
+        >>> Budget(bits=2).max_bytes(TableSize(num_rows=1000, dim=64, itemsize=4))
+        16000
+        >>> Budget(bits=2, rank=3)
+        Traceback (most recent call last):
+        ...
+        hf_dirembed.configuration_dirembed.BudgetError: give exactly one of bits, ratio and rank, not bits=2, rank=3
+    """
+
+    bits: float | None = None
+    ratio: float | None = None
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) != 1:
+            got = ", ".join(f"{name}={value!r}" for name, value in given.items()) or "none"
+            raise BudgetError(f"give exactly one of bits, ratio and rank, not {got}")
+        ((name, value),) = given.items()
+        number = isinstance(value, int if name == "rank" else (int, float)) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or value <= 0:
+            kind = "positive whole number" if name == "rank" else "positive number"
+            raise BudgetError(f"{name}={value!r} is not a {kind}: give one, like bits=2")
+
+    def max_bytes(self, size: TableSize) -> int | None:
+        """The most bytes that may replace the table; None where a rank is given instead."""
+        if self.bits is not None:
+            return math.floor(self.bits * size.num_weights / 8)
+        if self.ratio is not None:
+            return math.floor(size.dense_bytes / self.ratio)
+        return None
+
+    def float_rank(self, size: TableSize, *, code_itemsize: int, decoder_itemsize: int, bias: bool) -> int:
+        """The largest rank whose float latents and decoder stay within the budget.
+
+        Args:
+            size: The table's.
+            code_itemsize: Bytes of one latent.
+            decoder_itemsize: Bytes of one weight of the decoder.
+            bias: Whether the decoder is affine.
+
+        Raises:
+            BudgetError: If the rank is not below the table's columns and rows, or not even rank 1 fits.
+        """
+        limit = size.dim - 1  # a code matrix as wide as the table would be taken for one
+        if self.rank is not None:
+            if self.rank > limit:
+                raise BudgetError(f"rank {self.rank} is not below the table's {size.dim} columns: ask for less")
+            return self.rank
+        max_bytes = self.max_bytes(size)
+        assert max_bytes is not None
+        fixed = size.dim * decoder_itemsize * bias
+        per_rank = size.num_rows * code_itemsize + size.dim * decoder_itemsize
+        rank = min((max_bytes - fixed) // per_rank, limit)
+        if rank < 1:
+            least = fixed + per_rank
+            raise BudgetError(
+                f"{self} holds no latent of a {size.num_rows} x {size.dim} table: ask for at least "
+                f"bits={8 * least / size.num_weights:.3g} (ratio={size.dense_bytes / least:.3g} at most)"
+            )
+        return rank
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={value:g}" for name, value in vars(self).items() if value is not None)

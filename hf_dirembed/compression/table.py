@@ -1,0 +1,71 @@
+"""The embedding table that is to be compressed, read in row chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..configuration_dirembed import TableError
+
+
+CHUNK_ELEMENTS = 1 << 22  # 16 MiB of float32: large enough for BLAS, small beside any model
+
+
+class RowSource(Protocol):
+    """Anything with the shape of a matrix whose row slices are tensors: a `Tensor`, a safetensors slice."""
+
+    def __getitem__(self, rows: slice, /) -> Tensor: ...
+
+
+class Table:
+    """A (num_rows, dim) embedding table as every method of this package reads it: float32, chunk by chunk.
+
+    Args:
+        rows: The matrix, of any floating dtype, or an object that gives its row slices as tensors.
+        shape: `(num_rows, dim)`; read from `rows.shape` where that exists.
+        device: Where the chunks are put, and so where fitting runs.
+        chunk_rows: Rows per chunk; by default 16 MiB of float32.
+
+    Raises:
+        TableError: If `rows` is not a matrix with at least one row and one column.
+
+    Example:
+        >>> import torch
+        >>> table = Table(torch.ones(5, 3, dtype=torch.float16), chunk_rows=2)
+        >>> [(rows, chunk.shape[0], chunk.dtype) for rows, chunk in table.chunks()][-1]
+        (slice(4, 5, None), 1, torch.float32)
+    """
+
+    def __init__(
+        self,
+        rows: Tensor | RowSource,
+        *,
+        shape: tuple[int, int] | None = None,
+        device: torch.device | str = "cpu",
+        chunk_rows: int | None = None,
+    ) -> None:
+        shape = tuple(rows.shape) if shape is None else shape  # type: ignore[union-attr]
+        if len(shape) != 2 or min(shape) < 1:
+            raise TableError(f"an embedding table is a matrix with at least one row and one column, not {shape}")
+        self.rows = rows
+        self.num_rows, self.dim = shape
+        self.device = torch.device(device)
+        self.chunk_rows = chunk_rows or max(1, CHUNK_ELEMENTS // self.dim)
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yields `(rows, chunk)`: a slice of row numbers and those rows, (n, dim) float32 on `device`.
+
+        Raises:
+            TableError: If a chunk holds a NaN or an infinity.
+        """
+        for start in range(0, self.num_rows, self.chunk_rows):
+            rows = slice(start, min(start + self.chunk_rows, self.num_rows))
+            chunk = self.rows[rows].detach().to(device=self.device, dtype=torch.float32)
+            finite = chunk.isfinite().all(dim=1)
+            if not finite.all():
+                bad = start + int((~finite).nonzero()[0])
+                raise TableError(f"row {bad} of the embedding table holds a NaN or an infinity: mend the checkpoint")
+            yield rows, chunk

@@ -1,1 +1,36 @@
 """Token embeddings 8 to 32 times smaller, behind plain `from_pretrained`."""
+
+from transformers import AutoConfig
+
+from .compression import AutoencoderSettings, compress, expand
+from .configuration_dirembed import (
+    MODEL_TYPE,
+    BudgetError,
+    CheckpointError,
+    CompressionSpec,
+    DirEmbedConfig,
+    DirEmbedError,
+    ModelError,
+    SpecError,
+    TableError,
+)
+from .embedding_dirembed import CompressedEmbedding, CompressedLMHead
+
+
+AutoConfig.register(MODEL_TYPE, DirEmbedConfig, exist_ok=True)
+
+__all__ = [
+    "AutoencoderSettings",
+    "BudgetError",
+    "CheckpointError",
+    "CompressedEmbedding",
+    "CompressedLMHead",
+    "CompressionSpec",
+    "DirEmbedConfig",
+    "DirEmbedError",
+    "ModelError",
+    "SpecError",
+    "TableError",
+    "compress",
+    "expand",
+]

@@ -1,4 +1,27 @@
-"""What is on disk, and the errors that bad input ends in."""
+"""What is on disk: the validated spec of a compressed table, and the config that dispatches to the base model's.
+
+This file travels with every compressed model, so it imports nothing of the package but its travelling neighbours.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+
+MODEL_TYPE = "dirembed"
+FORMAT = 1
+FLOAT_CODES = ("float32", "float16", "bfloat16")
+PACKED_CODES = "packed"
+BIT_WIDTHS = (8, 4, 2, 1)  # the order of a packed row; powers of two, so that no latent straddles two bytes
+MAX_RANK = 65_536
+CODE_TENSORS = ("weight", "decoder_weight", "decoder_bias_weight", "refinement_weight", "refined_rows_weight")
 
 
 class DirEmbedError(ValueError):
@@ -23,3 +46,293 @@ class TableError(DirEmbedError):
 
 class BudgetError(DirEmbedError):
     """The asked budget (bits, ratio or rank) or a method's setting cannot be met."""
+
+
+def code_bytes(bit_allocation: tuple[int, ...]) -> int:
+    """Bytes of a packed row: the latents of each width start at a byte of their own.
+
+    Example:
+        >>> code_bytes((1, 0, 2, 8))
+        3
+    """
+    return sum(math.ceil(count * width / 8) for count, width in zip(bit_allocation, BIT_WIDTHS, strict=True))
+
+
+def _check_bit_allocation(counts: Any, rank: int) -> None:
+    if (
+        not isinstance(counts, tuple)
+        or len(counts) != len(BIT_WIDTHS)
+        or any(type(count) is not int or count < 0 for count in counts)
+        or sum(counts) != rank
+    ):
+        raise SpecError(
+            f"dirembed bit_allocation {counts!r} is not {len(BIT_WIDTHS)} counts of latents "
+            f"(of {', '.join(map(str, BIT_WIDTHS))} bits) that sum to {rank!r}: compress the model again"
+        )
+
+
+def _check_rank(rank: Any) -> None:
+    if type(rank) is not int or not 1 <= rank <= MAX_RANK:
+        raise SpecError(f"dirembed rank {rank!r} is not a whole number from 1 to {MAX_RANK}: compress the model again")
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """A second layer of packed latents, which only some rows have: those of frequent tokens.
+
+    Attributes:
+        rows: How many rows have it.
+        rank: Its number of latents; their decoder follows the first layer's.
+        bit_allocation: How many of them have 8, 4, 2 and 1 bits.
+
+    Raises:
+        SpecError: If a field is of the wrong type or out of range.
+    """
+
+    rows: int
+    rank: int
+    bit_allocation: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if type(self.rows) is not int or self.rows < 1:
+            raise SpecError(f"dirembed refinement rows {self.rows!r} is not a positive whole number: compress again")
+        _check_rank(self.rank)
+        _check_bit_allocation(self.bit_allocation, self.rank)
+
+    @property
+    def code_width(self) -> int:
+        """Bytes of a packed row."""
+        return code_bytes(self.bit_allocation)
+
+
+@dataclass(frozen=True)
+class CompressionSpec:
+    """How a compressed table is laid out; what `config.json` holds under `dirembed`.
+
+    Every field is checked when the spec is made, before anything is allocated from it.
+
+    Attributes:
+        method: What found the codes: `svd`, `autoencoder`, `direction` or `transform`. Loading does not depend on it.
+        rank: The number of latents that every row has, r.
+        codes: The code matrix: `float32`, `float16` or `bfloat16` latents of shape (V, r), or `packed` integers of
+            shape (V, bytes per row) and dtype uint8.
+        decoder: Dtype of the decoder, never wider than the model's.
+        bias: Whether the decoder is affine. Over packed codes it is.
+        bit_allocation: For packed codes, how many latents have 8, 4, 2 and 1 bits; they sum to the rank.
+        refinement: For packed codes, a second layer that only some rows have.
+        settings: What the codes were made with (budget, seed, versions): for people, never read by the code.
+        figures: What came of it (dense bytes, mean cosine): shown by `hf-dirembed inspect`.
+        format: The version of this layout.
+
+    Raises:
+        SpecError: If a field is of the wrong type or out of range.
+
+    Example:
+        >>> spec = CompressionSpec(
+        ...     method="transform", rank=12, codes="packed", decoder="float16", bias=True, bit_allocation=(0, 2, 2, 8)
+        ... )
+        >>> spec.code_width
+        3
+    """
+
+    method: str
+    rank: int
+    codes: str
+    decoder: str
+    bias: bool = False
+    bit_allocation: tuple[int, ...] | None = None
+    refinement: Refinement | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        if type(self.format) is not int or self.format != FORMAT:
+            raise SpecError(f"dirembed format {self.format!r} is not {FORMAT}: update hf_dirembed")
+        if not isinstance(self.method, str) or not self.method.isidentifier() or len(self.method) > 64:
+            raise SpecError(f"dirembed method {self.method!r} is not a method's name: compress the model again")
+        _check_rank(self.rank)
+        if type(self.bias) is not bool:
+            raise SpecError(f"dirembed bias {self.bias!r} is not true or false: compress the model again")
+        if self.decoder not in FLOAT_CODES:
+            raise SpecError(f"dirembed decoder {self.decoder!r} is not one of {', '.join(FLOAT_CODES)}")
+        if self.codes == PACKED_CODES:
+            _check_bit_allocation(self.bit_allocation, self.rank)
+            if not self.bias:
+                raise SpecError("dirembed packed codes come with a bias: compress the model again")
+        elif self.codes not in FLOAT_CODES:
+            raise SpecError(f"dirembed codes {self.codes!r} are not one of {', '.join((*FLOAT_CODES, PACKED_CODES))}")
+        elif self.bit_allocation is not None or self.refinement is not None:
+            raise SpecError("dirembed bit_allocation and refinement go with packed codes only: compress again")
+        if not isinstance(self.refinement, (Refinement, type(None))):
+            raise SpecError(f"dirembed refinement {self.refinement!r} is not an object: compress the model again")
+        for name in ("settings", "figures"):
+            if not isinstance(getattr(self, name), dict):
+                raise SpecError(f"dirembed {name} {getattr(self, name)!r} is not an object: compress the model again")
+
+    @property
+    def code_width(self) -> int:
+        """Columns of the code matrix: latents for float codes, bytes for packed ones."""
+        return self.rank if self.bit_allocation is None else code_bytes(self.bit_allocation)
+
+    @property
+    def decoder_rows(self) -> int:
+        """Rows of the decoder: the latents of both layers."""
+        return self.rank + (self.refinement.rank if self.refinement else 0)
+
+    def check_table(self, num_rows: int, dim: int) -> None:
+        """Refuses a layout that does not fit a table, or that a stock class would take for the table itself.
+
+        Raises:
+            SpecError: If the code matrix is as wide as the table, or ranks or refined rows exceed the table's.
+        """
+        layers = [self.rank, self.refinement.rank if self.refinement else 1]
+        if max(layers) > dim or (self.refinement and self.refinement.rows > num_rows):
+            raise SpecError(f"the dirembed layout exceeds a table of {num_rows} x {dim}: compress the model again")
+        if self.code_width == dim:
+            raise SpecError(
+                f"the code matrix is {dim} columns wide, as wide as the table: a stock class would load it as one; "
+                "compress the model again with another budget"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Any) -> CompressionSpec:
+        """Reads a spec from its JSON form.
+
+        Raises:
+            SpecError: If `values` is no object, has unknown or missing keys, or holds a bad value.
+        """
+        values = _fields_of(cls, values, {"format"})
+        if isinstance(values.get("refinement"), dict):
+            values["refinement"] = Refinement(**_fields_of(Refinement, values["refinement"]))
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form: what `config.dirembed` holds. Fields that do not apply are left out."""
+        values = {name: value for name, value in asdict(self).items() if value is not None}
+        for layer in (values, values.get("refinement", {})):
+            if "bit_allocation" in layer:
+                layer["bit_allocation"] = list(layer["bit_allocation"])
+        return values
+
+
+def _fields_of(cls: type, values: Any, required: set[str] = frozenset()) -> dict[str, Any]:  # type: ignore[assignment]
+    """The arguments of a spec's class out of a JSON object."""
+    if not isinstance(values, dict):
+        raise SpecError(f"the config's dirembed entry is no object but {values!r}: compress the model again")
+    known = {f.name: f for f in fields(cls)}
+    required = required | {n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING}
+    unknown, missing = sorted(set(values) - set(known), key=str), sorted(required - set(values))
+    if unknown or missing:
+        raise SpecError(
+            f"the config's dirembed object has unknown keys {unknown} and lacks {missing}: "
+            "update hf_dirembed, or compress the model again"
+        )
+    counts = values.get("bit_allocation")
+    return {**values, "bit_allocation": tuple(counts)} if isinstance(counts, list) else dict(values)
+
+
+def read_spec(config_dict: dict[str, Any]) -> tuple[Any, CompressionSpec]:
+    """The base model's type and the spec out of the contents of a `config.json`.
+
+    Raises:
+        SpecError: If the `dirembed` object is missing or malformed.
+    """
+    values = config_dict.get(MODEL_TYPE)
+    values = dict(values) if isinstance(values, dict) else values
+    base_model_type = values.pop("base_model_type", None) if isinstance(values, dict) else None
+    return base_model_type, CompressionSpec.from_dict(values)
+
+
+class DirEmbedConfigMixin:
+    """Makes a base model's config one of a compressed model.
+
+    `model_type` stays the base's at run time, so that pipelines, PEFT and exporters know the model; only
+    `config.json` says `dirembed` and points to the dispatcher.
+    """
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Reads the run-time form or, for those who load with a derived class by name, the one on disk."""
+        if config_dict.get("model_type") == MODEL_TYPE:
+            return DirEmbedConfig.from_dict(config_dict, **kwargs)
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+
+    def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
+        """Writes `config.json` in its on-disk form."""
+        values = json.loads(self.to_json_string(use_diff=use_diff))  # type: ignore[attr-defined]
+        values["model_type"] = MODEL_TYPE
+        values["auto_map"] = {"AutoConfig": f"{__name__.rpartition('.')[2]}.{DirEmbedConfig.__name__}"}
+        values[MODEL_TYPE]["base_model_type"] = type(self).model_type  # type: ignore[attr-defined]
+        with open(json_file_path, "w", encoding="utf-8") as file:
+            file.write(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+class DirEmbedConfig(PreTrainedConfig):
+    """What `model_type: dirembed` in a `config.json` stands for; reading one gives the derived config of its base.
+
+    Example:
+        >>> config = DirEmbedConfig.from_dict({
+        ...     "model_type": "dirembed",
+        ...     "dirembed": {"format": 1, "base_model_type": "bert", "method": "svd", "rank": 8,
+        ...                  "codes": "float16", "decoder": "float32"},
+        ... })
+        >>> type(config).__name__, config.model_type
+        ('DirEmbedBertConfig', 'bert')
+    """
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Reads the config of a compressed model.
+
+        Raises:
+            SpecError: If the `dirembed` object is missing or malformed, or names a base that transformers lacks.
+        """
+        base_model_type, spec = read_spec(config_dict)
+        derived = derive_config_class(base_model_type)
+        # auto_map is rewritten on every save; what a repo puts there must not reach the loaders of other classes.
+        kept = {name: value for name, value in config_dict.items() if name != "auto_map"}
+        return derived.from_dict({**kept, "model_type": base_model_type, MODEL_TYPE: spec.to_dict()}, **kwargs)
+
+
+_config_classes: dict[type, type[PreTrainedConfig]] = {}
+
+
+def derive_config_class(base_model_type: Any) -> type[PreTrainedConfig]:
+    """The config class of compressed models over a base, made and registered with every AutoModel class once.
+
+    Args:
+        base_model_type: A `model_type` that transformers knows, like `bert`.
+
+    Raises:
+        SpecError: If transformers does not know it.
+    """
+    if not isinstance(base_model_type, str) or base_model_type == MODEL_TYPE or base_model_type not in CONFIG_MAPPING:
+        raise SpecError(
+            f"base_model_type {base_model_type!r} is not an architecture that this transformers has: "
+            "update transformers, or compress the model again"
+        )
+    base = CONFIG_MAPPING[base_model_type]
+    if base not in _config_classes:
+        from .modeling_dirembed import register_model_classes
+
+        attributes = {"__module__": __name__, "base_class": base, "_auto_class": "AutoConfig"}
+        # _auto_class makes save_pretrained copy this file, and those that it imports, beside config.json.
+        derived = type(f"DirEmbed{base.__name__}", (DirEmbedConfigMixin, base), attributes)
+        _config_classes[base] = derived
+        register_model_classes(base, derived)
+    return _config_classes[base]
+
+
+def __getattr__(name: str) -> type:
+    """Finds derived config classes by name, as unpickling does in a fresh process."""
+    import transformers
+
+    base = getattr(transformers, name.removeprefix("DirEmbed"), None) if name.startswith("DirEmbed") else None
+    if isinstance(base, type) and issubclass(base, PreTrainedConfig) and base.model_type in CONFIG_MAPPING:
+        derived = derive_config_class(base.model_type)
+        if derived.__name__ == name:
+            return derived
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -28,6 +28,7 @@ class Table:
         shape: `(num_rows, dim)`; read from `rows.shape` where that exists.
         device: Where the chunks are put, and so where fitting runs.
         chunk_rows: Rows per chunk; by default 16 MiB of float32.
+        factor: (dim, dim) what every row is multiplied by, to measure it in the metric `factor @ factor.T`.
 
     Raises:
         TableError: If `rows` is not a matrix with at least one row and one column.
@@ -46,6 +47,7 @@ class Table:
         shape: tuple[int, int] | None = None,
         device: torch.device | str = "cpu",
         chunk_rows: int | None = None,
+        factor: Tensor | None = None,
     ) -> None:
         shape = tuple(rows.shape) if shape is None else shape  # type: ignore[union-attr]
         if len(shape) != 2 or min(shape) < 1:
@@ -54,6 +56,7 @@ class Table:
         self.num_rows, self.dim = shape
         self.device = torch.device(device)
         self.chunk_rows = chunk_rows or max(1, CHUNK_ELEMENTS // self.dim)
+        self.factor = None if factor is None else factor.to(device=self.device, dtype=torch.float32)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yields `(rows, chunk)`: a slice of row numbers and those rows, (n, dim) float32 on `device`.
@@ -68,4 +71,9 @@ class Table:
             if not finite.all():
                 bad = start + int((~finite).nonzero()[0])
                 raise TableError(f"row {bad} of the embedding table holds a NaN or an infinity: mend the checkpoint")
-            yield rows, chunk
+            yield rows, chunk if self.factor is None else chunk @ self.factor
+
+    def in_metric(self, factor: Tensor) -> Table:
+        """The same rows, each multiplied by a (dim, dim) factor of the metric that errors are measured in."""
+        shape, chunk_rows = (self.num_rows, self.dim), self.chunk_rows
+        return Table(self.rows, shape=shape, device=self.device, chunk_rows=chunk_rows, factor=factor)

@@ -1,0 +1,39 @@
+"""A table as it is stored: codes, decoder and their layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..configuration_dirembed import CompressionSpec
+from ..embedding_dirembed import CompressedMatrix
+
+
+@dataclass(frozen=True)
+class CodedTable:
+    """A table's codes and decoder, as a module holds them.
+
+    Attributes:
+        spec: The layout, with the settings that it was made with and the figures that came of it.
+        tensors: Those of `CompressedMatrix.code_tensors`, by name.
+        dtype: Of the table.
+    """
+
+    spec: CompressionSpec
+    tensors: dict[str, Tensor]
+    dtype: torch.dtype
+
+    def to_matrix(self) -> CompressedMatrix:
+        """The module that decodes it, over the same storage."""
+        num_rows, dim = len(self.tensors["weight"]), self.tensors["decoder_weight"].shape[1]
+        matrix = CompressedMatrix(num_rows, dim, self.spec, dtype=self.dtype, device="meta")
+        matrix.load_state_dict(self.tensors, assign=True)
+        return matrix
+
+    @torch.no_grad()
+    def reconstruct(self, rows: slice = slice(None)) -> Tensor:
+        """The approximated rows, (n, dim) float32."""
+        matrix = self.to_matrix()
+        return matrix.decode(torch.arange(len(matrix.weight), device=matrix.weight.device)[rows]).float()

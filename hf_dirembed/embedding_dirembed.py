@@ -1,0 +1,382 @@
+"""What runs: an embedding and a tied LM head over one code matrix and one decoder.
+
+This file travels with every compressed model, so it imports nothing of the package but its travelling neighbours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .configuration_dirembed import CODE_TENSORS, PACKED_CODES, CompressionSpec, ModelError
+from .packing_dirembed import pack, unpack
+
+
+HALF = 0.5  # what a mid-rise quantiser's integer stands for is half a step above it
+UNIQUE_FROM = 64  # ids in a batch from which decoding each distinct row once is worth finding the distinct rows
+CACHE_LINE = 64  # bytes; what torch's own allocations are aligned to
+DENSE_CHUNK = 1 << 14  # rows decoded at a time when the whole table is asked for
+
+
+class CompressedMatrix(nn.Module):
+    """A (num_rows, dim) matrix held as codes and an affine decoder: row i is zᵢ D + b.
+
+    The latents zᵢ are the floats of row i of the code matrix or, where it is packed, its integers plus ½ (a mid-rise
+    quantiser). Rows that a refinement names have further latents, which follow in D.
+
+    The code matrix is the parameter named `weight`: native tying of an LM head's `weight` then works unchanged, and a
+    stock class that is given this checkpoint fails on its shape instead of loading it for a table. The first
+    parameter is in the model's dtype, so that `next(model.parameters()).dtype` stays what it was. Every tensor's name
+    ends in `weight`, which keeps transformers' tie maps on their fast path.
+
+    Args:
+        num_rows: V.
+        dim: d.
+        spec: The layout of the codes.
+        dtype: Of the rows, and the widest that codes and decoder are held in.
+        device: Where the tensors are made.
+
+    Raises:
+        SpecError: If the layout does not fit the matrix.
+    """
+
+    decoder_bias_weight: nn.Parameter | None
+    refinement_weight: nn.Parameter | None
+    refined_rows_weight: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_rows: int,
+        dim: int,
+        spec: CompressionSpec,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        spec.check_table(num_rows, dim)
+        super().__init__()
+        dtype = dtype or torch.get_default_dtype()
+        self.spec = spec
+
+        def parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+            # Integers are parameters too, not buffers: transformers looks tied tensors up by `get_parameter`.
+            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=dtype.is_floating_point)
+
+        code_dtype = torch.uint8 if spec.codes == PACKED_CODES else _narrower(spec.codes, dtype)
+        refined = spec.refinement
+        self.decoder_bias_weight = parameter(dim, dtype=dtype) if spec.bias else None
+        self.decoder_weight = parameter(spec.decoder_rows, dim, dtype=_narrower(spec.decoder, dtype))
+        self.weight = parameter(num_rows, spec.code_width, dtype=code_dtype)
+        self.refinement_weight = parameter(refined.rows, refined.code_width, dtype=torch.uint8) if refined else None
+        self.refined_rows_weight = parameter(refined.rows, dtype=torch.int32) if refined else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws random codes and decoder, as building a model from its config alone does."""
+        if self.weight.is_meta:
+            return
+        nn.init.normal_(self.decoder_weight, std=0.02)
+        if self.decoder_bias_weight is not None:
+            nn.init.zeros_(self.decoder_bias_weight)
+        for codes in (self.weight, self.refinement_weight):
+            if codes is not None and codes.is_floating_point():
+                nn.init.normal_(codes)
+            elif codes is not None:
+                codes.data.random_(0, 256)
+        if self.refined_rows_weight is not None:
+            torch.arange(len(self.refined_rows_weight), out=self.refined_rows_weight.data)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows."""
+        return (self.decoder_weight if self.decoder_bias_weight is None else self.decoder_bias_weight).dtype
+
+    def latents(self, ids: Tensor) -> Tensor:
+        """The latents of rows, (..., decoder rows); zero where a row has no refinement."""
+        codes = F.embedding(ids, self.weight)
+        if self.spec.bit_allocation is None:
+            return codes.to(self.dtype)
+        latents = unpack(codes, self.spec.bit_allocation).to(self.dtype) + HALF
+        if self.refinement_weight is None or self.refined_rows_weight is None or self.spec.refinement is None:
+            return latents
+        rows = self.refined_rows_weight
+        slots = torch.searchsorted(rows, ids.to(rows.dtype)).clamp(max=len(rows) - 1)
+        codes = F.embedding(slots, self.refinement_weight)
+        further = unpack(codes, self.spec.refinement.bit_allocation).to(self.dtype) + HALF
+        return torch.cat([latents, further * (rows[slots] == ids).unsqueeze(-1)], dim=-1)
+
+    def decode(self, ids: Tensor) -> Tensor:
+        """Rows of the matrix: (...,) row numbers to (..., dim)."""
+        rows = self.latents(ids) @ self.decoder_weight.to(self.dtype)
+        return rows if self.decoder_bias_weight is None else rows + self.decoder_bias_weight
+
+    @torch.no_grad()
+    def dense_weight(self) -> Tensor:
+        """The whole matrix, (num_rows, dim)."""
+        ids = torch.arange(len(self.weight), device=self.weight.device)
+        return torch.cat([self.decode(chunk) for chunk in ids.split(DENSE_CHUNK)])
+
+    @torch.no_grad()
+    def resize_rows(self, num_rows: int) -> None:
+        """Drops rows from the end, or adds rows whose codes are the mean of those there are."""
+        kept = self.weight[:num_rows]
+        if (added := num_rows - len(kept)) > 0:
+            kept = torch.cat([kept, self._mean_codes().expand(added, -1)])
+        self.weight = nn.Parameter(kept.clone(), requires_grad=self.weight.requires_grad)
+        if self.refined_rows_weight is not None and self.refinement_weight is not None:
+            # One refined row stays in any case: a layer without rows would be another layout.
+            number = max(1, int((self.refined_rows_weight < num_rows).sum()))
+            for name in ("refined_rows_weight", "refinement_weight"):
+                setattr(self, name, nn.Parameter(getattr(self, name)[:number].clone(), requires_grad=False))
+
+    def _mean_codes(self) -> Tensor:
+        allocation = self.spec.bit_allocation
+        if allocation is None:
+            return self.weight.float().mean(dim=0, keepdim=True).to(self.weight.dtype)
+        chunks = self.weight.split(DENSE_CHUNK)
+        total = torch.stack([unpack(codes, allocation).sum(dim=0) for codes in chunks]).sum(dim=0, keepdim=True)
+        return pack((total / len(self.weight)).round().to(torch.int8), allocation)
+
+    def code_tensors(self) -> dict[str, Tensor]:
+        """The tensors that stand for the matrix, by name: what a tied module shares."""
+        return {name: tensor for name in CODE_TENSORS if (tensor := getattr(self, name)) is not None}
+
+    def current_spec(self) -> CompressionSpec:
+        """The spec with the dtypes and the number of refined rows as casts and resizing left them."""
+        changes: dict[str, Any] = {"decoder": str(self.decoder_weight.dtype).removeprefix("torch.")}
+        if self.spec.bit_allocation is None:
+            changes["codes"] = str(self.weight.dtype).removeprefix("torch.")
+        if self.spec.refinement is not None and self.refined_rows_weight is not None:
+            changes["refinement"] = replace(self.spec.refinement, rows=len(self.refined_rows_weight))
+        return replace(self.spec, **changes)
+
+    def align(self) -> None:
+        """Moves float tensors that a file's memory map placed off a cache line.
+
+        With a rank that is no multiple of a vector register, BLAS rounds differently there, and a reloaded model's
+        logits would differ in the last bit from those of the model that was saved.
+        """
+        for tensor in self.code_tensors().values():
+            if tensor.device.type == "cpu" and tensor.is_floating_point() and tensor.data_ptr() % CACHE_LINE:
+                tensor.data = tensor.data.clone()
+
+    def requires_grad_(self, requires_grad: bool = True) -> CompressedMatrix:
+        """Like torch's, but leaves integer codes alone, which have no gradient."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(requires_grad and parameter.is_floating_point())
+        return self
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows of it."""
+        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in self.code_tensors().values())
+        bits = 8 * num_bytes / (self.weight.shape[0] * self.decoder_weight.shape[1])
+        shape = f"{self.weight.shape[0]}, {self.decoder_weight.shape[1]}"
+        return f"{shape}, method={self.spec.method}, rank={self.spec.rank}, bits_per_weight={bits:.3g}"
+
+
+def _narrower(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of that name, or `dtype` where that takes less room."""
+    named: torch.dtype = getattr(torch, name)
+    return named if named.itemsize <= dtype.itemsize else dtype
+
+
+class CompressedEmbedding(CompressedMatrix):
+    """Drop-in for `nn.Embedding` over a compressed table.
+
+    Args:
+        num_embeddings: V.
+        embedding_dim: d.
+        spec: The layout of the codes.
+        padding_idx: Kept for those who read it; lookups do not depend on it.
+        embed_scale: What looked-up rows are multiplied by, as Gemma's and BART's embeddings do.
+        round_scale: Whether the scale is first rounded to the dtype of the rows, as Gemma's is.
+        dense_class: The class of `nn.Embedding` that this module stands for.
+        dtype: Of the decoder.
+        device: Where the tensors are made.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        spec: CompressionSpec,
+        *,
+        padding_idx: int | None = None,
+        embed_scale: float = 1.0,
+        round_scale: bool = False,
+        dense_class: type[nn.Embedding] = nn.Embedding,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, spec, dtype=dtype, device=device)
+        self.embedding_dim = embedding_dim
+        self.padding_idx = padding_idx
+        self.embed_scale = embed_scale  # a float: a non-persistent buffer would come back from meta as garbage
+        self.round_scale = round_scale
+        self.dense_class = dense_class
+
+    @property
+    def num_embeddings(self) -> int:
+        """V, the number of rows."""
+        return self.weight.shape[0]
+
+    @classmethod
+    def like(
+        cls, dense: nn.Embedding, spec: CompressionSpec, device: torch.device | str | None = None
+    ) -> CompressedEmbedding:
+        """An embedding of the same shape, scale, dtype and device; its codes are still to be set.
+
+        Raises:
+            ModelError: If `dense` computes something else than a scaled lookup.
+        """
+        scale = getattr(dense, "embed_scale", 1.0)
+        round_scale = isinstance(scale, Tensor)
+        if round_scale:
+            scale = dense.scalar_embed_scale
+        elif type(dense).forward is not nn.Embedding.forward and not hasattr(dense, "embed_scale"):
+            raise ModelError(f"{type(dense).__name__} is more than a scaled lookup: it is not supported")
+        if dense.max_norm is not None:
+            raise ModelError("an embedding with max_norm changes its own table: set max_norm to None first")
+        return cls(
+            dense.num_embeddings,
+            dense.embedding_dim,
+            spec,
+            padding_idx=dense.padding_idx,
+            embed_scale=float(1.0 if scale is None else scale),
+            round_scale=round_scale,
+            dense_class=type(dense),
+            dtype=dense.weight.dtype,
+            device=device or dense.weight.device,
+        )
+
+    @classmethod
+    def from_embedding(cls, embedding: nn.Embedding, **options: Any) -> CompressedEmbedding:
+        """Compresses an `nn.Embedding` of any torch model.
+
+        Args:
+            embedding: Left as it is.
+            **options: Those of [`hf_dirembed.compress`] that concern a table: `method`, one of `bits`, `ratio` and
+                `rank`, `weights`, `seed`, ...
+
+        Raises:
+            DirEmbedError: As [`hf_dirembed.compress`] does.
+
+        Example:
+            >>> import torch, hf_dirembed
+            >>> dense = torch.nn.Embedding(1000, 64)
+            >>> hf_dirembed.CompressedEmbedding.from_embedding(dense, method="svd", rank=16)
+            CompressedEmbedding(1000, 64, method=svd, rank=16, bits_per_weight=8.51)
+        """
+        try:  # only where the package is installed; this file alone loads models, it does not make them
+            from hf_dirembed.compression import compress_table
+        except ImportError as error:
+            raise ModelError("compressing needs the package itself: pip install hf_dirembed") from error
+        coded = compress_table(embedding.weight, **options)
+        module = cls.like(embedding, coded.spec)
+        module.load_state_dict(coded.tensors)
+        return module
+
+    def to_dense(self) -> nn.Embedding:
+        """The stock embedding that this one stands for."""
+        scale: dict[str, Any] = {} if self.dense_class is nn.Embedding else {"embed_scale": self.embed_scale}
+        with torch.device("meta"):
+            dense = self.dense_class(self.num_embeddings, self.embedding_dim, self.padding_idx, **scale)
+        dense.weight = nn.Parameter(self.dense_weight(), requires_grad=True)
+        if self.round_scale:
+            dense.embed_scale = torch.tensor(self.embed_scale, device=self.weight.device)
+        return dense
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Looks up rows: (...,) token ids to (..., dim)."""
+        if input_ids.numel() >= UNIQUE_FROM and not torch.compiler.is_compiling():
+            distinct, inverse = torch.unique(input_ids, return_inverse=True)
+            rows = F.embedding(inverse, self.decode(distinct))
+        else:
+            rows = self.decode(input_ids)
+        if self.embed_scale == 1.0:
+            return rows
+        return rows * (rows.new_full((), self.embed_scale) if self.round_scale else self.embed_scale)
+
+
+class CompressedLMHead(CompressedMatrix):
+    """Drop-in for the `nn.Linear` of a language-model head over a compressed table: logits = (h Dᵀ) Zᵀ + h·b.
+
+    Args:
+        in_features: d.
+        out_features: V.
+        spec: The layout of the codes.
+        bias: The bias of the logits, (V,), kept as the parameter it is; or None.
+        dtype: Of the decoder.
+        device: Where the tensors are made.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        spec: CompressionSpec,
+        *,
+        bias: nn.Parameter | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(out_features, in_features, spec, dtype=dtype, device=device)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def like(
+        cls, dense: nn.Linear, spec: CompressionSpec, device: torch.device | str | None = None
+    ) -> CompressedLMHead:
+        """A head of the same shape, bias, dtype and device; its codes are still to be set.
+
+        Raises:
+            ModelError: If `dense` computes something else than a linear map.
+        """
+        if type(dense).forward is not nn.Linear.forward:
+            raise ModelError(f"{type(dense).__name__} is more than a linear layer: it is not supported as a head")
+        return cls(
+            dense.in_features,
+            dense.out_features,
+            spec,
+            bias=dense.bias,
+            dtype=dense.weight.dtype,
+            device=device or dense.weight.device,
+        )
+
+    def to_dense(self) -> nn.Linear:
+        """The stock linear layer that this head stands for."""
+        with torch.device("meta"):
+            dense = nn.Linear(self.in_features, self.weight.shape[0], bias=False)
+        dense.weight = nn.Parameter(self.dense_weight(), requires_grad=True)
+        dense.register_parameter("bias", self.bias)
+        return dense
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """The logits: (..., dim) hidden states to (..., V)."""
+        latents = F.linear(hidden_states, self.decoder_weight.to(self.dtype))
+        logits = self._product(latents[..., : self.spec.rank], self.weight, self.spec.bit_allocation)
+        if (
+            self.refinement_weight is not None
+            and self.refined_rows_weight is not None
+            and self.spec.refinement is not None
+        ):
+            refinement = self._product(
+                latents[..., self.spec.rank :], self.refinement_weight, self.spec.refinement.bit_allocation
+            )
+            logits = logits.index_add(-1, self.refined_rows_weight, refinement)
+        if self.decoder_bias_weight is not None:
+            logits = logits + (hidden_states @ self.decoder_bias_weight).unsqueeze(-1)
+        return logits if self.bias is None else logits + self.bias
+
+    def _product(self, latents: Tensor, codes: Tensor, bit_allocation: tuple[int, ...] | None) -> Tensor:
+        if bit_allocation is None:
+            return F.linear(latents, codes.to(latents.dtype))
+        return F.linear(latents, unpack(codes, bit_allocation).to(latents.dtype) + HALF)

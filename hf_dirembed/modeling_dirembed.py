@@ -1,0 +1,296 @@
+"""How a compressed table gets into a model: derived classes, the swap of tied modules, the from_pretrained hook.
+
+This file travels with every compressed model, so it imports nothing of the package but its travelling neighbours.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar
+
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from .configuration_dirembed import (
+    CODE_TENSORS,
+    CheckpointError,
+    CompressionSpec,
+    DirEmbedConfigMixin,
+    ModelError,
+    derive_config_class,
+)
+from .embedding_dirembed import CompressedEmbedding, CompressedLMHead, CompressedMatrix
+
+
+# Of the entries of a tie map, those that `_tie_decoders` adds.
+DECODER_TIE = re.compile(rf"\b({'|'.join(name for name in CODE_TENSORS if name != 'weight')})$")
+
+
+def embedding_of(model: nn.Module) -> nn.Embedding | CompressedEmbedding:
+    """The module that looks token embeddings up.
+
+    Raises:
+        ModelError: If the model has none.
+    """
+    embedding = None
+    if isinstance(model, PreTrainedModel):
+        try:
+            embedding = model.get_input_embeddings()
+        except NotImplementedError:
+            embedding = None
+    if not isinstance(embedding, (nn.Embedding, CompressedEmbedding)):
+        found = "none" if embedding is None else f"a {type(embedding).__name__}"
+        raise ModelError(
+            f"{type(model).__name__} has no token embedding to compress (get_input_embeddings gives {found}): "
+            "choose a transformers model that reads token ids"
+        )
+    return embedding
+
+
+def tied_modules(model: PreTrainedModel) -> set[str]:
+    """Names of the input embedding and of every module whose `weight` is tied to it."""
+    ties = [
+        {target.removesuffix(".weight"), source.removesuffix(".weight")}
+        for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items()
+        if target.endswith(".weight") and source.endswith(".weight")
+    ]
+    embedding = embedding_of(model)
+    names = {name for name, module in model.named_modules(remove_duplicate=False) if module is embedding}
+    while grown := {name for tie in ties if tie & names for name in tie} - names:
+        names |= grown
+    return names
+
+
+def swap_modules(model: PreTrainedModel, spec: CompressionSpec, device: str | None = None) -> set[str]:
+    """Puts compressed modules, their codes still to be set, where the table and what is tied to it were.
+
+    Args:
+        model: Changed in place.
+        spec: The layout of the codes.
+        device: Where the codes are made; by default where the table is.
+
+    Returns:
+        The names of the compressed modules.
+    """
+    names = tied_modules(model)
+    swapped: dict[nn.Module, CompressedMatrix] = {}
+    for name in sorted(names):
+        dense = model.get_submodule(name)
+        if isinstance(dense, CompressedMatrix):
+            continue  # a model that is built around an inner AutoModel gets it with its embedding swapped
+        if dense not in swapped:
+            if isinstance(dense, nn.Embedding):
+                swapped[dense] = CompressedEmbedding.like(dense, spec, device=device)
+            elif isinstance(dense, nn.Linear):
+                swapped[dense] = CompressedLMHead.like(dense, spec, device=device)
+            else:
+                raise ModelError(f"the table is tied to a {type(dense).__name__}: only linear heads are supported")
+        model.set_submodule(name, swapped[dense])
+    _tie_decoders(model, names)
+    return names
+
+
+def _tie_decoders(model: PreTrainedModel, names: set[str]) -> None:
+    """Extends the tie maps, so that whatever shares a code matrix shares its decoder."""
+    source = model.get_submodule(min(names))
+    assert isinstance(source, CompressedMatrix)
+    shared = [name for name in source.code_tensors() if name != "weight"]
+    submodels = [(name, module) for name, module in model.named_modules() if isinstance(module, PreTrainedModel)]
+    for prefix, submodel in submodels:
+        ties = submodel.get_expanded_tied_weights_keys()
+        decoder_ties = {
+            target.removesuffix("weight") + tensor: source.removesuffix("weight") + tensor
+            for target, source in ties.items()
+            if target.endswith(".weight") and f"{prefix}.{target}".removeprefix(".").removesuffix(".weight") in names
+            for tensor in shared
+        }
+        if decoder_ties:
+            submodel._tied_weights_keys = {**ties, **decoder_ties}
+    for _, submodel in submodels:
+        submodel.all_tied_weights_keys = submodel.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+class DirEmbedModelMixin(PreTrainedModel):
+    """Makes a base model's class one whose token embedding, and the head tied to it, are compressed."""
+
+    base_class: ClassVar[type[PreTrainedModel]]
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        swap_modules(self, CompressionSpec.from_dict(config.dirembed))
+        self.tie_weights()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """Like the base class's, from safetensors only; refuses a checkpoint whose codes or decoder do not fit.
+
+        Raises:
+            CheckpointError: If a tensor of the compressed table is missing, or any tensor has the wrong shape.
+        """
+        if not kwargs.setdefault("use_safetensors", True):
+            raise CheckpointError("compressed models load from safetensors only: drop use_safetensors=False")
+        ignore_mismatched = kwargs.pop("ignore_mismatched_sizes", False)
+        # Mismatches are collected, not raised, so that they end in this package's error.
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+        model, info = loaded
+        _check_loaded(model, info, ignore_mismatched)
+        for module in model.modules():
+            if isinstance(module, CompressedMatrix):
+                module.align()
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: the modeling is the base's own, and so are its checkpoint conversions (MoE and others)."""
+        return False
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Like the base class's; the config says how codes and decoder are held by now."""
+        embedding = embedding_of(self)
+        if isinstance(embedding, CompressedEmbedding):  # else replaced by hand, with set_input_embeddings
+            self.config.dirembed = embedding.current_spec().to_dict()
+        super().save_pretrained(*args, **kwargs)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Like torch's, but leaves integer codes alone, which have no gradient."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(requires_grad and parameter.is_floating_point())
+        return self
+
+    def _resize_token_embeddings(
+        self, new_num_tokens: int | None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        embedding = embedding_of(self)
+        if not isinstance(embedding, CompressedEmbedding):  # replaced by hand, with set_input_embeddings
+            return super()._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        num_tokens = embedding.num_embeddings if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            num_tokens = -(-num_tokens // pad_to_multiple_of) * pad_to_multiple_of
+        embedding.resize_rows(num_tokens)
+        head = self.get_output_embeddings()
+        if isinstance(head, CompressedLMHead):
+            head.out_features = num_tokens  # its codes and its bias follow when the weights are tied again
+        elif head is not None:
+            self.set_output_embeddings(self._get_resized_lm_head(head, num_tokens, mean_resizing=mean_resizing))
+        return embedding
+
+
+def _check_loaded(model: PreTrainedModel, info: dict[str, Any], ignore_mismatched: bool) -> None:
+    compressed = {name for name, module in model.named_modules() if isinstance(module, CompressedMatrix)}
+
+    def of_table(key: str) -> bool:
+        module, _, tensor = key.rpartition(".")
+        return module in compressed and tensor != "bias"
+
+    missing = sorted(key for key in info["missing_keys"] if of_table(key))
+    if missing:
+        raise CheckpointError(f"the checkpoint lacks {missing}: save or download the compressed model again")
+    mismatched = sorted(
+        f"{key} is {list(found)}, not {list(expected)}"
+        for key, found, expected in info["mismatched_keys"]
+        if of_table(key) or not ignore_mismatched
+    )
+    if mismatched:
+        raise CheckpointError(
+            f"the checkpoint does not fit its config: {'; '.join(mismatched)}: save or download the model again"
+        )
+
+
+_model_classes: dict[type, type] = {}
+
+
+def derive_model_class(base: type[PreTrainedModel], config_class: type) -> type[PreTrainedModel]:
+    """The class of compressed models over a base class, made once."""
+    if base not in _model_classes:
+        attributes = {"__module__": __name__, "config_class": config_class, "base_class": base}
+        _model_classes[base] = type(f"DirEmbed{base.__name__}", (DirEmbedModelMixin, base), attributes)
+    return _model_classes[base]
+
+
+def register_model_classes(base_config: type, config_class: type) -> None:
+    """Registers a derived model class with every AutoModel class that knows the base config."""
+    for auto in vars(modeling_auto).values():
+        mapping = getattr(auto, "_model_mapping", None) if isinstance(auto, type) else None
+        if mapping is None or base_config not in mapping:
+            continue
+        bases = mapping[base_config]
+        if isinstance(bases, (tuple, list)):
+            derived = tuple(derive_model_class(base, config_class) for base in bases)
+            mapping.register(config_class, derived, exist_ok=True)
+        else:
+            auto.register(config_class, derive_model_class(bases, config_class), exist_ok=True)
+
+
+def convert(model: PreTrainedModel, spec: CompressionSpec, tensors: dict[str, Tensor]) -> PreTrainedModel:
+    """Turns a dense model, in place, into the compressed one that `spec` and `tensors` describe.
+
+    Args:
+        model: Its class, its config's class and its embedding change; everything else stays the object it was.
+        spec: The layout of the codes.
+        tensors: Those of `CompressedMatrix.code_tensors`, by name.
+
+    Raises:
+        ModelError: If the model has its own code, or its embedding or head is of a kind that cannot be compressed.
+    """
+    base_config = type(model.config)
+    config_class = derive_config_class(base_config.model_type)
+    if config_class.base_class is not base_config:  # type: ignore[attr-defined]
+        raise ModelError(
+            f"{base_config.__name__} is not the config that transformers has for {base_config.model_type!r}: "
+            "models that bring their own code are not supported"
+        )
+    device = embedding_of(model).weight.device
+    for name in swap_modules(model, spec, device="meta"):
+        module = model.get_submodule(name)
+        assert isinstance(module, CompressedMatrix)
+        # The same storage for all: tying then makes them the same parameter, whichever of them is its source.
+        kept = {key: tensors[key].to(device, parameter.dtype) for key, parameter in module.code_tensors().items()}
+        module.load_state_dict(kept, strict=False, assign=True)
+    model.config.__class__ = config_class
+    model.config.dirembed = spec.to_dict()
+    model.__class__ = derive_model_class(type(model), config_class)
+    _forget_quantizer(model)
+    model.tie_weights()
+    return model
+
+
+def restore(model: PreTrainedModel) -> PreTrainedModel:
+    """Turns a compressed model, in place, back into a stock dense one; the inverse of [`convert`]."""
+    dense: dict[nn.Module, nn.Module] = {}
+    for name in sorted(tied_modules(model)):
+        compressed = model.get_submodule(name)
+        assert isinstance(compressed, (CompressedEmbedding, CompressedLMHead))
+        if compressed not in dense:
+            dense[compressed] = compressed.to_dense()
+        model.set_submodule(name, dense[compressed])
+    for submodel in [module for module in model.modules() if isinstance(module, PreTrainedModel)]:
+        if "_tied_weights_keys" in vars(submodel):
+            ties = submodel._tied_weights_keys.items()
+            submodel._tied_weights_keys = {target: source for target, source in ties if not DECODER_TIE.search(target)}
+        if isinstance(submodel, DirEmbedModelMixin):
+            submodel.__class__ = submodel.base_class  # type: ignore[assignment]
+        if isinstance(submodel.config, DirEmbedConfigMixin):
+            del submodel.config.dirembed
+            vars(submodel.config).pop("auto_map", None)  # left there by a save of the compressed model
+            submodel.config.__class__ = submodel.config.base_class
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    model.tie_weights()
+    return model
+
+
+def _forget_quantizer(model: PreTrainedModel) -> None:
+    """Drops what a GGUF file leaves on a model whose weights are dense by now; it would refuse to be saved."""
+    method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
+    if getattr(method, "value", method) == "gguf":
+        del model.config.quantization_config
+        del model.hf_quantizer
+
+
+def __getattr__(name: str) -> type:
+    """Finds derived model classes by name, as unpickling does in a fresh process."""
+    base = getattr(transformers, name.removeprefix("DirEmbed"), None) if name.startswith("DirEmbed") else None
+    if isinstance(base, type) and issubclass(base, PreTrainedModel) and base.config_class is not None:
+        return derive_model_class(base, derive_config_class(base.config_class.model_type))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,167 @@
+"""Every architecture x AutoClass x method: bit-exact round trips, ties, exact sets of saved keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from families import FAMILIES, VOCAB, Family
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import hf_dirembed
+from hf_dirembed import AutoencoderSettings, CompressedEmbedding, CompressedLMHead
+from hf_dirembed.configuration_dirembed import CODE_TENSORS
+from hf_dirembed.embedding_dirembed import CompressedMatrix
+from hf_dirembed.modeling_dirembed import tied_modules
+
+
+METHODS = {
+    "svd": {"rank": 5},
+    "direction": {"ratio": 2.5, "codes": "float16"},
+    "autoencoder": {"rank": 6, "codes": "bfloat16", "settings": AutoencoderSettings(epochs=1, batch_size=64)},
+}
+CASES = [(family, auto) for family in FAMILIES.values() for auto in family.autos]
+
+
+@torch.no_grad()
+def outputs(model: PreTrainedModel, family: Family) -> dict[str, Tensor]:
+    return {name: value for name, value in model(**family.inputs()).items() if isinstance(value, Tensor)}
+
+
+def saved(folder: Path) -> dict[str, tuple[int, ...]]:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def assert_tied(model: PreTrainedModel) -> None:
+    """Whatever was tied to the table shares the storage of its codes and of its decoder."""
+    modules = [model.get_submodule(name) for name in tied_modules(model)]
+    for tensor in CODE_TENSORS:
+        shared = {value.data_ptr() for m in modules if (value := getattr(m, tensor)) is not None}
+        assert len(shared) <= 1
+        assert len({id(getattr(m, tensor)) for m in modules}) == 1
+    compressed = {name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, CompressedMatrix)}
+    assert compressed == tied_modules(model)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("family", "auto"), CASES, ids=[f"{family.name}-{auto}" for family, auto in CASES])
+def test_round_trip(family: Family, auto: str, method: str, tmp_path: Path) -> None:
+    auto_class = getattr(transformers, auto)
+    dense = family.make(auto)
+    dense.save_pretrained(tmp_path / "dense")
+    base, dim = type(dense), dense.get_input_embeddings().embedding_dim
+
+    model = hf_dirembed.compress(dense, method=method, **METHODS[method])
+    assert model is dense
+    assert_tied(model)
+    expected = outputs(model, family)
+    model.save_pretrained(tmp_path / "one")
+
+    # The saved keys are those of the dense checkpoint, the table's replaced by the codes' and the decoder's.
+    before, after = saved(tmp_path / "dense"), saved(tmp_path / "one")
+    (table,) = {name for name, shape in before.items() if name in after and after[name] != shape}
+    prefix, spec = table.removesuffix("weight"), model.get_input_embeddings().spec
+    new = {f"{prefix}decoder_weight": (spec.rank, dim), table: (VOCAB, spec.code_width)}
+    if spec.bias:
+        new[f"{prefix}decoder_bias_weight"] = (dim,)
+    assert after == {**before, **new}
+
+    again = auto_class.from_pretrained(tmp_path / "one").eval()
+    assert type(again).__name__ == f"DirEmbed{base.__name__}"
+    assert isinstance(again, base)
+    assert_tied(again)
+    assert_equal(outputs(again, family), expected)
+
+    again.save_pretrained(tmp_path / "two")
+    assert {file.name for file in (tmp_path / "two").iterdir()} == {file.name for file in (tmp_path / "one").iterdir()}
+    for file in (tmp_path / "one").iterdir():
+        assert (tmp_path / "two" / file.name).read_bytes() == file.read_bytes(), file.name
+    assert_equal(outputs(auto_class.from_pretrained(tmp_path / "two").eval(), family), expected)
+
+    stock = hf_dirembed.expand(again)
+    assert type(stock) is base
+    assert type(stock.config) is type(family.make_config())
+    for name, value in outputs(stock, family).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+    stock.save_pretrained(tmp_path / "stock")
+    assert saved(tmp_path / "stock") == before
+    assert "dirembed" not in (tmp_path / "stock" / "config.json").read_text()
+    assert not list((tmp_path / "stock").glob("*.py"))
+    assert_equal(outputs(auto_class.from_pretrained(tmp_path / "stock").eval(), family), outputs(stock, family))
+
+
+@pytest.mark.parametrize("name", ["bert", "llama-tied", "llama-untied", "t5"])
+def test_heads(name: str) -> None:
+    """A tied head is compressed with the table; an untied one stays dense."""
+    family = FAMILIES[name]
+    model = hf_dirembed.compress(family.make(family.autos[1]), method="svd", rank=4)
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Linear if name == "llama-untied" else CompressedLMHead)
+    assert isinstance(model.get_input_embeddings(), CompressedEmbedding)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "bart"])
+def test_scaled_embeddings_keep_their_scale(name: str) -> None:
+    family = FAMILIES[name]
+    model = family.make("AutoModel").to(torch.bfloat16)
+    ids = family.inputs()["input_ids"]
+    embedding = hf_dirembed.compress(model, method="svd", rank=8).get_input_embeddings()
+    assert torch.equal(embedding(ids), embedding.to_dense()(ids))
+
+
+def test_inner_models_of_a_head_save_and_load(tmp_path: Path) -> None:
+    """`model.bert.save_pretrained` works too: the inner model shares the config of the whole."""
+    family = FAMILIES["bert"]
+    model = hf_dirembed.compress(family.make("AutoModelForMaskedLM"), method="direction", rank=6)
+    model.bert.save_pretrained(tmp_path)
+    inner = transformers.AutoModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
+    assert_equal(outputs(inner, family), outputs(model.bert, family))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("codes", ["float32", "float16", "bfloat16"])
+def test_code_dtypes(dtype: torch.dtype, codes: str, tmp_path: Path) -> None:
+    """Codes are stored in the asked dtype, never wider than the model's, and come back in it."""
+    family = FAMILIES["bert"]
+    model = hf_dirembed.compress(family.make("AutoModelForMaskedLM").to(dtype), method="svd", rank=5, codes=codes)
+    asked = getattr(torch, codes)
+    expected = asked if asked.itemsize <= dtype.itemsize else dtype
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
+    for each in (model, again):
+        assert each.get_input_embeddings().weight.dtype == expected
+        assert each.get_input_embeddings().decoder_weight.dtype == each.dtype == dtype
+    assert_equal(outputs(again, family), outputs(model, family))
+
+
+@pytest.mark.parametrize("name", ["bert", "llama-tied", "llama-untied", "t5"])
+@pytest.mark.parametrize("num_tokens", [VOCAB + 7, VOCAB - 7])
+def test_resize_token_embeddings(name: str, num_tokens: int, tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    auto = family.autos[1]
+    model = hf_dirembed.compress(family.make(auto), method="direction", rank=6)
+    before = model.get_input_embeddings().dense_weight()
+    embedding = model.resize_token_embeddings(num_tokens)
+    assert embedding is model.get_input_embeddings()
+    after = embedding.dense_weight()
+    kept = min(num_tokens, VOCAB)
+    torch.testing.assert_close(after[:kept], before[:kept])
+    torch.testing.assert_close(after[VOCAB:], before.mean(dim=0).expand(max(num_tokens - VOCAB, 0), -1))
+    assert_tied(model)
+    inputs = {key: value.clamp(max=num_tokens - 1) for key, value in family.inputs().items()}
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        assert logits.shape[-1] == num_tokens == model.config.vocab_size
+        model.save_pretrained(tmp_path)
+        again = getattr(transformers, auto).from_pretrained(tmp_path).eval()
+        assert torch.equal(again(**inputs).logits, logits)

@@ -1,0 +1,296 @@
+"""Checkpoints on disk: one compressed or expanded into another, and what one is made of."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import transformers
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from . import modeling_dirembed
+from .compression import compress, expand
+from .configuration_dirembed import (
+    CODE_TENSORS,
+    MODEL_TYPE,
+    CheckpointError,
+    CompressionSpec,
+    DirEmbedError,
+    ModelError,
+    read_spec,
+)
+
+
+# Of a source folder, what is not carried over: its weights in any format (new ones are written), its card (it speaks
+# of another model) and its code (the base class is transformers' own).
+LEFT_OUT = (
+    "model*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*",
+    "tf_model*",
+    "flax_model*",
+    "rust_model*",
+    "*.onnx",
+    "*.gguf",
+    "*.py",
+    "README.md",
+    ".*",
+    "onnx",
+    "openvino",
+    "coreml",
+)
+_BITS = {"U8": 8, "I8": 8, "I32": 32, "F16": 16, "BF16": 16, "F32": 32, "F64": 64}
+
+
+@dataclass(frozen=True)
+class CheckpointSummary:
+    """What a compressed checkpoint holds in place of its token-embedding table.
+
+    Attributes:
+        method: What found the codes.
+        base_model_type: The architecture, like `bert`.
+        num_embeddings: V.
+        embedding_dim: d.
+        rank: Latent dimensions.
+        codes: `packed`, or the dtype of the latents.
+        bits_per_weight: 8 x `bytes` / (V x d).
+        ratio: `dense_bytes` / `bytes`.
+        bytes: Of all tensors that replace the table.
+        dense_bytes: Of the table, as the source checkpoint stored it.
+        mean_cosine: Between the rows of the table and what replaces them; None where the checkpoint does not say.
+    """
+
+    method: str
+    base_model_type: str
+    num_embeddings: int
+    embedding_dim: int
+    rank: int
+    codes: str
+    bits_per_weight: float
+    ratio: float
+    bytes: int
+    dense_bytes: int
+    mean_cosine: float | None
+
+
+def find_checkpoint(source: str | os.PathLike[str]) -> Path:
+    """The folder of a checkpoint: `source` itself, or a snapshot of the Hub repo of that name.
+
+    Raises:
+        CheckpointError: If there is neither.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / CONFIG_NAME).is_file():
+            raise CheckpointError(f"{folder} holds no {CONFIG_NAME}: name the folder of a transformers model")
+        return folder
+    try:
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]
+        return Path(huggingface_hub.snapshot_download(os.fspath(source), allow_patterns=patterns))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{source} is neither a folder here nor a model that the Hub gives out ({reason}): check the name"
+        ) from error
+
+
+def load_model(folder: Path) -> PreTrainedModel:
+    """Loads a checkpoint, dense or compressed, with the class and in the dtype that it was saved in.
+
+    Raises:
+        CheckpointError: If transformers cannot load it from safetensors.
+    """
+    with _as_checkpoint_error(folder):
+        config = AutoConfig.from_pretrained(folder)
+        home = modeling_dirembed if hasattr(config, MODEL_TYPE) else transformers
+        model_class = getattr(home, (config.architectures or [""])[0], AutoModel)
+        return model_class.from_pretrained(folder, dtype="auto", use_safetensors=True)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """Loads a checkpoint's tokenizer; None where it has none.
+
+    Raises:
+        CheckpointError: If it has one that transformers cannot load.
+    """
+    if not any(fnmatch(file.name, "*token*") or fnmatch(file.name, "vocab*") for file in folder.iterdir()):
+        return None
+    with _as_checkpoint_error(folder):
+        return AutoTokenizer.from_pretrained(folder)
+
+
+@contextmanager
+def _as_checkpoint_error(folder: Path) -> Iterator[None]:
+    """Turns what transformers raises on an unreadable checkpoint into this package's error."""
+    try:
+        yield
+    except DirEmbedError:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{folder} does not load ({reason}): it must be a safetensors checkpoint") from error
+
+
+@contextmanager
+def staged_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
+    """A sibling of `out` to write into, renamed to `out` when all of it is written, removed when anything fails.
+
+    Raises:
+        CheckpointError: If `out` exists, or cannot be written to.
+    """
+    final = Path(out)
+    if final.exists() or final.is_symlink():
+        raise CheckpointError(f"{final} exists already: remove it, or name another folder")
+    staging = final.with_name(f".{final.name}.{os.getpid()}.part")
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        staging.rename(final)
+    except OSError as error:
+        raise CheckpointError(f"{final} cannot be written ({error.strerror or error}): name another folder") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def compress_checkpoint(
+    source: str | os.PathLike[str], out: str | os.PathLike[str], **options: Any
+) -> CheckpointSummary:
+    """Compresses a checkpoint into another: weights, config, tokenizer and SentenceTransformer modules.
+
+    Args:
+        source: A local folder or a Hub id.
+        out: A folder that does not exist yet; it appears when it is complete.
+        **options: Those of [`compress`], `method` and one of `bits`, `ratio` and `rank` first of all.
+
+    Raises:
+        DirEmbedError: If the source cannot be compressed, the budget cannot be met, or `out` cannot be written.
+    """
+    with staged_folder(out) as staging:
+        folder = find_checkpoint(source)
+        model = load_model(folder)
+        compress(model, load_tokenizer(folder), **options)
+        _copy_companions(folder, staging)
+        model.save_pretrained(staging)
+        return inspect_checkpoint(staging)
+
+
+def upload_checkpoint(folder: str | os.PathLike[str], repo_id: str, *, private: bool = False) -> str:
+    """Uploads a checkpoint to the Hub.
+
+    Args:
+        folder: What [`compress_checkpoint`] wrote.
+        repo_id: Made if it does not exist.
+        private: Whether a repo that is made is private.
+
+    Returns:
+        The repo's address.
+
+    Raises:
+        CheckpointError: If the Hub cannot be reached or refuses.
+    """
+    try:
+        repo = huggingface_hub.create_repo(repo_id, private=private, exist_ok=True)
+        huggingface_hub.upload_folder(repo_id=repo.repo_id, folder_path=Path(folder))
+    except (HFValidationError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{repo_id} takes no upload ({reason}): check its name and run hf auth login") from error
+    return str(repo)
+
+
+def expand_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
+    """Expands a compressed checkpoint into a stock one, which loads without this package.
+
+    Raises:
+        DirEmbedError: If the source is not compressed, or `out` cannot be written.
+    """
+    with staged_folder(out) as staging:
+        folder = find_checkpoint(source)
+        model = expand(load_model(folder))
+        _copy_companions(folder, staging)
+        model.save_pretrained(staging)
+
+
+def _copy_companions(source: Path, target: Path) -> None:
+    """Copies what stands beside the weights: tokenizer, pooling modules, prompts."""
+
+    def left_out(folder: str, names: list[str]) -> set[str]:
+        top = Path(folder) == source
+        return {name for name in names if top and any(fnmatch(name, pattern) for pattern in LEFT_OUT)}
+
+    shutil.copytree(source, target, ignore=left_out, dirs_exist_ok=True)
+
+
+def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSummary:
+    """Reads what a compressed checkpoint is made of, from its config and its tensors' headers alone.
+
+    Raises:
+        CheckpointError: If the folder holds no checkpoint, or one whose tensors do not fit its config.
+        ModelError: If the checkpoint is not a compressed one.
+        SpecError: If its `dirembed` object is malformed.
+    """
+    folder = find_checkpoint(folder)
+    with _as_checkpoint_error(folder):
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
+            raise ModelError(f"{folder} is not a compressed checkpoint: compress it first")
+        base_model_type, spec = read_spec(config)
+        tensors = _read_headers(folder)
+    (num_rows, _), (_, dim), num_bytes = _table_tensors(folder, spec, tensors)
+    dense_bytes = spec.figures.get("dense_bytes", num_rows * dim * 4)
+    return CheckpointSummary(
+        method=spec.method,
+        base_model_type=str(base_model_type),
+        num_embeddings=num_rows,
+        embedding_dim=dim,
+        rank=spec.rank,
+        codes=spec.codes,
+        bits_per_weight=8 * num_bytes / (num_rows * dim),
+        ratio=dense_bytes / num_bytes,
+        bytes=num_bytes,
+        dense_bytes=dense_bytes,
+        mean_cosine=spec.figures.get("mean_cosine"),
+    )
+
+
+def _read_headers(folder: Path) -> dict[str, tuple[list[int], int]]:
+    """The shape and the bytes of every tensor of a checkpoint, its shards' headers read and nothing else."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    shards = {SAFE_WEIGHTS_NAME}
+    if index.is_file():
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    tensors = {}
+    for shard in sorted(shards):
+        if Path(shard).name != shard:
+            raise CheckpointError(f"the index of {folder} points outside of it, to {shard!r}: download it again")
+        with safe_open(folder / shard, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no dict: it has keys() alone)
+                tensor = file.get_slice(name)
+                shape = tensor.get_shape()
+                tensors[name] = (shape, prod(shape) * _BITS.get(tensor.get_dtype(), 32) // 8)
+    return tensors
+
+
+def _table_tensors(
+    folder: Path, spec: CompressionSpec, tensors: dict[str, tuple[list[int], int]]
+) -> tuple[list[int], list[int], int]:
+    """Shapes of code matrix and decoder, and the bytes of all that replaces the table."""
+    for name, (shape, _) in tensors.items():
+        prefix = name.removesuffix("decoder_weight")
+        codes, _ = tensors.get(f"{prefix}weight", ([], 0))
+        if prefix == name or len(codes) != 2 or codes[1] != spec.code_width or shape[:1] != [spec.decoder_rows]:
+            continue
+        sizes = (tensors.get(prefix + tensor, ([], 0))[1] for tensor in CODE_TENSORS)
+        return codes, shape, sum(sizes)
+    raise CheckpointError(f"no tensors of {folder} fit its dirembed config: save or download the model again")

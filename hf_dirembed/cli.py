@@ -1,0 +1,153 @@
+"""The command line: `hf-dirembed`."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .checkpoint import (
+    CheckpointSummary,
+    compress_checkpoint,
+    expand_checkpoint,
+    inspect_checkpoint,
+    upload_checkpoint,
+)
+from .compression import METHODS, AutoencoderSettings
+from .configuration_dirembed import DirEmbedError
+from .demo import PAIRS, SENTENCES, DemoResult, run_demo
+
+
+class ErrorReportingGroup(click.Group):
+    """Ends a user's mistake in one line on stderr and exit code 2, without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs a command."""
+        try:
+            return super().invoke(ctx)
+        except DirEmbedError as error:
+            click.echo(f"hf-dirembed: {error}", err=True)
+            ctx.exit(2)
+
+
+def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say how small a table shall be."""
+    for option in (
+        click.option("--rank", type=int, help="Budget: latent dimensions (float methods)."),
+        click.option("--ratio", type=float, help="Budget: how many times smaller than in the source checkpoint."),
+        click.option("--bits", type=float, help="Budget: bits per weight, all that replaces the table counted."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(cls=ErrorReportingGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="hf_dirembed")
+def main() -> None:
+    """Makes a model's token embeddings 8 to 32 times smaller, behind plain from_pretrained."""
+
+
+@main.command()
+@click.argument("src")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--method", default="direction", show_default=True, help=f"One of {', '.join(METHODS)}.")
+@budget_options
+@click.option("--codes", help="Dtype of float latents: float32, float16 or bfloat16.  [default: the table's]")
+@click.option("--languages", help="Languages of the text that the model is for, like en,de.  [default: the card's]")
+@click.option("--seed", type=int, help="Seed of the autoencoder.  [default: 0]")
+@click.option("--device", help="Where to fit.  [default: a GPU where there is one]")
+@click.option("--push-to-hub", metavar="REPO", help="Also upload OUT to this Hub repo.")
+@click.option("--private", is_flag=True, help="Make that Hub repo private.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def compress(
+    src: str,
+    out: Path,
+    languages: str | None,
+    seed: int | None,
+    push_to_hub: str | None,
+    private: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Compress the token embeddings of SRC, a folder or a Hub id, into the folder OUT."""
+    summary = compress_checkpoint(
+        src,
+        out,
+        languages=tuple(languages.split(",")) if languages else None,
+        settings=None if seed is None else AutoencoderSettings(seed=seed),
+        **options,
+    )
+    _print_summary(summary, as_json)
+    if push_to_hub:
+        click.echo(f"uploaded to {upload_checkpoint(out, push_to_hub, private=private)}", err=True)
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def inspect(folder: Path, as_json: bool) -> None:
+    """Show what the compressed checkpoint DIR holds in place of its table."""
+    _print_summary(inspect_checkpoint(folder), as_json)
+
+
+@main.command()
+@click.argument("folder", metavar="DIR")
+@click.argument("out", type=click.Path(path_type=Path))
+def expand(folder: str, out: Path) -> None:
+    """Expand DIR, a compressed folder or Hub id, into the stock checkpoint OUT, which loads without this package."""
+    expand_checkpoint(folder, out)
+    click.echo(f"{out}: a stock checkpoint", err=True)
+
+
+@main.command()
+@click.option("--out", type=click.Path(path_type=Path), help="Keep the compressed model in this folder.")
+@click.option("--method", default="direction", show_default=True, help=f"One of {', '.join(METHODS)}.")
+@budget_options
+def demo(out: Path | None, **options: Any) -> None:
+    """Compress the real all-MiniLM-L6-v2 that a package ships, reload it, and show what changed."""
+    if all(options[name] is None for name in ("bits", "ratio", "rank")):
+        options["bits"] = 4.0
+    with tempfile.TemporaryDirectory() as folder:
+        result = run_demo(out or Path(folder) / "all-MiniLM-L6-v2-dirembed", **options)
+    _print_demo(result)
+    if out is not None:
+        click.echo(f"\nThe compressed model is in {out}: AutoModel.from_pretrained({str(out)!r})")
+
+
+def _print_summary(summary: CheckpointSummary, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(asdict(summary)))
+        return
+    cosine = "not recorded" if summary.mean_cosine is None else f"{summary.mean_cosine:.4f}"
+    latents = f"{summary.rank} of {summary.embedding_dim}, {summary.codes}"
+    for label, value in (
+        ("method", summary.method),
+        ("base model", summary.base_model_type),
+        ("table", f"{summary.num_embeddings:,} x {summary.embedding_dim:,}, {_megabytes(summary.dense_bytes)}"),
+        ("replaced by", f"{_megabytes(summary.bytes)}, {summary.ratio:.2f}x smaller"),
+        ("bits per weight", f"{summary.bits_per_weight:.3f}"),
+        ("latents", latents),
+        ("mean cosine", cosine),
+    ):
+        click.echo(f"{label:<16} {value}")
+
+
+def _print_demo(result: DemoResult) -> None:
+    click.echo("all-MiniLM-L6-v2, its token embeddings compressed\n")
+    _print_summary(result.summary, as_json=False)
+    before, after = result.file_bytes
+    click.echo(f"{'whole file':<16} {_megabytes(before)} -> {_megabytes(after)}")
+    click.echo(f"{'sentence cosine':<16} {result.sentence_cosine:.4f} between embeddings before and after\n")
+    click.echo("similarity     before   after")
+    for (first, second), (dense, compressed) in zip(PAIRS, result.similarities, strict=True):
+        click.echo(f"               {dense:6.3f}  {compressed:6.3f}   {SENTENCES[first]}  |  {SENTENCES[second]}")
+    click.echo(f"\nAutoModel and SentenceTransformer load it alike (largest difference {result.agreement:.1e}).")
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB"

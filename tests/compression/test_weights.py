@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from hf_dirembed.compression import languages as languages_module
 from hf_dirembed.compression import weights as weights_module
 from hf_dirembed.compression.languages import word_list
+from hf_dirembed.compression.statistics import Statistics, usage
 from hf_dirembed.compression.weights import (
     WeightsError,
     card_languages,
@@ -186,6 +187,14 @@ def test_counts_take_over_as_the_text_grows(tokenizer):
     assert 0.8 < many[num_rows - 1] < 0.9
     assert (many > 0).all()
     torch.testing.assert_close(mix_counts(torch.zeros(num_rows), floor), floor)
+
+
+def test_predictions_weigh_as_much_as_counts():
+    counts, expected = torch.tensor([90_000.0, 0, 0]).double(), torch.tensor([0.0, 1, 0]).double()
+    seen = Statistics(counts, None, None, 90_000, num_predictions=100, probabilities=expected)
+    floor = torch.full((3,), 1 / 3).double()
+    mixed = mix_counts(usage(seen, tied=True), floor)
+    torch.testing.assert_close(mixed, 0.85 * torch.tensor([0.5, 0.5, 0]).double() + 0.15 * floor)
 
 
 @pytest.mark.parametrize(

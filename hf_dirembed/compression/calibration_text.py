@@ -1,0 +1,224 @@
+"""Calibration text: cut into windows of token ids, from a file, strings, a dataset or the model's own mouth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .statistics import CalibrationError
+from .weights import tokenizer_languages, word_list
+
+
+if TYPE_CHECKING:
+    import datasets
+
+# in quotes, because `datasets` need not be installed
+Texts: TypeAlias = "str | Path | Iterable[str] | Iterable[Sequence[int]] | datasets.Dataset | datasets.IterableDataset"
+
+BLOCK_CHARACTERS = 1 << 16  # of text are tokenised at once: few enough for any memory, enough to be quick
+PROMPT_WORDS = 5_000  # beyond these, prompts would be names and typing errors
+
+
+def windows(
+    texts: Texts, tokenizer: PreTrainedTokenizerBase, *, length: int, packed: bool = True
+) -> Iterator[list[int]]:
+    """Cuts texts into windows of token ids, one by one, special tokens around each as the tokenizer puts them.
+
+    Args:
+        texts: The path of a UTF-8 text file, strings, a `datasets` dataset with a column `text` or one string column,
+            or windows of token ids, which are only cut where they are too long.
+        tokenizer: The model's tokenizer.
+        length: Most tokens of a window, special tokens included.
+        packed: Texts are joined, as language models are trained, and every window is full but the last; otherwise
+            no window holds more than one text (of a file: one line), as sentence encoders are used.
+
+    Yields:
+        Token ids, at least one and at most `length`.
+
+    Raises:
+        CalibrationError: If the texts are none of the above, or the special tokens leave no room for text.
+    """
+    prefix, suffix = _special_tokens(tokenizer)
+    room = length - len(prefix) - len(suffix)
+    if room < 1:
+        raise CalibrationError(f"sequence_length={length} leaves no room beside special tokens: give a larger one")
+    pending: list[int] = []
+    for text in _blocks(_strings(texts, lines=not packed), packed):
+        if not isinstance(text, str):
+            yield from (text[start : start + length] for start in range(0, len(text), length))
+            continue
+        pending += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        whole = len(pending) - len(pending) % room if packed else len(pending)
+        for start in range(0, whole, room):
+            yield prefix + pending[start : min(start + room, whole)] + suffix
+        pending = pending[whole:]
+    if pending:
+        yield prefix + pending + suffix
+
+
+def self_generated_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_tokens: int = 32_768,
+    sequence_length: int = 512,
+    batch_size: int = 32,
+    seed: int = 0,
+    languages: Sequence[str] | None = None,
+) -> Iterator[list[int]]:
+    """Text that a causal language model writes itself, at temperature 1: calibration where there is no data.
+
+    Half of the texts start from the tokens that start a document (BOS, or what ends the one before), half go on
+    with the beginning of a frequent word, for variety. A text ends where the model ends it.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        num_tokens: How many tokens to write, at least.
+        sequence_length: Most tokens of a text.
+        batch_size: Texts written at once; another number gives other texts.
+        seed: Of the random numbers; torch's own state is left as it was.
+        languages: Of the words; by default those of the vocabulary, see `tokenizer_languages`.
+
+    Yields:
+        Token ids of one text, which `calibrate` takes as they are.
+
+    Raises:
+        CalibrationError: If the model cannot generate.
+    """
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise CalibrationError(f"{type(model).__name__} writes no text of its own: give calibration text")
+    generator = torch.Generator().manual_seed(seed)
+    starts = list(dict.fromkeys(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None))
+    words = _first_tokens(tokenizer, languages or tokenizer_languages(tokenizer))
+    written = 0
+    for start, with_word in cycle([(start, word) for start in starts or [None] for word in (False, True)]):
+        prompt = [] if start is None else [torch.full((batch_size,), start)]
+        if with_word or start is None:
+            prompt.append(words[torch.randint(len(words), (batch_size,), generator=generator)])
+        batch_seed = int(torch.randint(2**31, (), generator=generator))
+        for text in _generate(model, tokenizer, torch.stack(prompt, dim=1), sequence_length, batch_seed):
+            written += len(text)
+            yield text
+        if written >= num_tokens:
+            return
+
+
+def _generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Tensor, length: int, seed: int
+) -> Iterator[list[int]]:
+    """Samples one text for each row of prompts, (batch, n), each up to the end that the model gives it."""
+    eos = model.generation_config.eos_token_id
+    ends = {eos} if isinstance(eos, int) else set(eos or ())
+    ends |= {tokenizer.eos_token_id} - {None}
+    config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, use_cache=True,
+        max_length=length, eos_token_id=sorted(ends) or None, pad_token_id=min(ends, default=0),
+    )  # fmt: skip
+    modes = {module: module.training for module in model.modules()}
+    device = next(model.get_input_embeddings().parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        torch.manual_seed(seed)
+        try:
+            model.eval()
+            prompts = prompts.to(device)
+            mask = torch.ones_like(prompts)
+            texts = cast(Any, model).generate(prompts, attention_mask=mask, generation_config=config).tolist()
+        finally:
+            for module, training in modes.items():
+                module.training = training
+    for text in texts:
+        written = range(prompts.shape[1], len(text))
+        yield text[: next((i + 1 for i in written if text[i] in ends), len(text))]
+
+
+def _first_tokens(tokenizer: PreTrainedTokenizerBase, languages: Sequence[str]) -> Tensor:
+    """The first token of each of the commonest words, as they start a text, (n,)."""
+    lists = [word_list(language, PROMPT_WORDS // len(languages))[0] for language in languages]
+    words = [word[:1].upper() + word[1:] for word in chain(*lists)]
+    encoded = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor([ids[0] for ids in encoded if ids])
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after one text."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    for start in range(len(whole) - len(plain) + 1):
+        if plain and whole[start : start + len(plain)] == plain:
+            return whole[:start], whole[start + len(plain) :]
+    return [], []
+
+
+def _strings(texts: Texts, *, lines: bool) -> Iterator[str | list[int]]:
+    """The texts one by one, whatever they are in: of a file its lines or its blocks of lines."""
+    if isinstance(texts, str | Path):
+        yield from _file(Path(texts), lines)
+        return
+    column = _text_column(texts)
+    if not isinstance(texts, Iterable):
+        raise CalibrationError(f"texts is a {type(texts).__name__}: give a path, strings or a dataset")
+    item: Any
+    for item in texts:
+        text = item[column] if column else item
+        if isinstance(text, str):
+            yield text
+        elif isinstance(text, Sequence | Tensor) and not isinstance(text, bytes):
+            ids = text.tolist() if isinstance(text, Tensor) else list(text)
+            if not all(isinstance(index, int) for index in ids):
+                raise CalibrationError("texts holds a sequence of something but token ids: give strings")
+            yield ids
+        elif text is not None:  # an empty cell of a dataset
+            raise CalibrationError(f"texts holds a {type(text).__name__}: give strings")
+
+
+def _file(path: Path, lines: bool) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            if lines:
+                yield from file
+            else:
+                while block := file.readlines(BLOCK_CHARACTERS):
+                    yield "".join(block)
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"cannot read {path} ({error}): give a UTF-8 text file, or [text]") from error
+
+
+def _text_column(texts: Any) -> str | None:
+    """The column of a `datasets` dataset that holds the text; None for anything else."""
+    if isinstance(texts, dict) and all(hasattr(split, "column_names") for split in texts.values()):
+        raise CalibrationError(f"a dataset with splits {sorted(texts)}: give one of them")
+    if not hasattr(texts, "column_names"):
+        return None
+    row = next(iter(texts), None)
+    if row is None:
+        return None
+    columns = [name for name, value in row.items() if isinstance(value, str)]
+    if "text" in row:
+        return "text"
+    if len(columns) != 1:
+        raise CalibrationError(f"columns {sorted(row)}, none called text: give a dataset with one string column")
+    return columns[0]
+
+
+def _blocks(texts: Iterator[str | list[int]], joined: bool) -> Iterator[str | list[int]]:
+    """Joins strings, with a blank line between, to blocks that are worth a call of the tokenizer."""
+    block: list[str] = []
+    size = 0
+    for text in texts:
+        if isinstance(text, str) and joined:
+            block.append(text)
+            size += len(text)
+            if size >= BLOCK_CHARACTERS:
+                yield "\n\n".join(block)
+                block, size = [], 0
+        elif text := text.strip() if isinstance(text, str) else text:
+            yield text
+    if block:
+        yield "\n\n".join(block)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_dirembed import CODE_TENSORS, PACKED_CODES, CompressionSpec, ModelError
+from .kernels_dirembed import ExpandedCodes, packed_linear
 from .packing_dirembed import pack, unpack
 
 
@@ -75,6 +76,7 @@ class CompressedMatrix(nn.Module):
         self.refined_rows_weight = parameter(refined.rows, dtype=torch.int32) if refined else None
         self.reset_parameters()
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws random codes and decoder, as building a model from its config alone does."""
         if self.weight.is_meta:
@@ -86,9 +88,9 @@ class CompressedMatrix(nn.Module):
             if codes is not None and codes.is_floating_point():
                 nn.init.normal_(codes)
             elif codes is not None:
-                codes.data.random_(0, 256)
+                codes.random_(0, 256)
         if self.refined_rows_weight is not None:
-            torch.arange(len(self.refined_rows_weight), out=self.refined_rows_weight.data)
+            torch.arange(len(self.refined_rows_weight), out=self.refined_rows_weight)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -292,7 +294,8 @@ class CompressedEmbedding(CompressedMatrix):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Looks up rows: (...,) token ids to (..., dim)."""
-        if input_ids.numel() >= UNIQUE_FROM and not torch.compiler.is_compiling():
+        # Compilers are asked first: their shapes stay dynamic where nothing compares them.
+        if not torch.compiler.is_compiling() and input_ids.numel() >= UNIQUE_FROM:
             distinct, inverse = torch.unique(input_ids, return_inverse=True)
             rows = F.embedding(inverse, self.decode(distinct))
         else:
@@ -304,6 +307,10 @@ class CompressedEmbedding(CompressedMatrix):
 
 class CompressedLMHead(CompressedMatrix):
     """Drop-in for the `nn.Linear` of a language-model head over a compressed table: logits = (h Dᵀ) Zᵀ + h·b.
+
+    Packed codes are kept expanded to int8 on CPU, from the first forward pass on, in training and in evaluation: V
+    times the rank, rounded up to a multiple of 16, in bytes, and the same again for refined rows and their rank. Moves
+    and casts of the module free them until the next pass. On CUDA nothing is kept.
 
     Args:
         in_features: d.
@@ -330,6 +337,8 @@ class CompressedLMHead(CompressedMatrix):
         self.in_features = in_features
         self.out_features = out_features
         self.register_parameter("bias", bias)
+        self._expanded = ExpandedCodes()
+        self._expanded_refinement = ExpandedCodes()
 
     @classmethod
     def like(
@@ -351,6 +360,16 @@ class CompressedLMHead(CompressedMatrix):
             device=device or dense.weight.device,
         )
 
+    @property
+    def expanded_bytes(self) -> int:
+        """Memory that the expanded codes take now, beyond the parameters'."""
+        return self._expanded.num_bytes + self._expanded_refinement.num_bytes
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CompressedLMHead:
+        self._expanded.clear()
+        self._expanded_refinement.clear()
+        return super()._apply(fn, recurse)
+
     def to_dense(self) -> nn.Linear:
         """The stock linear layer that this head stands for."""
         with torch.device("meta"):
@@ -362,21 +381,30 @@ class CompressedLMHead(CompressedMatrix):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """The logits: (..., dim) hidden states to (..., V)."""
         latents = F.linear(hidden_states, self.decoder_weight.to(self.dtype))
-        logits = self._product(latents[..., : self.spec.rank], self.weight, self.spec.bit_allocation)
+        logits = _code_product(latents[..., : self.spec.rank], self.weight, self.spec.bit_allocation, self._expanded)
         if (
             self.refinement_weight is not None
             and self.refined_rows_weight is not None
             and self.spec.refinement is not None
         ):
-            refinement = self._product(
-                latents[..., self.spec.rank :], self.refinement_weight, self.spec.refinement.bit_allocation
+            refinement = _code_product(
+                latents[..., self.spec.rank :],
+                self.refinement_weight,
+                self.spec.refinement.bit_allocation,
+                self._expanded_refinement,
             )
             logits = logits.index_add(-1, self.refined_rows_weight, refinement)
         if self.decoder_bias_weight is not None:
             logits = logits + (hidden_states @ self.decoder_bias_weight).unsqueeze(-1)
-        return logits if self.bias is None else logits + self.bias
+        return logits if self.bias is None else logits + self.bias.to(logits.dtype)
 
-    def _product(self, latents: Tensor, codes: Tensor, bit_allocation: tuple[int, ...] | None) -> Tensor:
-        if bit_allocation is None:
-            return F.linear(latents, codes.to(latents.dtype))
-        return F.linear(latents, unpack(codes, bit_allocation).to(latents.dtype) + HALF)
+
+def _code_product(
+    latents: Tensor, codes: Tensor, bit_allocation: tuple[int, ...] | None, expanded: ExpandedCodes
+) -> Tensor:
+    """The product of (..., r) states in the latents' space with the latents of all rows, (..., V)."""
+    if bit_allocation is None:
+        return F.linear(latents, codes.to(latents.dtype))
+    integers = packed_linear(latents, codes, bit_allocation, expanded=expanded)
+    halves = HALF * latents.sum(dim=-1, keepdim=True)
+    return integers + halves.to(integers.dtype)  # autocast sums in float32

@@ -6,6 +6,7 @@ This file travels with every compressed model, so it imports nothing of the pack
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -53,18 +54,31 @@ def pack(codes: Tensor, bit_allocation: tuple[int, ...]) -> Tensor:
     return torch.cat([section.to(codes.device) for section in sections], dim=1)
 
 
-def unpack(packed: Tensor, bit_allocation: tuple[int, ...]) -> Tensor:
-    """Unpacks what [`pack`] packed: (..., bytes per row) uint8 to (..., rank) int8."""
-    sections, first = [], 0
+def planes(packed: Tensor, bit_allocation: tuple[int, ...]) -> Iterator[Tensor]:
+    """The codes of packed rows as blocks of adjacent latents, in order: views and shifts of whole sections.
+
+    They are plain operations, which compilers and exporters know; a `view` of another dtype they do not.
+
+    Args:
+        packed: (..., bytes per row) uint8.
+        bit_allocation: How many latents have 8, 4, 2 and 1 bits.
+
+    Yields:
+        (..., some latents) int8.
+    """
+    first = 0
     for count, width in zip(bit_allocation, BIT_WIDTHS, strict=True):
-        if count == 0:
-            continue
         num_bytes = math.ceil(count * width / 8)
         section, first = packed[..., first : first + num_bytes], first + num_bytes
         half, mask = 1 << (width - 1), (1 << width) - 1
-        if width == 8:
-            sections.append((section ^ half).view(torch.int8))
-            continue
-        planes = torch.cat([(section >> shift) & mask for shift in range(0, 8, width)], dim=-1)[..., :count]
-        sections.append(planes.to(torch.int8) - half)
-    return torch.cat(sections, dim=-1)
+        for start in range(0, count, max(num_bytes, 1)):
+            plane = section[..., : min(num_bytes, count - start)]
+            if width == 8:
+                yield (plane.to(torch.int16) - half).to(torch.int8)
+            else:
+                yield ((plane >> (start // num_bytes * width)) & mask).to(torch.int8) - half
+
+
+def unpack(packed: Tensor, bit_allocation: tuple[int, ...]) -> Tensor:
+    """Unpacks what [`pack`] packed: (..., bytes per row) uint8 to (..., rank) int8."""
+    return torch.cat(list(planes(packed, bit_allocation)), dim=-1)

@@ -1,0 +1,457 @@
+"""The head's products against brute force, the cache of expanded codes, gradients, compilers, and Triton."""
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from families import FAMILIES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from hf_dirembed import kernels_dirembed, triton_dirembed
+from hf_dirembed.configuration_dirembed import BIT_WIDTHS, CompressionSpec, Refinement, TableError
+from hf_dirembed.embedding_dirembed import CACHE_LINE, CompressedEmbedding, CompressedLMHead, CompressedMatrix
+from hf_dirembed.kernels_dirembed import ExpandedCodes, int8_linear, packed_linear, padded_rank
+from hf_dirembed.modeling_dirembed import convert
+from hf_dirembed.packing_dirembed import pack, unpack
+from hf_dirembed.triton_dirembed import triton_linear, triton_works
+
+
+# Of Σ |inner| |code|: the products are exact, their sum is rounded.
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+DTYPES = tuple(TOLERANCE)
+ALLOCATION = (3, 20, 30, 9)
+TRITON_CASES = [((1, 1, 1, 2), 1, 3), ((0, 0, 0, 7), 3, 1), ((3, 70, 130, 9), 5, 130), ((0, 0, 300, 0), 70, 65)]
+
+
+def draw_codes(num_rows: int, allocation: tuple[int, ...], seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    columns = [
+        torch.randint(-(1 << (width - 1)), 1 << (width - 1), (num_rows, count), generator=generator)
+        for count, width in zip(allocation, BIT_WIDTHS, strict=True)
+    ]
+    return torch.cat(columns, dim=1).to(torch.int8)
+
+
+def assert_product(product: Tensor, inner: Tensor, codes: Tensor) -> None:
+    expected = inner.double() @ codes.double().T
+    size = inner.double().abs() @ codes.double().abs().T
+    assert product.dtype == inner.dtype
+    assert product.shape == expected.shape
+    excess = (product.double() - expected).abs() - TOLERANCE[inner.dtype] * size
+    assert excess.numel() == 0 or excess.max() <= torch.finfo(inner.dtype).tiny
+
+
+allocations = st.tuples(*[st.integers(0, 40)] * 4).filter(any)
+
+
+@settings(max_examples=150, deadline=None)
+@given(allocations, st.integers(0, 70), st.sampled_from([0, 1, 2, 4, 5, 9]), st.sampled_from(DTYPES))
+def test_products_match_brute_force(allocation, num_rows, batch, dtype):
+    codes = draw_codes(num_rows, allocation)
+    packed = pack(codes, allocation)
+    torch.manual_seed(1)
+    inner = torch.randn(batch, codes.shape[1]).to(dtype)
+    expanded = ExpandedCodes()
+    assert_product(int8_linear(inner, codes), inner, codes)
+    assert_product(packed_linear(inner, packed, allocation), inner, codes)
+    assert_product(packed_linear(inner, packed, allocation, expanded=expanded), inner, codes)
+    rank = codes.shape[1]
+    assert expanded.num_bytes == num_rows * padded_rank(rank)
+    assert torch.equal(expanded.get(packed, allocation)[:, :rank], unpack(packed, allocation))
+    assert not expanded.get(packed, allocation)[:, rank:].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [1, 8])
+def test_many_chunks_match_brute_force(monkeypatch, dtype, batch):
+    monkeypatch.setattr(kernels_dirembed, "BUFFER_BYTES", 1)
+    codes = draw_codes(1001, ALLOCATION)
+    inner = torch.randn(batch, codes.shape[1]).to(dtype)
+    expanded = ExpandedCodes()
+    packed = pack(codes, ALLOCATION)
+    assert_product(packed_linear(inner, packed, ALLOCATION), inner, codes)
+    assert_product(packed_linear(inner, packed, ALLOCATION, expanded=expanded), inner, codes)
+
+
+@pytest.mark.parametrize("shape", [(62,), (2, 3, 62), (2, 0, 62)])
+def test_leading_dimensions_and_strides_are_kept(shape):
+    codes = draw_codes(50, ALLOCATION)
+    inner = torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2]
+    wide = torch.cat([codes, codes], dim=1)[:, :62]
+    torch.testing.assert_close(int8_linear(inner, wide), inner @ codes.float().T)
+    product = int8_linear(inner.bfloat16(), wide)
+    torch.testing.assert_close(product.float(), inner.bfloat16().float() @ codes.float().T, rtol=1e-2, atol=1.0)
+
+
+def test_the_int8_kernel_is_taken_with_padded_rows_only(monkeypatch):
+    calls = []
+    monkeypatch.setattr(kernels_dirembed, "_has_int8_kernel", lambda: True)
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda x, k, s: calls.append(k.shape) or x.float() @ k.float().T)
+    codes, inner = draw_codes(50, ALLOCATION), torch.randn(1, 62)
+    expanded = ExpandedCodes().get(pack(codes, ALLOCATION), ALLOCATION)
+    int8_linear(inner.bfloat16(), codes)
+    int8_linear(inner, expanded)
+    int8_linear(inner.bfloat16().expand(128, -1), expanded)
+    assert calls == []
+    int8_linear(inner.bfloat16(), expanded)
+    assert calls == [(50, 64)]
+
+
+def test_bad_shapes_are_refused():
+    codes = draw_codes(5, ALLOCATION)
+    packed = pack(codes, ALLOCATION)
+    inner = torch.randn(1, 62)
+    for call in (
+        lambda: int8_linear(torch.randn(1, 63), codes),
+        lambda: int8_linear(inner, codes.int()),
+        lambda: packed_linear(torch.randn(1, 61), packed, ALLOCATION),
+        lambda: packed_linear(inner, packed[:, 1:], ALLOCATION),
+        lambda: packed_linear(inner, packed.to(torch.int8), ALLOCATION),
+        lambda: ExpandedCodes().get(packed, (1, 1, 1, 1)),
+    ):
+        with pytest.raises(TableError, match="do not fit"):
+            call()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("packed_only", [True, False])
+def test_gradients_reach_inner(dtype, packed_only):
+    codes = draw_codes(300, ALLOCATION)
+    packed, expanded = pack(codes, ALLOCATION), None if packed_only else ExpandedCodes()
+    inner, upstream = torch.randn(2, 62).to(dtype), torch.randn(2, 300).to(dtype)
+    product = packed_linear(inner, packed, ALLOCATION, expanded=expanded)
+    leaf = inner.clone().requires_grad_()
+    with_grad = packed_linear(leaf, packed, ALLOCATION, expanded=expanded)
+    assert torch.equal(with_grad, product)
+    with_grad.backward(upstream)
+    assert_product(leaf.grad, upstream, codes.T)
+
+
+def test_gradients_are_right_numerically_and_twice():
+    codes = draw_codes(30, (1, 2, 3, 4))
+    inner = torch.randn(2, 10, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: int8_linear(x, codes), inner)
+    assert torch.autograd.gradgradcheck(lambda x: int8_linear(x, codes).square(), inner)
+
+
+def test_expanded_codes_follow_the_packed_ones():
+    expanded, module = ExpandedCodes(), nn.Module()
+    first, second = pack(draw_codes(40, ALLOCATION, 1), ALLOCATION), pack(draw_codes(40, ALLOCATION, 2), ALLOCATION)
+    module.weight = nn.Parameter(first, requires_grad=False)
+    codes = expanded.get(module.weight, ALLOCATION)
+    assert expanded.get(module.weight, ALLOCATION) is codes
+    assert expanded.get(module.weight.detach(), ALLOCATION) is codes
+
+    def is_current() -> bool:
+        return torch.equal(expanded.get(module.weight, ALLOCATION)[:, :62], unpack(module.weight, ALLOCATION))
+
+    module.load_state_dict({"weight": second})
+    assert is_current()
+    with torch.no_grad():
+        module.weight[3] ^= 1
+    assert is_current()
+    module.weight.data = first.clone()
+    assert is_current()
+    module.weight = nn.Parameter(second.clone(), requires_grad=False)
+    assert is_current()
+    module.weight = nn.Parameter(second[:7], requires_grad=False)
+    assert is_current()
+    module.weight = nn.Parameter(second[7:14], requires_grad=False)
+    assert is_current()
+    for seed in range(20):  # freed and made again, a tensor may come back at the same address
+        del module.weight
+        module.weight = nn.Parameter(pack(draw_codes(40, ALLOCATION, seed), ALLOCATION), requires_grad=False)
+        assert is_current()
+    module.weight.data.zero_()  # leaves the version counter as it is
+    expanded.clear()
+    assert expanded.num_bytes == 0
+    assert is_current()
+    with torch.inference_mode():
+        module.weight = nn.Parameter(first.clone(), requires_grad=False)
+        assert is_current()
+
+
+def test_copies_and_files_are_without_the_expansion():
+    module = nn.Module()
+    module.weight = nn.Parameter(pack(draw_codes(40, ALLOCATION), ALLOCATION), requires_grad=False)
+    module.expanded = ExpandedCodes()
+    empty = len(pickle.dumps(module))
+    module.expanded.get(module.weight, ALLOCATION)
+    assert len(pickle.dumps(module)) == empty
+    assert list(module.state_dict()) == ["weight"]
+    for other in (copy.deepcopy(module), copy.copy(module.expanded), pickle.loads(pickle.dumps(module))):
+        assert getattr(other, "expanded", other).num_bytes == 0
+    assert module.expanded.num_bytes == 40 * 64
+
+
+class Product(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(pack(draw_codes(40, ALLOCATION), ALLOCATION), requires_grad=False)
+        self.expanded = ExpandedCodes()
+
+    def forward(self, inner: Tensor) -> Tensor:
+        return packed_linear(inner, self.weight, ALLOCATION, expanded=self.expanded)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("strict", [False, True])
+def test_compilers_and_exporters_see_the_plain_path(strict):
+    module, inner = Product(), torch.randn(2, 3, 62)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    exported = torch.export.export(module, (inner,), strict=strict)
+    assert "int8pack" not in str(exported.graph)
+    with torch.no_grad():
+        traced = torch.jit.trace(module, (inner,), check_trace=False)
+    assert module.expanded.num_bytes == 0
+    expected = module(inner)
+    for path in (compiled, exported.module(), traced):
+        torch.testing.assert_close(path(inner), expected)
+    leaf = inner.clone().requires_grad_()
+    compiled(leaf).sum().backward()
+    other = inner.clone().requires_grad_()
+    module(other).sum().backward()
+    torch.testing.assert_close(leaf.grad, other.grad)
+
+
+def test_function_transforms_see_the_plain_path():
+    module, inner = Product(), torch.randn(5, 62)
+    expected = module(inner)
+    torch.testing.assert_close(torch.vmap(module)(inner), expected)
+    torch.testing.assert_close(torch.func.jvp(module, (inner,), (inner,))[1], expected)
+    jacobian = torch.func.jacrev(module)(inner[0])
+    torch.testing.assert_close(jacobian, unpack(module.weight, ALLOCATION).float())
+
+
+def test_an_expansion_made_for_inference_serves_training():
+    module, inner = Product(), torch.randn(2, 62, requires_grad=True)
+    with torch.inference_mode():
+        expected = module(inner)
+    product = module(inner)
+    assert torch.equal(product, expected)
+    product.sum().backward()
+
+
+def test_meta_tensors_have_a_product():
+    packed = torch.empty(40, 24, dtype=torch.uint8, device="meta")
+    inner = torch.empty(2, 62, device="meta")
+    expanded = ExpandedCodes()
+    assert packed_linear(inner, packed[:, :23], ALLOCATION, expanded=expanded).shape == (2, 40)
+
+
+def check_triton(device: str) -> None:
+    """Also run by a process that interprets Triton, which must be told before it is imported."""
+    for allocation, batch, num_rows in TRITON_CASES:
+        codes = draw_codes(num_rows, allocation)
+        packed = pack(codes, allocation)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            if device == "cpu" and dtype == torch.bfloat16:
+                continue  # the interpreter's dot product takes its bits for integers
+            inner = torch.randn(batch, codes.shape[1]).to(dtype)
+            product = triton_linear(inner.to(device), packed.to(device), allocation)
+            assert_product(product.cpu(), inner, codes)
+
+
+def test_triton_kernel_under_its_interpreter():
+    pytest.importorskip("triton")
+    program = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\nfrom test_kernels import check_triton\n"
+    run = [sys.executable, "-c", program + "check_triton('cpu')"]
+    subprocess.run(run, check=True, env={**os.environ, "TRITON_INTERPRET": "1"}, timeout=600)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_triton_kernel_on_a_gpu():
+    pytest.importorskip("triton")
+    check_triton("cuda")
+    codes = draw_codes(5000, ALLOCATION)
+    packed = pack(codes, ALLOCATION).cuda()
+    assert triton_works(packed.device)
+    for batch in (1, 128, 200):
+        inner = torch.randn(batch, 62)
+        leaf = inner.cuda().requires_grad_()
+        product = packed_linear(leaf, packed, ALLOCATION)
+        assert_product(product.detach().cpu(), inner, codes)
+        product.sum().backward()
+        assert_product(leaf.grad.cpu(), torch.ones(batch, 5000), codes.T)
+
+
+def test_without_triton_codes_are_unpacked(monkeypatch):
+    monkeypatch.setattr(triton_dirembed, "triton", None)
+    triton_works.cache_clear()
+    assert not triton_works(torch.device("cpu"))
+
+
+NUM_ROWS, DIM, NUM_REFINED = 160, 32, 37
+SPEC = CompressionSpec(
+    method="transform",
+    rank=25,
+    codes="packed",
+    decoder="float16",
+    bias=True,
+    bit_allocation=(1, 3, 10, 11),
+    refinement=Refinement(rows=NUM_REFINED, rank=13, bit_allocation=(0, 0, 3, 10)),
+)
+
+
+def draw_tensors(seed: int = 0) -> dict[str, Tensor]:
+    """Codes and a decoder of `SPEC`, of a table whose rows have a mean."""
+    torch.manual_seed(seed)
+    return {
+        "weight": pack(draw_codes(NUM_ROWS, SPEC.bit_allocation, seed), SPEC.bit_allocation),
+        "decoder_weight": torch.randn(SPEC.decoder_rows, DIM).half(),
+        "decoder_bias_weight": torch.randn(DIM),
+        "refinement_weight": pack(
+            draw_codes(NUM_REFINED, SPEC.refinement.bit_allocation, seed + 1), SPEC.refinement.bit_allocation
+        ),
+        "refined_rows_weight": torch.randperm(NUM_ROWS)[:NUM_REFINED].sort().values.int(),
+    }
+
+
+def fill(module: CompressedMatrix) -> CompressedMatrix:
+    module.load_state_dict(draw_tensors(), strict=False)
+    return module
+
+
+def make_head(dtype: torch.dtype = torch.float32) -> CompressedLMHead:
+    bias = nn.Parameter(torch.randn(NUM_ROWS).to(dtype))
+    return fill(CompressedLMHead(DIM, NUM_ROWS, SPEC, bias=bias, dtype=dtype))
+
+
+def make_embedding(dtype: torch.dtype = torch.float32) -> CompressedEmbedding:
+    return fill(CompressedEmbedding(NUM_ROWS, DIM, SPEC, dtype=dtype))
+
+
+def brute_force_rows(module: CompressedMatrix) -> tuple[Tensor, Tensor]:
+    """The dense rows of a module in float64, one latent vector after the other, and how large their terms are."""
+    decoder, bias = module.decoder_weight.double(), module.decoder_bias_weight.double()
+    latents = torch.zeros(NUM_ROWS, SPEC.decoder_rows, dtype=torch.float64)
+    latents[:, : SPEC.rank] = unpack(module.weight, SPEC.bit_allocation).double() + 0.5
+    further = unpack(module.refinement_weight, SPEC.refinement.bit_allocation).double() + 0.5
+    for slot, row in enumerate(module.refined_rows_weight.tolist()):
+        latents[row, SPEC.rank :] = further[slot]
+    return latents @ decoder + bias, latents.abs() @ decoder.abs() + bias.abs()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 0), (2, 9), (150,)])
+def test_a_packed_head_and_embedding_match_brute_force(dtype, shape):
+    head, embedding = make_head(dtype), make_embedding(dtype)
+    hidden = torch.randn(*shape, DIM).to(dtype)
+    rows, sizes = brute_force_rows(head)
+    ids = torch.randint(0, NUM_ROWS, shape)
+    for found, expected, size in (
+        (head(hidden), hidden.double() @ rows.T + head.bias.double(), hidden.double().abs() @ sizes.T),
+        (embedding(ids), rows[ids], sizes[ids]),
+    ):
+        assert found.dtype == dtype
+        assert found.shape == expected.shape
+        assert ((found.double() - expected).abs() <= TOLERANCE[dtype] * size).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 7, 150])
+def test_logits_depend_on_codes_and_states_alone(dtype, batch):
+    """Not on the cache, on gradients, or on where a file's memory map placed the codes."""
+    head, hidden = make_head(dtype), torch.randn(batch, DIM).to(dtype)
+    first, second = head(hidden), head(hidden)
+    assert head.expanded_bytes == NUM_ROWS * padded_rank(SPEC.rank) + NUM_REFINED * padded_rank(SPEC.refinement.rank)
+    with torch.inference_mode():
+        inferred = head(hidden)
+    tensors = {}
+    for name, tensor in head.state_dict().items():
+        memory = torch.empty(tensor.nbytes + 2 * CACHE_LINE, dtype=torch.uint8)
+        start = -memory.data_ptr() % CACHE_LINE + 8  # what safetensors aligns to
+        tensors[name] = memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    mapped = make_head(dtype)
+    mapped.load_state_dict(tensors, assign=True)
+    mapped.align()
+    for other in (second, inferred, copy.deepcopy(head)(hidden), mapped(hidden), head.requires_grad_(False)(hidden)):
+        assert torch.equal(other, first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_reloaded_model_gives_the_same_logits(dtype, tmp_path):
+    family = FAMILIES["llama-tied"]
+    model = convert(family.make("AutoModelForCausalLM").to(dtype), SPEC, draw_tensors())
+    assert isinstance(model.lm_head, CompressedLMHead)
+    with torch.no_grad():
+        expected = model(**family.inputs()).logits
+        model.save_pretrained(tmp_path)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
+        assert torch.equal(again(**family.inputs()).logits, expected)
+        assert again.lm_head.expanded_bytes == model.lm_head.expanded_bytes > 0
+        hidden = torch.randn(3, DIM).to(dtype)
+        before = again.lm_head(hidden)
+        again.resize_token_embeddings(90)
+        torch.testing.assert_close(again.lm_head(hidden), before[..., :90])
+
+
+def test_copies_of_a_head_and_moves_free_the_expansion():
+    head, hidden = make_head(), torch.randn(2, DIM)
+    empty, expected = len(pickle.dumps(head)), head(hidden)
+    assert len(pickle.dumps(head)) == empty
+    assert set(head.state_dict()) == {*draw_tensors(), "bias"}
+    for other in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
+        assert other.expanded_bytes == 0
+        assert torch.equal(other(hidden), expected)
+        other.load_state_dict(draw_tensors(seed=3), strict=False)
+        assert not torch.allclose(other(hidden), expected)
+    assert torch.equal(head(hidden), expected)
+    assert head.expanded_bytes > 0
+    nn.Sequential(head).double()
+    assert head.expanded_bytes == 0
+    torch.testing.assert_close(head(hidden.double()).float(), expected)
+    head.reset_parameters()
+    assert not torch.allclose(head(hidden.double()).float(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_packed_head_trains(dtype):
+    head, hidden = make_head(dtype), torch.randn(3, DIM).to(dtype).requires_grad_()
+    upstream = torch.randn(3, NUM_ROWS).to(dtype)
+    head(hidden).backward(upstream)
+    rows, sizes = brute_force_rows(head)
+    excess = (hidden.grad.double() - upstream.double() @ rows).abs()
+    assert (excess <= TOLERANCE[dtype] * (upstream.double().abs() @ sizes)).all()
+    assert all(parameter.grad is not None for parameter in head.parameters() if parameter.is_floating_point())
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("make", [make_head, make_embedding])
+def test_packed_modules_compile_and_export(make, dtype):
+    module = make(dtype)
+    arguments = (torch.randn(2, 50, DIM).to(dtype) if make is make_head else torch.randint(0, NUM_ROWS, (2, 50)),)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")(*arguments)
+    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    exported = torch.export.export(module, arguments, dynamic_shapes=(axes,)).module()
+    traced = torch.jit.trace(module, arguments, check_trace=False)
+    assert getattr(module, "expanded_bytes", 0) == 0
+    expected = module(*arguments)
+    _, sizes = brute_force_rows(module)
+    size = arguments[0].double().abs() @ sizes.T if make is make_head else sizes[arguments[0]]
+    for found in (compiled, exported(*arguments), traced(*arguments)):
+        assert found.dtype == dtype
+        assert ((found - expected).double().abs() <= TOLERANCE[dtype] * size).all()
+    shorter = (arguments[0][:1, :7],)
+    torch.testing.assert_close(exported(*shorter), module(*shorter), rtol=0, atol=TOLERANCE[dtype] * size.max().item())
+
+
+@torch.no_grad()
+def test_a_packed_head_under_autocast():
+    head, hidden = make_head(), torch.randn(2, DIM)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = head(hidden)
+    assert logits.dtype == torch.bfloat16
+    rows, sizes = brute_force_rows(head)
+    excess = (logits.double() - hidden.double() @ rows.T - head.bias.double()).abs()
+    assert (excess <= TOLERANCE[torch.bfloat16] * (hidden.double().abs() @ sizes.T)).all()

@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig
 
-from .compression import AutoencoderSettings, compress, expand
+from .compression import AutoencoderSettings, Statistics, TransformSettings, calibrate, compress, expand
 from .configuration_dirembed import (
     MODEL_TYPE,
     BudgetError,
@@ -30,7 +30,10 @@ __all__ = [
     "DirEmbedError",
     "ModelError",
     "SpecError",
+    "Statistics",
     "TableError",
+    "TransformSettings",
+    "calibrate",
     "compress",
     "expand",
 ]

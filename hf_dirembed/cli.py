@@ -18,7 +18,7 @@ from .checkpoint import (
     inspect_checkpoint,
     upload_checkpoint,
 )
-from .compression import METHODS, AutoencoderSettings
+from .compression.compress import METHODS, SETTINGS
 from .configuration_dirembed import DirEmbedError
 from .demo import PAIRS, SENTENCES, DemoResult, run_demo
 
@@ -55,11 +55,14 @@ def main() -> None:
 @main.command()
 @click.argument("src")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--method", default="direction", show_default=True, help=f"One of {', '.join(METHODS)}.")
+@click.option("--method", default="transform", show_default=True, help=f"One of {', '.join(METHODS)}.")
 @budget_options
 @click.option("--codes", help="Dtype of float latents: float32, float16 or bfloat16.  [default: the table's]")
 @click.option("--languages", help="Languages of the text that the model is for, like en,de.  [default: the card's]")
-@click.option("--seed", type=int, help="Seed of the autoencoder.  [default: 0]")
+@click.option(
+    "--calibrate", metavar="TEXT", help="Text file of mixed domains, or 'self' for text that the model generates."
+)
+@click.option("--seed", type=int, help="Seed of transform and autoencoder.  [default: 0]")
 @click.option("--device", help="Where to fit.  [default: a GPU where there is one]")
 @click.option("--push-to-hub", metavar="REPO", help="Also upload OUT to this Hub repo.")
 @click.option("--private", is_flag=True, help="Make that Hub repo private.")
@@ -68,7 +71,9 @@ def compress(
     src: str,
     out: Path,
     languages: str | None,
+    calibrate: str | None,
     seed: int | None,
+    method: str,
     push_to_hub: str | None,
     private: bool,
     as_json: bool,
@@ -79,7 +84,9 @@ def compress(
         src,
         out,
         languages=tuple(languages.split(",")) if languages else None,
-        settings=None if seed is None else AutoencoderSettings(seed=seed),
+        method=method,
+        calibration=calibrate,
+        settings=SETTINGS[method](seed=seed) if seed is not None and method in SETTINGS else None,
         **options,
     )
     _print_summary(summary, as_json)
@@ -106,12 +113,12 @@ def expand(folder: str, out: Path) -> None:
 
 @main.command()
 @click.option("--out", type=click.Path(path_type=Path), help="Keep the compressed model in this folder.")
-@click.option("--method", default="direction", show_default=True, help=f"One of {', '.join(METHODS)}.")
+@click.option("--method", default="transform", show_default=True, help=f"One of {', '.join(METHODS)}.")
 @budget_options
 def demo(out: Path | None, **options: Any) -> None:
     """Compress the real all-MiniLM-L6-v2 that a package ships, reload it, and show what changed."""
     if all(options[name] is None for name in ("bits", "ratio", "rank")):
-        options["bits"] = 4.0
+        options["bits"] = 2.0
     with tempfile.TemporaryDirectory() as folder:
         result = run_demo(out or Path(folder) / "all-MiniLM-L6-v2-dirembed", **options)
     _print_demo(result)

@@ -67,8 +67,8 @@ def test_compress_inspect_expand(dense: Path, tmp_path: Path) -> None:
     names = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
     assert names == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "1_Pooling/config.json",
-        "configuration_dirembed.py", "embedding_dirembed.py", "modeling_dirembed.py",
-        "packing_dirembed.py",
+        "configuration_dirembed.py", "embedding_dirembed.py", "kernels_dirembed.py", "modeling_dirembed.py",
+        "packing_dirembed.py", "triton_dirembed.py",
     }  # fmt: skip
 
     assert run("expand", out, stock).exit_code == 0
@@ -126,14 +126,16 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_checkpoints_are_refused(name: str, tmp_path: Path) -> None:
     spoil, error = BROKEN[name]
-    hf_dirembed.compress(FAMILIES["bert"].make("AutoModelForMaskedLM"), rank=5).save_pretrained(tmp_path)
+    hf_dirembed.compress(FAMILIES["bert"].make("AutoModelForMaskedLM"), method="direction", rank=5).save_pretrained(
+        tmp_path
+    )
     spoil(tmp_path)
     with pytest.raises(error):
         AutoModelForMaskedLM.from_pretrained(tmp_path)
 
 
 def test_other_formats_are_refused(tmp_path: Path) -> None:
-    hf_dirembed.compress(FAMILIES["bert"].make("AutoModel"), rank=5).save_pretrained(tmp_path)
+    hf_dirembed.compress(FAMILIES["bert"].make("AutoModel"), method="direction", rank=5).save_pretrained(tmp_path)
     with pytest.raises(hf_dirembed.CheckpointError, match="safetensors"):
         transformers.AutoModel.from_pretrained(tmp_path, use_safetensors=False)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
@@ -194,7 +196,7 @@ def test_an_interrupt_leaves_nothing(dense: Path, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(transformers.BertForMaskedLM, "save_pretrained", interrupt)
     before = sorted(tmp_path.rglob("*"))
-    done = run("compress", dense, tmp_path / "out", "--rank", 4)
+    done = run("compress", dense, tmp_path / "out", "--method", "svd", "--rank", 4)
     assert done.exit_code == 1
     assert "Aborted" in done.stderr
     assert sorted(tmp_path.rglob("*")) == before

@@ -20,6 +20,7 @@ from hf_dirembed.modeling_dirembed import tied_modules
 
 
 METHODS = {
+    "transform": {"bits": 7},
     "svd": {"rank": 5},
     "direction": {"ratio": 2.5, "codes": "float16"},
     "autoencoder": {"rank": 6, "codes": "bfloat16", "settings": AutoencoderSettings(epochs=1, batch_size=64)},

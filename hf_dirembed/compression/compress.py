@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -12,29 +13,37 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..configuration_dirembed import FLOAT_CODES, BudgetError, CompressionSpec, ModelError, TableError
 from ..embedding_dirembed import CompressedEmbedding
-from ..modeling_dirembed import convert, embedding_of, restore
+from ..modeling_dirembed import convert, embedding_of, restore, tied_modules
 from .autoencoder import AutoencoderSettings, train_autoencoder
 from .budget import Budget, TableSize
+from .calibration import calibrate
+from .calibration_text import Texts, self_generated_texts
 from .coded import CodedTable
-from .factorization import Factorization
+from .statistics import CalibrationError, Statistics, usage
+from .statistics import metric as metric_of
 from .subspace import direction, mean_cosine, svd
 from .table import Table
+from .transform import TransformSettings, transform
 from .weights import token_weights
 
 
-METHODS = ("direction", "autoencoder", "svd")
+METHODS = ("transform", "direction", "autoencoder", "svd")
+SETTINGS = {"transform": TransformSettings, "autoencoder": AutoencoderSettings}
+
+Settings = TransformSettings | AutoencoderSettings
 
 
 def compress_table(
     rows: Tensor,
     *,
-    method: str = "direction",
+    method: str = "transform",
     bits: float | None = None,
     ratio: float | None = None,
     rank: int | None = None,
     codes: str | None = None,
     weights: Tensor | None = None,
-    settings: AutoencoderSettings | None = None,
+    metric: Tensor | None = None,
+    settings: Settings | None = None,
     device: torch.device | str | None = None,
 ) -> CodedTable:
     """Compresses a table of any torch model: [`compress`] without the model.
@@ -44,10 +53,11 @@ def compress_table(
         method: One of `METHODS`.
         bits: Budget in bits per weight, all tensors that replace the table counted.
         ratio: Budget as the table's bytes over the bytes that replace it.
-        rank: Budget as the number of latents. Exactly one of the three is given.
-        codes: Dtype of the latents, `float32`, `float16` or `bfloat16`; by default the table's.
-        weights: (V,) non-negative: how much each row counts, for `direction`. Uniform by default.
-        settings: How `autoencoder` trains; by default as in the paper, with larger batches.
+        rank: Budget as the number of latents, for the methods with float latents. Exactly one of the three is given.
+        codes: Dtype of float latents, `float32`, `float16` or `bfloat16`; by default the table's.
+        weights: (V,) non-negative: how much each row counts, for `transform` and `direction`. Uniform by default.
+        metric: (d, d) what errors are measured in, for `transform`; the identity by default.
+        settings: How `transform` or `autoencoder` fit; by default as their classes say.
         device: Where to fit; by default a GPU where there is one.
 
     Raises:
@@ -57,65 +67,98 @@ def compress_table(
     Example:
         >>> coded = compress_table(torch.randn(500, 32), method="svd", ratio=4)
         >>> coded.spec.rank, {name: tuple(tensor.shape) for name, tensor in coded.tensors.items()}
-        (7, {'weight': (500, 7), 'decoder_weight': (7, 32)})
+        (7, {'decoder_weight': (7, 32), 'weight': (500, 7)})
     """
-    if method not in METHODS:
-        raise BudgetError(f"method {method!r} is unknown: choose one of {', '.join(METHODS)}")
-    if settings is not None and method != "autoencoder":
-        raise BudgetError(f"method {method!r} takes no settings: leave out {settings!r}")
+    _check_options(method, settings, metric)
     if not rows.is_floating_point():
         raise TableError(f"the embedding table is of dtype {rows.dtype}: load the model unquantised")
-    table = Table(rows, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    table = Table(rows, device=device)
     size = TableSize(table.num_rows, table.dim, rows.element_size())
     budget = Budget(bits, ratio, rank)
-    codes = codes or str(rows.dtype).removeprefix("torch.")
-    if codes not in FLOAT_CODES:
-        raise BudgetError(f"codes {codes!r} are no dtype of latents: choose one of {', '.join(FLOAT_CODES)}")
-
-    code_dtype = getattr(torch, codes)
-    rank = budget.float_rank(
-        size, code_itemsize=code_dtype.itemsize, decoder_itemsize=rows.element_size(), bias=method != "svd"
-    )
+    if method == "transform":
+        coded = _transform(table, size, budget, rows.dtype, codes, weights, metric, settings)
+    else:
+        coded = _factorize(table, size, budget, rows.dtype, codes, method, weights, settings)
     made_with: dict[str, Any] = {"budget": str(budget), "token_weights": weights is not None}
-    if method == "autoencoder":
-        settings = settings or AutoencoderSettings()
-        made_with["autoencoder"] = asdict(settings)
-    factorization = _factorize(table, method, rank, weights, settings)
-    spec = CompressionSpec(
-        method=method,
-        rank=rank,
-        codes=codes,
-        decoder=str(rows.dtype).removeprefix("torch."),
-        bias=factorization.bias is not None,
-        settings={**made_with, "versions": {name: version(name) for name in ("hf_dirembed", "torch")}},
-    )
-    tensors = {
-        "weight": factorization.latents.to(code_dtype),
-        "decoder_weight": factorization.decoder.to(rows.dtype),
-    }
-    if factorization.bias is not None:
-        tensors["decoder_bias_weight"] = factorization.bias.to(rows.dtype)
-    coded = CodedTable(spec, tensors, rows.dtype)
+    if method == "transform":
+        made_with["metric"] = metric is not None
+    if method in SETTINGS:
+        made_with[method] = asdict(settings or SETTINGS[method]())
+    made_with["versions"] = {name: version(name) for name in ("hf_dirembed", "torch")}
     figures = {"dense_bytes": size.dense_bytes, "mean_cosine": round(mean_cosine(table, coded), 6)}
-    return replace(coded, spec=replace(spec, figures=figures))
+    if weights is not None:
+        figures["token_cosine"] = round(mean_cosine(table, coded, weights), 6)
+    return replace(coded, spec=replace(coded.spec, settings=made_with, figures=figures))
+
+
+def _check_options(method: str, settings: Settings | None, metric: Tensor | None) -> None:
+    if method not in METHODS:
+        raise BudgetError(f"method {method!r} is unknown: choose one of {', '.join(METHODS)}")
+    if settings is not None and type(settings) is not SETTINGS.get(method):
+        raise BudgetError(f"method {method!r} does not take {type(settings).__name__}: leave the settings out")
+    if metric is not None and method != "transform":
+        raise BudgetError(f"method {method!r} takes no metric: leave it out, or choose transform")
+
+
+def _transform(
+    table: Table,
+    size: TableSize,
+    budget: Budget,
+    dtype: torch.dtype,
+    codes: str | None,
+    weights: Tensor | None,
+    metric: Tensor | None,
+    settings: Settings | None,
+) -> CodedTable:
+    max_bytes = budget.max_bytes(size)
+    if max_bytes is None:
+        raise BudgetError(f"{budget} goes with methods of float latents: give transform bits or a ratio")
+    if codes is not None:
+        raise BudgetError(f"codes={codes!r} goes with methods of float latents: transform packs its own")
+    assert not isinstance(settings, AutoencoderSettings)
+    return transform(table, max_bytes, dtype=dtype, weights=weights, metric=metric, settings=settings)
 
 
 def _factorize(
-    table: Table, method: str, rank: int, weights: Tensor | None, settings: AutoencoderSettings | None
-) -> Factorization:
+    table: Table,
+    size: TableSize,
+    budget: Budget,
+    dtype: torch.dtype,
+    codes: str | None,
+    method: str,
+    weights: Tensor | None,
+    settings: Settings | None,
+) -> CodedTable:
+    decoder = str(dtype).removeprefix("torch.")
+    codes = codes or decoder
+    if codes not in FLOAT_CODES or decoder not in FLOAT_CODES:
+        raise BudgetError(f"codes {codes!r} are no dtype of latents: choose one of {', '.join(FLOAT_CODES)}")
+    code_dtype = getattr(torch, codes)
+    rank = budget.float_rank(
+        size, code_itemsize=code_dtype.itemsize, decoder_itemsize=dtype.itemsize, bias=method != "svd"
+    )
     if method == "svd":
-        return svd(table, rank)
-    if method == "direction":
-        return direction(table, rank, weights)
-    return train_autoencoder(table, rank, settings)
+        found = svd(table, rank)
+    elif method == "direction":
+        found = direction(table, rank, weights)
+    else:
+        assert not isinstance(settings, TransformSettings)
+        found = train_autoencoder(table, rank, settings)
+    tensors = {"decoder_weight": found.decoder.to(dtype), "weight": found.latents.to(code_dtype)}
+    if found.bias is not None:
+        tensors["decoder_bias_weight"] = found.bias.to(dtype)
+    spec = CompressionSpec(method=method, rank=rank, codes=codes, decoder=decoder, bias=found.bias is not None)
+    return CodedTable(spec, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, dtype)
 
 
 def compress(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    method: str = "direction",
-    languages: tuple[str, ...] | None = None,
+    method: str = "transform",
+    languages: str | Sequence[str] | None = None,
+    calibration: Texts | Statistics | None = None,
     weights: Tensor | None = None,
     **options: Any,
 ) -> PreTrainedModel:
@@ -123,19 +166,24 @@ def compress(
 
     Args:
         model: Any transformers model whose input embedding is an `nn.Embedding`. An untied head stays dense.
-        tokenizer: Tells which tokens are frequent, which is what `direction` weighs them by.
-        method: `svd`, the paper's baseline; `autoencoder`, the paper's method; or `direction`, the same in closed
-            form.
-        languages: ISO codes of the text that the model is for, like `("en", "de")`, for the token weights.
-        weights: (V,) token weights, instead of those that the tokenizer gives.
+        tokenizer: Tells which tokens are frequent. Without it, and without weights, all rows count alike.
+        method: `transform`, packed integer latents, the smallest for the quality; `direction`, the subspace that
+            keeps directions best, float latents; `autoencoder`, the paper's; `svd`, its baseline.
+        languages: Tags of the text that the model is for, like `("en", "de")`, for the token weights; by default
+            those that the tokenizer was made for.
+        calibration: What a causal or masked language model needs to lose little: text (a file's path, strings or a
+            `datasets` dataset), the statistics that [`calibrate`] made of some, or `"self"` for text that a causal
+            model generates itself.
+        weights: (V,) token weights, instead of those that tokenizer, languages and calibration give.
         **options: Those of [`compress_table`]: exactly one of `bits`, `ratio` and `rank`; `codes`, `settings`,
-            `device`.
+            `metric`, `device`.
 
     Returns:
         The model it was given.
 
     Raises:
         BudgetError: If the method is unknown, or the budget or a setting cannot be met.
+        CalibrationError: If there is nothing to calibrate with, or the model cannot be calibrated.
         ModelError: If the model has no token embedding that can be compressed, or is compressed already.
         TableError: If the table holds NaNs or infinities, or is quantised.
 
@@ -149,10 +197,59 @@ def compress(
     embedding = embedding_of(model)
     if isinstance(embedding, CompressedEmbedding):
         raise ModelError(f"the model is compressed already (method {embedding.spec.method!r}): expand it first")
-    if weights is None and tokenizer is not None and method != "svd":
+    _check_options(method, options.get("settings"), options.get("metric"))
+    Budget(*(options.get(name) for name in ("bits", "ratio", "rank")))  # refused before any text is read
+    weighs = method in ("transform", "direction")
+    if calibration is not None:
+        if not weighs:
+            raise BudgetError(f"method {method!r} takes no calibration: leave it out, or choose transform")
+        used = Calibration.of(model, tokenizer, calibration, languages)
+        weights = used.weights if weights is None else weights
+        if method == "transform" and options.get("metric") is None:
+            options["metric"] = used.metric
+    elif weights is None and tokenizer is not None and weighs:
         weights = token_weights(tokenizer, embedding.num_embeddings, languages=languages)
     coded = compress_table(embedding.weight.data, method=method, weights=weights, **options)
     return convert(model, coded.spec, coded.tensors)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What calibration says about a table.
+
+    Attributes:
+        weights: (V,) token weights.
+        metric: (d, d) what errors are measured in; None for a model without a language-model head, whose sentence
+            embeddings it was measured not to help.
+    """
+
+    weights: Tensor
+    metric: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        source: Texts | Statistics,
+        languages: str | Sequence[str] | None,
+    ) -> Calibration:
+        """Reads text, or statistics made of it.
+
+        Raises:
+            CalibrationError: If there is no tokenizer, or the model cannot be calibrated.
+        """
+        if tokenizer is None:
+            raise CalibrationError("calibration needs the model's tokenizer: pass it as the second argument")
+        if isinstance(source, str) and source == "self":
+            source = self_generated_texts(model, tokenizer, languages=languages)
+        statistics = source if isinstance(source, Statistics) else calibrate(model, tokenizer, source)
+        num_rows = embedding_of(model).num_embeddings
+        head = model.get_output_embeddings()
+        tied = any(model.get_submodule(name) is head for name in tied_modules(model))
+        counts = usage(statistics, tied=tied)
+        weights = token_weights(tokenizer, num_rows, languages=languages, counts=counts)
+        return cls(weights, None if head is None else metric_of(statistics, use_head=tied))
 
 
 def expand(model: PreTrainedModel) -> PreTrainedModel:

@@ -58,6 +58,11 @@ class Table:
         self.chunk_rows = chunk_rows or max(1, CHUNK_ELEMENTS // self.dim)
         self.factor = None if factor is None else factor.to(device=self.device, dtype=torch.float32)
 
+    @property
+    def num_chunks(self) -> int:
+        """How many chunks the rows are read in."""
+        return -(-self.num_rows // self.chunk_rows)
+
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yields `(rows, chunk)`: a slice of row numbers and those rows, (n, dim) float32 on `device`.
 

@@ -1,0 +1,95 @@
+"""How a budget is spent: bytes for every row, further bytes for some rows, and the decoder's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..configuration_dirembed import BudgetError
+from .quantisation import Allocation, BitAllocator
+
+
+DECODER_ITEMSIZE = 2  # float16
+ROW_NUMBER_ITEMSIZE = 4  # int32
+# The first layer's share of the bytes that a row could have, and the second's bytes relative to the first's.
+# No split and one split: what the quantisers promise is good enough to choose between these, not to tune the split.
+_BASE_SHARES = (1.0, 0.6)
+_REFINEMENT_SHARES = (0.25, 1.0)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The bytes of the two layers.
+
+    Attributes:
+        base: The bits of every row.
+        refinement_bytes: Of each refined row; 0 for no second layer.
+    """
+
+    base: Allocation
+    refinement_bytes: int
+
+
+def affordable_rows(left: int, refinement_bytes: int, refinement_rank: int, dim: int) -> int:
+    """How many rows can be refined with `left` bytes, of which the second layer's decoder takes its part."""
+    return max(0, left - refinement_rank * dim * DECODER_ITEMSIZE) // (refinement_bytes + ROW_NUMBER_ITEMSIZE)
+
+
+def left_for_refinement(plan: LayerPlan, num_rows: int, dim: int, room: int) -> int:
+    """The bytes that the first layer leaves, its decoder counted."""
+    return room - num_rows * plan.base.num_bytes - plan.base.rank * dim * DECODER_ITEMSIZE
+
+
+def plan_layers(allocator: BitAllocator, shares: Tensor, dim: int, room: int) -> LayerPlan:
+    """Splits the bytes between the two layers, to the least error that the quantisers promise.
+
+    The error of a refined row is taken for that of a row with the bytes of both layers in one. Where all rows count
+    alike, one layer is best; the more uneven the weights are, the more bytes go to the second.
+
+    Args:
+        allocator: Of the latents of all rows.
+        shares: (num_rows,) each row's share of the error, descending.
+        dim: d.
+        room: The most bytes for codes and decoder.
+
+    Raises:
+        BudgetError: If not even one byte a row and its decoder fit.
+    """
+    num_rows = len(shares)
+    covered = torch.cat([shares.new_zeros(1), shares.cumsum(dim=0)]).tolist()
+    best, least_error = None, float("inf")
+    for base_share in _BASE_SHARES:
+        base = _first_layer(allocator, num_rows, dim, room, base_share)
+        if base is None:
+            continue
+        if base.error < least_error:
+            best, least_error = LayerPlan(base, 0), base.error
+        left = left_for_refinement(LayerPlan(base, 0), num_rows, dim, room)
+        for share in _REFINEMENT_SHARES:
+            further = max(1, int(share * base.num_bytes))
+            refined = allocator.allocate(base.num_bytes + further, dim)
+            rank = min(dim, base.rank * further // base.num_bytes)  # of what the first layer leaves, roughly
+            rows = affordable_rows(left, further, rank, dim)
+            if refined is not None and 0 < rows <= num_rows:
+                error = base.error * (1 - covered[rows]) + refined.error * covered[rows]
+                if error < least_error:
+                    best, least_error = LayerPlan(base, further), error
+    if best is None:
+        least = num_rows + dim * DECODER_ITEMSIZE  # one byte a row, spent on its strongest latent
+        raise BudgetError(
+            f"{room} bytes do not hold the codes of a {num_rows} x {dim} table and their decoder: "
+            f"ask for at least bits={8.2 * least / (num_rows * dim):.3g}"
+        )
+    return best
+
+
+def _first_layer(allocator: BitAllocator, num_rows: int, dim: int, room: int, base_share: float) -> Allocation | None:
+    """The most bytes within a share of those that a row could have whose decoder fits too."""
+    for num_bytes in range(int(base_share * room / num_rows), 0, -1):
+        decoder_rows = (room - num_rows * num_bytes) // (dim * DECODER_ITEMSIZE)
+        base = allocator.allocate(num_bytes, min(dim, decoder_rows)) if num_bytes != dim else None
+        if base is not None:
+            return base
+    return None

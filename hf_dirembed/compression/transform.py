@@ -1,0 +1,186 @@
+"""Transform coding: a subspace's latents in few bits each, and a decoder refitted to what the bits can say.
+
+Every row gets the same bits of the leading latents; what is left of the rows of frequent tokens gets a second layer
+(successive refinement). Codes and decoder are then fitted to each other in turn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..configuration_dirembed import PACKED_CODES, BudgetError, CompressionSpec, Refinement
+from .codec import Codec
+from .coded import CodedTable
+from .importance import Importance, Sample
+from .layers import affordable_rows, left_for_refinement, plan_layers
+from .quantisation import BitAllocator, ScalarQuantisers
+from .subspace import eigenbasis, second_moment
+from .table import Table
+
+
+TEMPERING, METRIC_TEMPERING = 0.7, 0.5  # of the token weights
+_QUANTISER_SAMPLE = 8192  # rows that step sizes are searched on
+
+
+@dataclass(frozen=True)
+class TransformSettings:
+    """How `transform` fits.
+
+    Attributes:
+        tempering: The exponent of the token weights; by default 0.7, or 0.5 with a metric. Below 1 it trusts them
+            less: rare tokens matter more than a word list says, in text that the list was not made from, and more
+            still where a head has to tell them from all others.
+        sample_rows: Rows that codes and decoder are first fitted to each other on.
+        rounds: The most rounds of that.
+        seed: Of the sample.
+
+    Raises:
+        BudgetError: If a setting is out of its range.
+    """
+
+    tempering: float | None = None
+    sample_rows: int = 12_000
+    rounds: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.tempering is not None and not 0 <= self.tempering <= 4:
+            raise BudgetError(f"transform setting tempering={self.tempering!r}: give a number from 0 to 4")
+        for name, least in (("sample_rows", 1), ("rounds", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise BudgetError(f"transform setting {name}={value!r}: give an integer of at least {least}")
+
+
+def transform(
+    table: Table,
+    max_bytes: int,
+    *,
+    dtype: torch.dtype,
+    weights: Tensor | None = None,
+    metric: Tensor | None = None,
+    settings: TransformSettings | None = None,
+) -> CodedTable:
+    """Codes a table within a number of bytes.
+
+    Without a metric it minimises Σ wᵢ^τ ‖xᵢ - x̂ᵢ‖² / ‖xᵢ‖²: the error relative to a row's length, which to first
+    order is twice its cosine distance. With a metric M it minimises Σ wᵢ^τ (xᵢ - x̂ᵢ) M (xᵢ - x̂ᵢ)ᵀ: what the metric
+    measures, the rise of a language model's loss, is absolute already.
+
+    Args:
+        table: The (num_rows, dim) table.
+        max_bytes: The most bytes for all tensors that replace it. A second layer fills them to within one row of it.
+        dtype: Of the table, and so of the decoder's bias.
+        weights: w, (num_rows,) non-negative; uniform by default.
+        metric: M, (dim, dim) symmetric positive definite; the identity by default.
+        settings: By default those of `TransformSettings`.
+
+    Raises:
+        BudgetError: If the bytes do not hold any code of the table, or weights or metric are malformed.
+        TableError: If the table holds a NaN or an infinity.
+
+    Source: transform coding with bits by reverse water-filling (Cover & Thomas, Elements of Information Theory,
+    ch. 10); refitting and requantising in turn are the two steps of Lloyd's algorithm.
+
+    Example:
+        >>> rows = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0)) * torch.linspace(1, 0.01, 64)
+        >>> coded = transform(Table(rows), max_bytes=2000 * 16, dtype=rows.dtype)
+        >>> sum(tensor.nbytes for tensor in coded.tensors.values()) <= 2000 * 16
+        True
+    """
+    settings = settings or TransformSettings()
+    factor = None if metric is None else _factor(metric, table.dim)
+    rows = table if factor is None else table.in_metric(factor)
+    tempering = settings.tempering
+    if tempering is None:
+        tempering = TEMPERING if metric is None else METRIC_TEMPERING
+    importance = Importance.of(rows, weights, tempering, relative=metric is None)
+    sample = Sample.draw(rows, importance, settings.sample_rows, settings.seed)
+    codec, refined = _plan(rows, importance, sample, max_bytes - table.dim * dtype.itemsize)
+    codec.train(sample, refined[sample.numbers], settings.rounds)
+    tensors = codec.encode_table(rows, importance.omega, refined)
+
+    decoder, bias = codec.decoder, codec.bias
+    if factor is not None:
+        inverse = torch.linalg.inv(factor).to(decoder)
+        decoder, bias = decoder @ inverse, bias @ inverse
+    decoder_dtype = _decoder_dtype(decoder)
+    tensors |= {"decoder_bias_weight": bias.to(dtype), "decoder_weight": decoder.to(decoder_dtype)}
+    refinement = None
+    if codec.refinement is not None:
+        tensors["refined_rows_weight"] = refined.nonzero().squeeze(1).to(torch.int32)
+        refinement = Refinement(int(refined.sum()), codec.refinement.rank, codec.refinement.counts)
+    spec = CompressionSpec(
+        method="transform",
+        rank=codec.base.rank,
+        codes=PACKED_CODES,
+        decoder=str(decoder_dtype).removeprefix("torch."),
+        bias=True,
+        bit_allocation=codec.base.counts,
+        refinement=refinement,
+    )
+    return CodedTable(spec, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, dtype)
+
+
+def _factor(metric: Tensor, dim: int) -> Tensor:
+    """L of M = L Lᵀ, float64."""
+    if tuple(metric.shape) != (dim, dim):
+        raise BudgetError(f"metric of shape {tuple(metric.shape)}: give one of ({dim}, {dim})")
+    factor, info = torch.linalg.cholesky_ex(metric.double())
+    if int(info) or not factor.isfinite().all():
+        raise BudgetError("metric: give a symmetric positive definite matrix, damped if need be")
+    return factor
+
+
+def _decoder_dtype(decoder: Tensor) -> torch.dtype:
+    """float16, unless its range would cost more precision than bfloat16 does."""
+    return torch.float16 if 2**-8 < float(decoder.abs().max()) < 2**15 else torch.bfloat16
+
+
+def _plan(rows: Table, importance: Importance, sample: Sample, room: int) -> tuple[Codec, Tensor]:
+    """Chooses subspace, bits and refined rows; gives the quantisers as a codec, and which rows are refined."""
+    refined = torch.zeros(rows.num_rows, dtype=torch.bool, device=rows.device)
+    mean, basis = _principal_axes(rows, importance)
+    centred = sample.rows - mean
+    latents = centred @ basis
+    quantisers = ScalarQuantisers.fit(latents[sample.resample(centred, _QUANTISER_SAMPLE)])
+    order = importance.share.argsort(descending=True, stable=True)
+    layers = plan_layers(BitAllocator(quantisers), importance.share[order], rows.dim, room)
+    codec = Codec.from_quantisers(layers.base, quantisers, basis, mean)
+    left = left_for_refinement(layers, rows.num_rows, rows.dim, room)
+    if not layers.refinement_bytes:
+        return codec, refined
+
+    # The quantisers of what the first layer leaves, of the rows that will roughly be refined.
+    about = affordable_rows(left, layers.refinement_bytes, rows.dim, rows.dim) or 1
+    refined[order[:about]] = True
+    chosen = refined[sample.numbers]
+    if not chosen.any():  # too few rows to learn a second layer from
+        return codec, torch.zeros_like(refined)
+    heavy = Sample(sample.numbers[chosen], sample.rows[chosen], sample.omega[chosen])
+    coded = codec.encode(heavy.rows, torch.zeros_like(chosen[chosen]))
+    residual = heavy.rows - codec.bias - coded @ codec.decoder
+    _, axes = eigenbasis(((residual * heavy.omega.unsqueeze(1)).T @ residual).double())
+    axes = axes.to(residual)
+    quantisers = ScalarQuantisers.fit((residual @ axes)[heavy.resample(residual, _QUANTISER_SAMPLE)])
+    allocation = BitAllocator(quantisers).allocate(layers.refinement_bytes, rows.dim)
+    if allocation is None:
+        return codec, torch.zeros_like(refined)
+    number = min(rows.num_rows, affordable_rows(left, layers.refinement_bytes, allocation.rank, rows.dim))
+    refined = torch.zeros_like(refined)
+    refined[order[:number]] = True
+    further = Codec.from_quantisers(allocation, quantisers, axes, torch.zeros_like(codec.bias))
+    return (codec.refined_by(further) if number else codec), refined
+
+
+def _principal_axes(rows: Table, importance: Importance) -> tuple[Tensor, Tensor]:
+    """The weighted mean, (dim,), and the eigenvectors of the weighted covariance, (dim, dim), float32."""
+    moment = second_moment(rows, importance.omega)
+    omega = importance.omega.to(moment)
+    total = omega.sum()
+    mean = sum((omega[part] @ chunk.to(moment) for part, chunk in rows.chunks()), moment.new_zeros(rows.dim)) / total
+    _, basis = eigenbasis(moment / total - torch.outer(mean, mean))
+    return mean.to(rows.device).float(), basis.to(rows.device).float()

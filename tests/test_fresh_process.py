@@ -49,7 +49,9 @@ for name, auto in LOADS.items():
 
 def run(code: str, *arguments: object, modules: Path) -> str:
     """Runs code in a fresh interpreter that sees this package only if it is installed, and its own module cache."""
-    environment = {**os.environ, "HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1"}
+    # As many threads as here, or the last bits of sums differ.
+    threads = str(torch.get_num_threads())
+    environment = {**os.environ, "HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": threads}
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         env=environment,

@@ -15,8 +15,13 @@ DECODER_ITEMSIZE = 2  # float16
 ROW_NUMBER_ITEMSIZE = 4  # int32
 # The first layer's share of the bytes that a row could have, and the second's bytes relative to the first's.
 # No split and one split: what the quantisers promise is good enough to choose between these, not to tune the split.
-_BASE_SHARES = (1.0, 0.6)
+BASE_SHARE, METRIC_BASE_SHARE = 0.6, 0.8
 _REFINEMENT_SHARES = (0.25, 1.0)
+# Of the error that is promised to two layers, what one layer must promise to be preferred: coding in two stages comes
+# out better than its estimate.
+_ONE_LAYER_BELOW = 0.8
+_TRIED_SIZES = 100
+_CLEARLY_WORSE = 1.2
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ def left_for_refinement(plan: LayerPlan, num_rows: int, dim: int, room: int) -> 
     return room - num_rows * plan.base.num_bytes - plan.base.rank * dim * DECODER_ITEMSIZE
 
 
-def plan_layers(allocator: BitAllocator, shares: Tensor, dim: int, room: int) -> LayerPlan:
+def plan_layers(allocator: BitAllocator, shares: Tensor, dim: int, room: int, base_share: float) -> LayerPlan:
     """Splits the bytes between the two layers, to the least error that the quantisers promise.
 
     The error of a refined row is taken for that of a row with the bytes of both layers in one. Where all rows count
@@ -53,6 +58,7 @@ def plan_layers(allocator: BitAllocator, shares: Tensor, dim: int, room: int) ->
         shares: (num_rows,) each row's share of the error, descending.
         dim: d.
         room: The most bytes for codes and decoder.
+        base_share: The first layer's share of the bytes that a row could have, if there are two.
 
     Raises:
         BudgetError: If not even one byte a row and its decoder fit.
@@ -60,15 +66,15 @@ def plan_layers(allocator: BitAllocator, shares: Tensor, dim: int, room: int) ->
     num_rows = len(shares)
     covered = torch.cat([shares.new_zeros(1), shares.cumsum(dim=0)]).tolist()
     best, least_error = None, float("inf")
-    for base_share in _BASE_SHARES:
-        base = _first_layer(allocator, num_rows, dim, room, base_share)
+    for share in (1.0, base_share):
+        base = _first_layer(allocator, num_rows, dim, room, share)
         if base is None:
             continue
-        if base.error < least_error:
-            best, least_error = LayerPlan(base, 0), base.error
+        if base.error / _ONE_LAYER_BELOW < least_error:
+            best, least_error = LayerPlan(base, 0), base.error / _ONE_LAYER_BELOW
         left = left_for_refinement(LayerPlan(base, 0), num_rows, dim, room)
-        for share in _REFINEMENT_SHARES:
-            further = max(1, int(share * base.num_bytes))
+        for relative in _REFINEMENT_SHARES:
+            further = max(1, int(relative * base.num_bytes))
             refined = allocator.allocate(base.num_bytes + further, dim)
             rank = min(dim, base.rank * further // base.num_bytes)  # of what the first layer leaves, roughly
             rows = affordable_rows(left, further, rank, dim)
@@ -86,10 +92,18 @@ def plan_layers(allocator: BitAllocator, shares: Tensor, dim: int, room: int) ->
 
 
 def _first_layer(allocator: BitAllocator, num_rows: int, dim: int, room: int, base_share: float) -> Allocation | None:
-    """The most bytes within a share of those that a row could have whose decoder fits too."""
-    for num_bytes in range(int(base_share * room / num_rows), 0, -1):
+    """The best allocation within a share of the bytes that a row could have, its decoder within the rest.
+
+    Towards the whole share the decoder has no room, and few latents take many bits each; so fewer bytes are tried
+    until they are clearly worse.
+    """
+    best: Allocation | None = None
+    most = int(base_share * room / num_rows)
+    for num_bytes in range(most, 0, -max(1, most // _TRIED_SIZES)):
         decoder_rows = (room - num_rows * num_bytes) // (dim * DECODER_ITEMSIZE)
-        base = allocator.allocate(num_bytes, min(dim, decoder_rows)) if num_bytes != dim else None
-        if base is not None:
-            return base
-    return None
+        found = allocator.allocate(num_bytes, min(dim, decoder_rows)) if num_bytes != dim else None
+        if found is not None and (best is None or found.error < best.error):
+            best = found
+        elif found is not None and best is not None and found.error > _CLEARLY_WORSE * best.error:
+            break
+    return best

@@ -15,7 +15,7 @@ from ..configuration_dirembed import PACKED_CODES, BudgetError, CompressionSpec,
 from .codec import Codec
 from .coded import CodedTable
 from .importance import Importance, Sample
-from .layers import affordable_rows, left_for_refinement, plan_layers
+from .layers import BASE_SHARE, METRIC_BASE_SHARE, affordable_rows, left_for_refinement, plan_layers
 from .quantisation import BitAllocator, ScalarQuantisers
 from .subspace import eigenbasis, second_moment
 from .table import Table
@@ -94,12 +94,11 @@ def transform(
     settings = settings or TransformSettings()
     factor = None if metric is None else _factor(metric, table.dim)
     rows = table if factor is None else table.in_metric(factor)
-    tempering = settings.tempering
-    if tempering is None:
-        tempering = TEMPERING if metric is None else METRIC_TEMPERING
+    tempering, base_share = (TEMPERING, BASE_SHARE) if metric is None else (METRIC_TEMPERING, METRIC_BASE_SHARE)
+    tempering = tempering if settings.tempering is None else settings.tempering
     importance = Importance.of(rows, weights, tempering, relative=metric is None)
     sample = Sample.draw(rows, importance, settings.sample_rows, settings.seed)
-    codec, refined = _plan(rows, importance, sample, max_bytes - table.dim * dtype.itemsize)
+    codec, refined = _plan(rows, importance, sample, max_bytes - table.dim * dtype.itemsize, base_share)
     codec.train(sample, refined[sample.numbers], settings.rounds)
     tensors = codec.encode_table(rows, importance.omega, refined)
 
@@ -140,7 +139,7 @@ def _decoder_dtype(decoder: Tensor) -> torch.dtype:
     return torch.float16 if 2**-8 < float(decoder.abs().max()) < 2**15 else torch.bfloat16
 
 
-def _plan(rows: Table, importance: Importance, sample: Sample, room: int) -> tuple[Codec, Tensor]:
+def _plan(rows: Table, importance: Importance, sample: Sample, room: int, base_share: float) -> tuple[Codec, Tensor]:
     """Chooses subspace, bits and refined rows; gives the quantisers as a codec, and which rows are refined."""
     refined = torch.zeros(rows.num_rows, dtype=torch.bool, device=rows.device)
     mean, basis = _principal_axes(rows, importance)
@@ -148,7 +147,7 @@ def _plan(rows: Table, importance: Importance, sample: Sample, room: int) -> tup
     latents = centred @ basis
     quantisers = ScalarQuantisers.fit(latents[sample.resample(centred, _QUANTISER_SAMPLE)])
     order = importance.share.argsort(descending=True, stable=True)
-    layers = plan_layers(BitAllocator(quantisers), importance.share[order], rows.dim, room)
+    layers = plan_layers(BitAllocator(quantisers), importance.share[order], rows.dim, room, base_share)
     codec = Codec.from_quantisers(layers.base, quantisers, basis, mean)
     left = left_for_refinement(layers, rows.num_rows, rows.dim, room)
     if not layers.refinement_bytes:

@@ -1,0 +1,144 @@
+"""Quality at equal bytes: the table methods and plain integer tables, on one model in one run.
+
+    python benchmarks/quality.py sts MODEL --pairs stsb-en-dev.csv stsb-de-dev.csv --bits 2 1 0.5 [--prefix "query: "]
+    python benchmarks/quality.py perplexity MODEL --text held-out.txt --calibrate mixed.txt --bits 4 3 2
+
+MODEL is a local folder or a Hub id. Prints a Markdown table; every figure is relative to the dense model's in the
+same run, with the bits per weight that were really spent and the seconds of fitting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import hf_dirembed
+from hf_dirembed import CompressedEmbedding
+from hf_dirembed.evaluation import load_pairs, load_text, perplexity, sts
+
+
+GROUP = 32  # weights that share a scale and a zero point
+
+
+def integer_table(rows: Tensor, width: int) -> Tensor:
+    """Rounds a table to `width` bits in groups of 32, each with a scale and a zero point.
+
+    It is stated at width + 0.5 bits per weight, in its favour: a float16 scale alone takes that half bit.
+    """
+    groups = rows.float().reshape(-1, GROUP)
+    low, high = groups.amin(dim=1, keepdim=True), groups.amax(dim=1, keepdim=True)
+    step = ((high - low) / (2**width - 1)).clamp_min(1e-12)
+    return (((groups - low) / step).round() * step + low).view_as(rows).to(rows.dtype)
+
+
+def variants(
+    arguments: argparse.Namespace, load: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[str, float, float, PreTrainedModel]]:
+    """Yields name, bits per weight, seconds of fitting, and the model."""
+    for width in arguments.integers:
+        model = load()
+        table = model.get_input_embeddings().weight
+        table.data = integer_table(table.data, width)
+        yield f"int{width}, groups of {GROUP}", width + 0.5, 0.0, model
+    calibration = arguments.calibrate
+    if calibration:
+        dense = load()
+        if calibration == "self":
+            from hf_dirembed.compression.calibration_text import self_generated_texts
+
+            calibration = list(self_generated_texts(dense, tokenizer, num_tokens=arguments.calibration_tokens))
+        calibration = hf_dirembed.calibrate(dense, tokenizer, calibration, max_tokens=arguments.calibration_tokens)
+    for method in arguments.methods:
+        for bits in arguments.bits:
+            model = load()
+            source = calibration if method in ("transform", "direction") else None
+            start = time.perf_counter()
+            hf_dirembed.compress(
+                model, tokenizer, method=method, bits=bits, calibration=source, languages=arguments.languages
+            )
+            seconds = time.perf_counter() - start
+            yield method, bits_per_weight(model), seconds, model
+
+
+def bits_per_weight(model: PreTrainedModel) -> float:
+    """Of all tensors that replace the table."""
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, CompressedEmbedding)
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in embedding.code_tensors().values())
+    return 8 * num_bytes / (embedding.num_embeddings * embedding.embedding_dim)
+
+
+def measure_sts(
+    arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[nn.Module], list[float]]:
+    """Spearman correlation x 100 on each file."""
+    sets = [load_pairs(path) for path in arguments.pairs]
+    return lambda model: [
+        100 * sts(model, pairs, tokenizer, pooling="mean", prefix=arguments.prefix, limit=arguments.limit).spearman
+        for pairs in sets
+    ]
+
+
+def measure_perplexity(
+    arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[nn.Module], list[float]]:
+    """Perplexity on each text, in windows of 512 tokens side by side."""
+    texts = [load_text(path) for path in arguments.text]
+    return lambda model: [
+        perplexity(model, tokenizer, text, window=512, max_tokens=arguments.limit, batch_size=2).perplexity
+        for text in texts
+    ]
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=["sts", "perplexity"])
+    parser.add_argument("model")
+    parser.add_argument("--pairs", nargs="+", default=[], help="STS files or dataset ids")
+    parser.add_argument("--text", nargs="+", default=[], help="held-out text files or dataset ids")
+    parser.add_argument("--prefix", default="", help="put before each sentence")
+    parser.add_argument("--bits", nargs="+", type=float, default=[4, 2, 1])
+    parser.add_argument("--methods", nargs="+", default=["transform"])
+    parser.add_argument("--integers", nargs="*", type=int, default=[4, 3, 2])
+    parser.add_argument("--calibrate", help="text file, or self")
+    parser.add_argument("--calibration-tokens", type=int, default=32_768)
+    parser.add_argument("--languages", nargs="+")
+    parser.add_argument("--limit", type=int, help="pairs or tokens of each file")
+    arguments = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    auto = AutoModel if arguments.task == "sts" else AutoModelForCausalLM
+    loaded = auto.from_pretrained(arguments.model).eval()
+    measure = (measure_sts if arguments.task == "sts" else measure_perplexity)(arguments, tokenizer)
+    dense = measure(loaded)
+    names = arguments.pairs or arguments.text
+    print(f"`python {shlex.join(sys.argv)}`\n")
+    print(f"| table | bits per weight | fit, s | {' | '.join(name.rsplit('/', 1)[-1] for name in names)} |")
+    print("| --- " * (3 + len(names)) + "|")
+    print(f"| dense | {8 * loaded.get_input_embeddings().weight.element_size()} | | " + cells(dense, "{:.3f}") + " |")
+    for name, bits, seconds, model in variants(arguments, lambda: copy.deepcopy(loaded), tokenizer):
+        found = measure(model)
+        if arguments.task == "sts":
+            relative = cells([after - before for after, before in zip(found, dense, strict=True)], "{:+.3f}")
+        else:
+            relative = cells([after / before for after, before in zip(found, dense, strict=True)], "{:.4f}x")
+        print(f"| {name} | {bits:.4f} | {seconds:.1f} | {relative} |", flush=True)
+
+
+def cells(values: list[float], form: str) -> str:
+    """Cells of a Markdown table."""
+    return " | ".join(form.format(value) for value in values)
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()

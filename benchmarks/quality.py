@@ -65,15 +65,9 @@ def variants(
                 model, tokenizer, method=method, bits=bits, calibration=source, languages=arguments.languages
             )
             seconds = time.perf_counter() - start
-            yield method, bits_per_weight(model), seconds, model
-
-
-def bits_per_weight(model: PreTrainedModel) -> float:
-    """Of all tensors that replace the table."""
-    embedding = model.get_input_embeddings()
-    assert isinstance(embedding, CompressedEmbedding)
-    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in embedding.code_tensors().values())
-    return 8 * num_bytes / (embedding.num_embeddings * embedding.embedding_dim)
+            embedding = model.get_input_embeddings()
+            assert isinstance(embedding, CompressedEmbedding)
+            yield method, embedding.bits_per_weight, seconds, model
 
 
 def measure_sts(

@@ -14,7 +14,8 @@ from .configuration_dirembed import (
     SpecError,
     TableError,
 )
-from .embedding_dirembed import CompressedEmbedding, CompressedLMHead
+from .embedding_dirembed import CompressedEmbedding
+from .head_dirembed import CompressedLMHead
 
 
 AutoConfig.register(MODEL_TYPE, DirEmbedConfig, exist_ok=True)

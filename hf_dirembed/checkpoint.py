@@ -22,6 +22,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from . import modeling_dirembed
 from .compression import compress, expand
+from .compression.languages import card_languages
 from .configuration_dirembed import (
     CODE_TENSORS,
     MODEL_TYPE,
@@ -63,13 +64,16 @@ class CheckpointSummary:
         base_model_type: The architecture, like `bert`.
         num_embeddings: V.
         embedding_dim: d.
-        rank: Latent dimensions.
+        rank: Latents of every row.
+        refined_rows: Rows that have further latents.
+        refinement_rank: How many they have.
         codes: `packed`, or the dtype of the latents.
         bits_per_weight: 8 x `bytes` / (V x d).
         ratio: `dense_bytes` / `bytes`.
         bytes: Of all tensors that replace the table.
         dense_bytes: Of the table, as the source checkpoint stored it.
         mean_cosine: Between the rows of the table and what replaces them; None where the checkpoint does not say.
+        token_cosine: The same, each row weighed by how often its token is expected.
     """
 
     method: str
@@ -77,12 +81,15 @@ class CheckpointSummary:
     num_embeddings: int
     embedding_dim: int
     rank: int
+    refined_rows: int
+    refinement_rank: int
     codes: str
     bits_per_weight: float
     ratio: float
     bytes: int
     dense_bytes: int
     mean_cosine: float | None
+    token_cosine: float | None
 
 
 def find_checkpoint(source: str | os.PathLike[str]) -> Path:
@@ -172,7 +179,8 @@ def compress_checkpoint(
     Args:
         source: A local folder or a Hub id.
         out: A folder that does not exist yet; it appears when it is complete.
-        **options: Those of [`compress`], `method` and one of `bits`, `ratio` and `rank` first of all.
+        **options: Those of [`compress`], `method` and one of `bits`, `ratio` and `rank` first of all. `languages` are
+            by default those of the source's model card.
 
     Raises:
         DirEmbedError: If the source cannot be compressed, the budget cannot be met, or `out` cannot be written.
@@ -180,7 +188,8 @@ def compress_checkpoint(
     with staged_folder(out) as staging:
         folder = find_checkpoint(source)
         model = load_model(folder)
-        compress(model, load_tokenizer(folder), **options)
+        languages = options.pop("languages", None) or card_languages(folder)
+        compress(model, load_tokenizer(folder), languages=languages, **options)
         _copy_companions(folder, staging)
         model.save_pretrained(staging)
         return inspect_checkpoint(staging)
@@ -255,12 +264,15 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSummary:
         num_embeddings=num_rows,
         embedding_dim=dim,
         rank=spec.rank,
+        refined_rows=spec.refinement.rows if spec.refinement else 0,
+        refinement_rank=spec.refinement.rank if spec.refinement else 0,
         codes=spec.codes,
         bits_per_weight=8 * num_bytes / (num_rows * dim),
         ratio=dense_bytes / num_bytes,
         bytes=num_bytes,
         dense_bytes=dense_bytes,
         mean_cosine=spec.figures.get("mean_cosine"),
+        token_cosine=spec.figures.get("token_cosine"),
     )
 
 

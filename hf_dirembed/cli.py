@@ -131,7 +131,11 @@ def _print_summary(summary: CheckpointSummary, as_json: bool) -> None:
         click.echo(json.dumps(asdict(summary)))
         return
     cosine = "not recorded" if summary.mean_cosine is None else f"{summary.mean_cosine:.4f}"
-    latents = f"{summary.rank} of {summary.embedding_dim}, {summary.codes}"
+    if summary.token_cosine is not None:
+        cosine += f" over rows, {summary.token_cosine:.4f} over tokens in use"
+    latents = f"{summary.rank} for {summary.embedding_dim} dimensions, {summary.codes}"
+    if summary.refined_rows:
+        latents += f"; {summary.refinement_rank} more for the {summary.refined_rows:,} most frequent rows"
     for label, value in (
         ("method", summary.method),
         ("base model", summary.base_model_type),

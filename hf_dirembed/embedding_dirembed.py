@@ -1,4 +1,4 @@
-"""What runs: an embedding and a tied LM head over one code matrix and one decoder.
+"""What runs: a matrix held as codes and a decoder, and the embedding over it.
 
 This file travels with every compressed model, so it imports nothing of the package but its travelling neighbours.
 """
@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_dirembed import CODE_TENSORS, PACKED_CODES, CompressionSpec, ModelError
-from .kernels_dirembed import ExpandedCodes, packed_linear
 from .packing_dirembed import pack, unpack
 
 
@@ -30,15 +29,16 @@ class CompressedMatrix(nn.Module):
     quantiser). Rows that a refinement names have further latents, which follow in D.
 
     The code matrix is the parameter named `weight`: native tying of an LM head's `weight` then works unchanged, and a
-    stock class that is given this checkpoint fails on its shape instead of loading it for a table. The first
-    parameter is in the model's dtype, so that `next(model.parameters()).dtype` stays what it was. Every tensor's name
-    ends in `weight`, which keeps transformers' tie maps on their fast path.
+    stock class that is given this checkpoint fails on its shape instead of loading it for a table. The float
+    parameters come first, in the model's dtype, so that `next(model.parameters()).dtype` stays what it was; in the
+    narrower dtype that files have the decoder in, optimisers would fail on it. Every tensor's name ends in `weight`,
+    which keeps transformers' tie maps on their fast path.
 
     Args:
         num_rows: V.
         dim: d.
         spec: The layout of the codes.
-        dtype: Of the rows, and the widest that codes and decoder are held in.
+        dtype: Of the rows and of the decoder, and the widest that float codes are held in.
         device: Where the tensors are made.
 
     Raises:
@@ -70,7 +70,7 @@ class CompressedMatrix(nn.Module):
         code_dtype = torch.uint8 if spec.codes == PACKED_CODES else _narrower(spec.codes, dtype)
         refined = spec.refinement
         self.decoder_bias_weight = parameter(dim, dtype=dtype) if spec.bias else None
-        self.decoder_weight = parameter(spec.decoder_rows, dim, dtype=_narrower(spec.decoder, dtype))
+        self.decoder_weight = parameter(spec.decoder_rows, dim, dtype=dtype)
         self.weight = parameter(num_rows, spec.code_width, dtype=code_dtype)
         self.refinement_weight = parameter(refined.rows, refined.code_width, dtype=torch.uint8) if refined else None
         self.refined_rows_weight = parameter(refined.rows, dtype=torch.int32) if refined else None
@@ -95,7 +95,7 @@ class CompressedMatrix(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the rows."""
-        return (self.decoder_weight if self.decoder_bias_weight is None else self.decoder_bias_weight).dtype
+        return self.decoder_weight.dtype
 
     def latents(self, ids: Tensor) -> Tensor:
         """The latents of rows, (..., decoder rows); zero where a row has no refinement."""
@@ -113,7 +113,7 @@ class CompressedMatrix(nn.Module):
 
     def decode(self, ids: Tensor) -> Tensor:
         """Rows of the matrix: (...,) row numbers to (..., dim)."""
-        rows = self.latents(ids) @ self.decoder_weight.to(self.dtype)
+        rows = self.latents(ids) @ self.decoder_weight
         return rows if self.decoder_bias_weight is None else rows + self.decoder_bias_weight
 
     @torch.no_grad()
@@ -147,9 +147,27 @@ class CompressedMatrix(nn.Module):
         """The tensors that stand for the matrix, by name: what a tied module shares."""
         return {name: tensor for name in CODE_TENSORS if (tensor := getattr(self, name)) is not None}
 
+    @torch.no_grad()
+    def stored_decoder(self) -> Tensor:
+        """The decoder as files have it: in the dtype that the spec names, where that loses nothing."""
+        narrow = self.decoder_weight.detach().to(_narrower(self.spec.decoder, self.dtype))
+        exact = not narrow.is_meta and torch.equal(narrow.to(self.dtype), self.decoder_weight)
+        return narrow if exact else self.decoder_weight.detach()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all that stands for the matrix in a file."""
+        stored = {**self.code_tensors(), "decoder_weight": self.stored_decoder()}
+        return sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8 x `num_bytes` / (num_rows x dim)."""
+        return 8 * self.num_bytes / (self.weight.shape[0] * self.decoder_weight.shape[1])
+
     def current_spec(self) -> CompressionSpec:
-        """The spec with the dtypes and the number of refined rows as casts and resizing left them."""
-        changes: dict[str, Any] = {"decoder": str(self.decoder_weight.dtype).removeprefix("torch.")}
+        """The spec with the dtypes and the number of refined rows as training, casts and resizing left them."""
+        changes: dict[str, Any] = {"decoder": str(self.stored_decoder().dtype).removeprefix("torch.")}
         if self.spec.bit_allocation is None:
             changes["codes"] = str(self.weight.dtype).removeprefix("torch.")
         if self.spec.refinement is not None and self.refined_rows_weight is not None:
@@ -174,10 +192,8 @@ class CompressedMatrix(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of it."""
-        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in self.code_tensors().values())
-        bits = 8 * num_bytes / (self.weight.shape[0] * self.decoder_weight.shape[1])
         shape = f"{self.weight.shape[0]}, {self.decoder_weight.shape[1]}"
-        return f"{shape}, method={self.spec.method}, rank={self.spec.rank}, bits_per_weight={bits:.3g}"
+        return f"{shape}, method={self.spec.method}, rank={self.spec.rank}, bits_per_weight={self.bits_per_weight:.3g}"
 
 
 def _narrower(name: str, dtype: torch.dtype) -> torch.dtype:
@@ -303,108 +319,3 @@ class CompressedEmbedding(CompressedMatrix):
         if self.embed_scale == 1.0:
             return rows
         return rows * (rows.new_full((), self.embed_scale) if self.round_scale else self.embed_scale)
-
-
-class CompressedLMHead(CompressedMatrix):
-    """Drop-in for the `nn.Linear` of a language-model head over a compressed table: logits = (h Dᵀ) Zᵀ + h·b.
-
-    Packed codes are kept expanded to int8 on CPU, from the first forward pass on, in training and in evaluation: V
-    times the rank, rounded up to a multiple of 16, in bytes, and the same again for refined rows and their rank. Moves
-    and casts of the module free them until the next pass. On CUDA nothing is kept.
-
-    Args:
-        in_features: d.
-        out_features: V.
-        spec: The layout of the codes.
-        bias: The bias of the logits, (V,), kept as the parameter it is; or None.
-        dtype: Of the decoder.
-        device: Where the tensors are made.
-    """
-
-    bias: nn.Parameter | None
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        spec: CompressionSpec,
-        *,
-        bias: nn.Parameter | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(out_features, in_features, spec, dtype=dtype, device=device)
-        self.in_features = in_features
-        self.out_features = out_features
-        self.register_parameter("bias", bias)
-        self._expanded = ExpandedCodes()
-        self._expanded_refinement = ExpandedCodes()
-
-    @classmethod
-    def like(
-        cls, dense: nn.Linear, spec: CompressionSpec, device: torch.device | str | None = None
-    ) -> CompressedLMHead:
-        """A head of the same shape, bias, dtype and device; its codes are still to be set.
-
-        Raises:
-            ModelError: If `dense` computes something else than a linear map.
-        """
-        if type(dense).forward is not nn.Linear.forward:
-            raise ModelError(f"{type(dense).__name__} is more than a linear layer: it is not supported as a head")
-        return cls(
-            dense.in_features,
-            dense.out_features,
-            spec,
-            bias=dense.bias,
-            dtype=dense.weight.dtype,
-            device=device or dense.weight.device,
-        )
-
-    @property
-    def expanded_bytes(self) -> int:
-        """Memory that the expanded codes take now, beyond the parameters'."""
-        return self._expanded.num_bytes + self._expanded_refinement.num_bytes
-
-    def _apply(self, fn: Any, recurse: bool = True) -> CompressedLMHead:
-        self._expanded.clear()
-        self._expanded_refinement.clear()
-        return super()._apply(fn, recurse)
-
-    def to_dense(self) -> nn.Linear:
-        """The stock linear layer that this head stands for."""
-        with torch.device("meta"):
-            dense = nn.Linear(self.in_features, self.weight.shape[0], bias=False)
-        dense.weight = nn.Parameter(self.dense_weight(), requires_grad=True)
-        dense.register_parameter("bias", self.bias)
-        return dense
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """The logits: (..., dim) hidden states to (..., V)."""
-        latents = F.linear(hidden_states, self.decoder_weight.to(self.dtype))
-        logits = _code_product(latents[..., : self.spec.rank], self.weight, self.spec.bit_allocation, self._expanded)
-        if (
-            self.refinement_weight is not None
-            and self.refined_rows_weight is not None
-            and self.spec.refinement is not None
-        ):
-            refinement = _code_product(
-                latents[..., self.spec.rank :],
-                self.refinement_weight,
-                self.spec.refinement.bit_allocation,
-                self._expanded_refinement,
-            )
-            logits = logits.index_add(-1, self.refined_rows_weight, refinement)
-        if self.decoder_bias_weight is not None:
-            logits = logits + (hidden_states @ self.decoder_bias_weight).unsqueeze(-1)
-        return logits if self.bias is None else logits + self.bias.to(logits.dtype)
-
-
-def _code_product(
-    latents: Tensor, codes: Tensor, bit_allocation: tuple[int, ...] | None, expanded: ExpandedCodes
-) -> Tensor:
-    """The product of (..., r) states in the latents' space with the latents of all rows, (..., V)."""
-    if bit_allocation is None:
-        return F.linear(latents, codes.to(latents.dtype))
-    integers = packed_linear(latents, codes, bit_allocation, expanded=expanded)
-    halves = HALF * latents.sum(dim=-1, keepdim=True)
-    return integers + halves.to(integers.dtype)  # autocast sums in float32

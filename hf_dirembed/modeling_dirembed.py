@@ -21,7 +21,8 @@ from .configuration_dirembed import (
     ModelError,
     derive_config_class,
 )
-from .embedding_dirembed import CompressedEmbedding, CompressedLMHead, CompressedMatrix
+from .embedding_dirembed import CompressedEmbedding, CompressedMatrix
+from .head_dirembed import CompressedLMHead
 
 
 # Of the entries of a tie map, those that `_tie_decoders` adds.
@@ -147,10 +148,14 @@ class DirEmbedModelMixin(PreTrainedModel):
         return False
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Like the base class's; the config says how codes and decoder are held by now."""
+        """Like the base class's; the decoder goes into the file in its narrow dtype, where that loses nothing."""
         embedding = embedding_of(self)
         if isinstance(embedding, CompressedEmbedding):  # else replaced by hand, with set_input_embeddings
             self.config.dirembed = embedding.current_spec().to_dict()
+            if len(args) < 3 and kwargs.get("state_dict") is None:
+                decoder = embedding.stored_decoder()  # one tensor for all names, which saving finds tied
+                narrow = {f"{name}.decoder_weight": decoder for name in tied_modules(self)}
+                kwargs["state_dict"] = {**self.state_dict(), **narrow}
         super().save_pretrained(*args, **kwargs)
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:

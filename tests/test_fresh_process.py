@@ -93,6 +93,7 @@ def test_trust_remote_code_without_plugin(repos: Path, tmp_path: Path) -> None:
             assert {file.name for file in folder.glob("*.py")} == {
                 "configuration_dirembed.py",
                 "embedding_dirembed.py",
+                "head_dirembed.py",
                 "kernels_dirembed.py",
                 "modeling_dirembed.py",
                 "packing_dirembed.py",

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_dirembed import kernels_dirembed, triton_dirembed
 from hf_dirembed.configuration_dirembed import BIT_WIDTHS, CompressionSpec, Refinement, TableError
-from hf_dirembed.embedding_dirembed import CACHE_LINE, CompressedEmbedding, CompressedLMHead, CompressedMatrix
+from hf_dirembed.embedding_dirembed import CACHE_LINE, CompressedEmbedding, CompressedMatrix
+from hf_dirembed.head_dirembed import CompressedLMHead
 from hf_dirembed.kernels_dirembed import ExpandedCodes, int8_linear, packed_linear, padded_rank
 from hf_dirembed.modeling_dirembed import convert
 from hf_dirembed.packing_dirembed import pack, unpack

@@ -87,7 +87,8 @@ def self_generated_texts(
         languages: Of the words; by default those of the vocabulary, see `tokenizer_languages`.
 
     Yields:
-        Token ids of one text, which `calibrate` takes as they are.
+        Token ids of one text. `calibrate` takes a list of them; not the generator itself, as the model cannot write
+        while it is being calibrated.
 
     Raises:
         CalibrationError: If the model cannot generate.

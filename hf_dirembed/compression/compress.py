@@ -241,8 +241,10 @@ class Calibration:
         """
         if tokenizer is None:
             raise CalibrationError("calibration needs the model's tokenizer: pass it as the second argument")
+        languages = (languages,) if isinstance(languages, str) else languages
         if isinstance(source, str) and source == "self":
-            source = self_generated_texts(model, tokenizer, languages=languages)
+            # All of it first: while `calibrate` reads, the model's hooks are not there for generating.
+            source = list(self_generated_texts(model, tokenizer, languages=languages))
         statistics = source if isinstance(source, Statistics) else calibrate(model, tokenizer, source)
         num_rows = embedding_of(model).num_embeddings
         head = model.get_output_embeddings()

@@ -1,0 +1,121 @@
+"""What runs: the LM head that is tied to a compressed embedding, over the same codes and decoder.
+
+This file travels with every compressed model, so it imports nothing of the package but its travelling neighbours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .configuration_dirembed import CompressionSpec, ModelError
+from .embedding_dirembed import HALF, CompressedMatrix
+from .kernels_dirembed import ExpandedCodes, packed_linear
+
+
+class CompressedLMHead(CompressedMatrix):
+    """Drop-in for the `nn.Linear` of a language-model head over a compressed table: logits = (h Dᵀ) Zᵀ + h·b.
+
+    Packed codes are kept expanded to int8 on CPU, from the first forward pass on, in training and in evaluation: V
+    times the rank, rounded up to a multiple of 16, in bytes, and the same again for refined rows and their rank. Moves
+    and casts of the module free them until the next pass. On CUDA nothing is kept.
+
+    Args:
+        in_features: d.
+        out_features: V.
+        spec: The layout of the codes.
+        bias: The bias of the logits, (V,), kept as the parameter it is; or None.
+        dtype: Of the decoder.
+        device: Where the tensors are made.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        spec: CompressionSpec,
+        *,
+        bias: nn.Parameter | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(out_features, in_features, spec, dtype=dtype, device=device)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.register_parameter("bias", bias)
+        self._expanded = ExpandedCodes()
+        self._expanded_refinement = ExpandedCodes()
+
+    @classmethod
+    def like(
+        cls, dense: nn.Linear, spec: CompressionSpec, device: torch.device | str | None = None
+    ) -> CompressedLMHead:
+        """A head of the same shape, bias, dtype and device; its codes are still to be set.
+
+        Raises:
+            ModelError: If `dense` computes something else than a linear map.
+        """
+        if type(dense).forward is not nn.Linear.forward:
+            raise ModelError(f"{type(dense).__name__} is more than a linear layer: it is not supported as a head")
+        return cls(
+            dense.in_features,
+            dense.out_features,
+            spec,
+            bias=dense.bias,
+            dtype=dense.weight.dtype,
+            device=device or dense.weight.device,
+        )
+
+    @property
+    def expanded_bytes(self) -> int:
+        """Memory that the expanded codes take now, beyond the parameters'."""
+        return self._expanded.num_bytes + self._expanded_refinement.num_bytes
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CompressedLMHead:
+        self._expanded.clear()
+        self._expanded_refinement.clear()
+        return super()._apply(fn, recurse)
+
+    def to_dense(self) -> nn.Linear:
+        """The stock linear layer that this head stands for."""
+        with torch.device("meta"):
+            dense = nn.Linear(self.in_features, self.weight.shape[0], bias=False)
+        dense.weight = nn.Parameter(self.dense_weight(), requires_grad=True)
+        dense.register_parameter("bias", self.bias)
+        return dense
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """The logits: (..., dim) hidden states to (..., V)."""
+        latents = F.linear(hidden_states, self.decoder_weight)
+        logits = _code_product(latents[..., : self.spec.rank], self.weight, self.spec.bit_allocation, self._expanded)
+        if (
+            self.refinement_weight is not None
+            and self.refined_rows_weight is not None
+            and self.spec.refinement is not None
+        ):
+            refinement = _code_product(
+                latents[..., self.spec.rank :],
+                self.refinement_weight,
+                self.spec.refinement.bit_allocation,
+                self._expanded_refinement,
+            )
+            logits = logits.index_add(-1, self.refined_rows_weight, refinement)
+        if self.decoder_bias_weight is not None:
+            logits = logits + (hidden_states @ self.decoder_bias_weight).unsqueeze(-1)
+        return logits if self.bias is None else logits + self.bias.to(logits.dtype)
+
+
+def _code_product(
+    latents: Tensor, codes: Tensor, bit_allocation: tuple[int, ...] | None, expanded: ExpandedCodes
+) -> Tensor:
+    """The product of (..., r) states in the latents' space with the latents of all rows, (..., V)."""
+    if bit_allocation is None:
+        return F.linear(latents, codes.to(latents.dtype))
+    integers = packed_linear(latents, codes, bit_allocation, expanded=expanded)
+    halves = HALF * latents.sum(dim=-1, keepdim=True)
+    return integers + halves.to(integers.dtype)  # autocast sums in float32

@@ -1,0 +1,173 @@
+"""`compress` on models: what tokenizer, languages and calibration change, and what is refused."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, VOCAB
+from torch import nn
+from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerFast
+
+import hf_dirembed
+from hf_dirembed import AutoencoderSettings, CompressedEmbedding, TransformSettings
+from hf_dirembed.checkpoint import inspect_checkpoint
+from hf_dirembed.compression.compress import Calibration
+from hf_dirembed.compression.statistics import CalibrationError
+from hf_dirembed.configuration_dirembed import CODE_TENSORS
+
+
+TEXTS = ["the cat sat on the mat and the dog ran to the house .", "a green tree , a blue house of the cat ."] * 20
+
+
+@pytest.fixture
+def llama(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    assert len(tokenizer) <= VOCAB
+    return FAMILIES["llama-tied"].make("AutoModelForCausalLM")
+
+
+def codes_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return model.get_input_embeddings().code_tensors()
+
+
+def test_calibration_makes_weights_and_a_metric(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Text, and the statistics of the same text, give the same codes; they lower the error that they measure."""
+    statistics = hf_dirembed.calibrate(llama, tokenizer, TEXTS)
+    used = Calibration.of(llama, tokenizer, statistics, "en")
+    assert used.metric is not None
+    dense = llama.get_input_embeddings().weight.data.clone()
+
+    def error(model: PreTrainedModel) -> float:
+        difference = dense.double() - model.get_input_embeddings().dense_weight().double()
+        return float((((difference @ used.metric) * difference).sum(dim=1) * used.weights.sqrt()).sum())
+
+    def fresh() -> PreTrainedModel:
+        return FAMILIES["llama-tied"].make("AutoModelForCausalLM")
+
+    options = {"bits": 5, "languages": "en"}
+    by_text = hf_dirembed.compress(llama, tokenizer, calibration=TEXTS, **options)
+    by_statistics = hf_dirembed.compress(fresh(), tokenizer, calibration=statistics, **options)
+    for name, tensor in codes_of(by_text).items():
+        assert torch.equal(tensor, codes_of(by_statistics)[name])
+    assert by_text.config.dirembed["settings"]["metric"] is True
+    assert error(by_text) < error(hf_dirembed.compress(fresh(), tokenizer, **options))
+
+
+def test_self_calibration(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    module = sys.modules["hf_dirembed.compression.compress"]
+
+    def few(*arguments: object, **options: object):  # type: ignore[no-untyped-def]
+        return original(*arguments, num_tokens=64, sequence_length=16, **options)
+
+    original = module.self_generated_texts
+    monkeypatch.setattr(module, "self_generated_texts", few)
+    hf_dirembed.compress(llama, tokenizer, bits=5, languages="en", calibration="self")
+    assert llama.config.dirembed["settings"]["metric"] is True
+
+
+def test_an_untied_head_and_an_encoder(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The metric of an input table leaves the head out; an encoder without a head has none."""
+    untied = FAMILIES["llama-untied"].make("AutoModelForCausalLM")
+    head = untied.get_output_embeddings()
+    hf_dirembed.compress(untied, tokenizer, bits=5, languages="en", calibration=TEXTS)
+    assert untied.get_output_embeddings() is head
+    encoder = FAMILIES["bert"].make("AutoModel")
+    assert Calibration.of(encoder, tokenizer, TEXTS, "en").metric is None
+
+
+def test_the_tokenizer_tells_which_rows_matter(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = FAMILIES["bert"].make("AutoModel")
+    dense = model.get_input_embeddings().weight.data.clone()
+    hf_dirembed.compress(model, tokenizer, bits=6, languages="en")
+    rows = nn.functional.cosine_similarity(dense, model.get_input_embeddings().dense_weight())
+    frequent = tokenizer.convert_tokens_to_ids(["the", "of", "and", "to", "in", "a"])
+    assert rows[frequent].mean() > rows[len(tokenizer) :].mean()
+
+
+@pytest.mark.parametrize("method", hf_dirembed.compression.METHODS)
+def test_from_embedding(method: str) -> None:
+    """Any torch model: the module has the shape, the dtype and the padding of the dense one."""
+    dense = nn.Embedding(600, 24, padding_idx=3, dtype=torch.float64 if method == "svd" else torch.float32).float()
+    before = dense.weight.detach().clone()
+    module = CompressedEmbedding.from_embedding(dense, method=method, ratio=4)
+    assert torch.equal(dense.weight, before)
+    ids = torch.tensor([[0, 599], [3, 7]])
+    assert module(ids).shape == (2, 2, 24)
+    torch.testing.assert_close(module(ids), module.to_dense()(ids))
+    assert module.num_bytes <= before.nbytes / 4
+    assert set(module.state_dict()) <= set(CODE_TENSORS)
+    assert "bits_per_weight" in repr(module)
+
+
+def test_training_reaches_the_decoder_and_leaves_packed_codes_alone(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    family = FAMILIES["bert"]
+    model = hf_dirembed.compress(family.make("AutoModelForMaskedLM"), tokenizer, bits=6).train()
+    model.requires_grad_(True)
+    codes = {name: tensor.clone() for name, tensor in codes_of(model).items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    labels = family.inputs()["input_ids"]
+    losses = []
+    for _ in range(8):
+        loss = model(**family.inputs(), labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    for name, tensor in codes_of(model).items():
+        assert torch.equal(tensor, codes[name]) == (not tensor.is_floating_point()), name
+    # What training left needs more than float16 to be saved exactly; a fresh decoder does not.
+    for trained, dtype in ((True, "float32"), (False, "float16")):
+        saved = model if trained else hf_dirembed.compress(family.make("AutoModelForMaskedLM"), tokenizer, bits=6)
+        saved.eval().save_pretrained(tmp_path / dtype)
+        again = AutoModelForMaskedLM.from_pretrained(tmp_path / dtype).eval()
+        assert again.config.dirembed["decoder"] == dtype
+        assert inspect_checkpoint(tmp_path / dtype).bytes == saved.get_input_embeddings().num_bytes
+        with torch.no_grad():
+            assert torch.equal(again(**family.inputs()).logits, saved(**family.inputs()).logits)
+
+
+MISTAKES = {
+    "compressed already": ({"bits": 6, "twice": True}, hf_dirembed.ModelError, "compressed already"),
+    "rank for transform": ({"rank": 4}, hf_dirembed.BudgetError, "rank=4"),
+    "codes for transform": ({"bits": 6, "codes": "float16"}, hf_dirembed.BudgetError, "transform packs its own"),
+    "settings of another": (
+        {"bits": 6, "settings": AutoencoderSettings()},
+        hf_dirembed.BudgetError,
+        "AutoencoderSett",
+    ),
+    "settings for svd": (
+        {"rank": 4, "method": "svd", "settings": TransformSettings()},
+        hf_dirembed.BudgetError,
+        "svd",
+    ),
+    "metric for svd": ({"rank": 4, "method": "svd", "metric": torch.eye(32)}, hf_dirembed.BudgetError, "metric"),
+    "calibrated svd": ({"rank": 4, "method": "svd", "calibration": TEXTS}, hf_dirembed.BudgetError, "calibration"),
+    "no text": ({"bits": 6, "calibration": []}, CalibrationError, "no text"),
+    "self of an encoder": ({"bits": 6, "calibration": "self"}, CalibrationError, "no text of its own"),
+    "missing file": ({"bits": 6, "calibration": "nowhere.txt"}, CalibrationError, "nowhere.txt"),
+    "weights of another table": ({"bits": 6, "weights": torch.ones(3)}, hf_dirembed.BudgetError, "160"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    options, error, expected = MISTAKES[name]
+    options = dict(options)
+    model = FAMILIES["bert"].make("AutoModelForMaskedLM")
+    if options.pop("twice", False):
+        hf_dirembed.compress(model, tokenizer, **options)
+    else:
+        before = model.get_input_embeddings()
+    with pytest.raises(error, match=expected):
+        hf_dirembed.compress(model, tokenizer, **options)
+    assert name == "compressed already" or model.get_input_embeddings() is before
+
+
+def test_calibration_needs_a_tokenizer() -> None:
+    with pytest.raises(CalibrationError, match="tokenizer"):
+        hf_dirembed.compress(FAMILIES["bert"].make("AutoModelForMaskedLM"), bits=6, calibration=TEXTS)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
 
 from .configuration_dirembed import (
@@ -210,7 +211,11 @@ def derive_model_class(base: type[PreTrainedModel], config_class: type) -> type[
     """The class of compressed models over a base class, made once."""
     if base not in _model_classes:
         attributes = {"__module__": __name__, "config_class": config_class, "base_class": base}
-        _model_classes[base] = type(f"DirEmbed{base.__name__}", (DirEmbedModelMixin, base), attributes)
+        derived = type(f"DirEmbed{base.__name__}", (DirEmbedModelMixin, base), attributes)
+        conversions = get_checkpoint_conversion_mapping(base.__name__)
+        if conversions is not None:  # renamings of checkpoint keys that go by the name of the class
+            register_checkpoint_conversion_mapping(derived.__name__, conversions, overwrite=True)
+        _model_classes[base] = derived
     return _model_classes[base]
 
 

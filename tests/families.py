@@ -53,10 +53,19 @@ class Family:
 
     def inputs(self) -> dict[str, torch.Tensor]:
         torch.manual_seed(1)
-        ids = torch.randint(3, VOCAB, (2, 9))
+        ids = torch.randint(8, VOCAB, (2, 9))  # none of the special tokens
         ids[:, -1] = 2  # BART classifies at the end-of-sentence token
         return {"input_ids": ids, "decoder_input_ids": ids.flip(1)} if self.encoder_decoder else {"input_ids": ids}
 
+
+_VISION = {
+    "hidden_size": DIM,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 8,
+}
 
 _MASKED = (
     "AutoModel",
@@ -169,6 +178,29 @@ FAMILIES = {
             },
             _SEQ2SEQ,
             encoder_decoder=True,
+        ),
+        Family(
+            "llava",
+            "LlavaConfig",
+            {
+                "text_config": {"model_type": "llama", **_LLAMA},
+                "vision_config": {"model_type": "clip_vision_model", **_VISION},
+                "image_token_id": 5,
+            },
+            ("AutoModel", "AutoModelForImageTextToText"),
+        ),
+        Family(
+            "gemma3-vision",
+            "Gemma3Config",
+            {
+                "text_config": {"model_type": "gemma3_text", "head_dim": 8, **_LLAMA},
+                "vision_config": {"model_type": "siglip_vision_model", **_VISION},
+                "mm_tokens_per_image": 4,
+                "image_token_id": 5,
+                "boi_token_id": 6,
+                "eoi_token_id": 7,
+            },
+            ("AutoModel", "AutoModelForImageTextToText"),
         ),
     )
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ METHODS = {
     "direction": {"ratio": 2.5, "codes": "float16"},
     "autoencoder": {"rank": 6, "codes": "bfloat16", "settings": AutoencoderSettings(epochs=1, batch_size=64)},
 }
+COMPOSITE = ("llava", "gemma3-vision")
 CASES = [(family, auto) for family in FAMILIES.values() for auto in family.autos]
 
 
@@ -41,6 +44,12 @@ def saved(folder: Path) -> dict[str, tuple[int, ...]]:
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def without_dtype(config: Any) -> Any:
+    if not isinstance(config, dict):
+        return config
+    return {name: without_dtype(value) for name, value in config.items() if name != "dtype"}
 
 
 def assert_tied(model: PreTrainedModel) -> None:
@@ -86,7 +95,13 @@ def test_round_trip(family: Family, auto: str, method: str, tmp_path: Path) -> N
     again.save_pretrained(tmp_path / "two")
     assert {file.name for file in (tmp_path / "two").iterdir()} == {file.name for file in (tmp_path / "one").iterdir()}
     for file in (tmp_path / "one").iterdir():
-        assert (tmp_path / "two" / file.name).read_bytes() == file.read_bytes(), file.name
+        twin = tmp_path / "two" / file.name
+        if (
+            family.name in COMPOSITE and file.name == "config.json"
+        ):  # loading adds the parts' dtype, stock too
+            assert without_dtype(json.loads(twin.read_text())) == without_dtype(json.loads(file.read_text()))
+        else:
+            assert twin.read_bytes() == file.read_bytes(), file.name
     assert_equal(outputs(auto_class.from_pretrained(tmp_path / "two").eval(), family), expected)
 
     stock = hf_dirembed.expand(again)

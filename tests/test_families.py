@@ -96,9 +96,7 @@ def test_round_trip(family: Family, auto: str, method: str, tmp_path: Path) -> N
     assert {file.name for file in (tmp_path / "two").iterdir()} == {file.name for file in (tmp_path / "one").iterdir()}
     for file in (tmp_path / "one").iterdir():
         twin = tmp_path / "two" / file.name
-        if (
-            family.name in COMPOSITE and file.name == "config.json"
-        ):  # loading adds the parts' dtype, stock too
+        if family.name in COMPOSITE and file.name == "config.json":  # loading adds the parts' dtype, stock too
             assert without_dtype(json.loads(twin.read_text())) == without_dtype(json.loads(file.read_text()))
         else:
             assert twin.read_bytes() == file.read_bytes(), file.name

@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig
 
+from . import bridge  # noqa: F401 (registers a quantiser)
 from .compression import AutoencoderSettings, Statistics, TransformSettings, calibrate, compress, expand
 from .configuration_dirembed import (
     MODEL_TYPE,

@@ -264,6 +264,8 @@ class DirEmbedConfigMixin:
         values["model_type"] = MODEL_TYPE
         values["auto_map"] = {"AutoConfig": f"{__name__.rpartition('.')[2]}.{DirEmbedConfig.__name__}"}
         values[MODEL_TYPE]["base_model_type"] = type(self).model_type  # type: ignore[attr-defined]
+        # Asked by stock classes, which then load this too where the package is imported.
+        values.setdefault("quantization_config", {"quant_method": MODEL_TYPE})
         with open(json_file_path, "w", encoding="utf-8") as file:
             file.write(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
@@ -294,6 +296,9 @@ class DirEmbedConfig(PreTrainedConfig):
         derived = derive_config_class(base_model_type)
         # auto_map is rewritten on every save; what a repo puts there must not reach the loaders of other classes.
         kept = {name: value for name, value in config_dict.items() if name != "auto_map"}
+        quantization = kept.get("quantization_config")
+        if isinstance(quantization, dict) and quantization.get("quant_method") == MODEL_TYPE:
+            del kept["quantization_config"]  # for stock classes only
         return derived.from_dict({**kept, "model_type": base_model_type, MODEL_TYPE: spec.to_dict()}, **kwargs)
 
 

@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .configuration_dirembed import MODEL_TYPE, CheckpointError, ModelError, derive_config_class, read_spec
 from .embedding_dirembed import CompressedMatrix
-from .modeling_dirembed import derive_model_class, swap_modules
+from .modeling_dirembed import derive_model_class, settle, swap_modules
 
 
 @register_quantization_config(MODEL_TYPE)
@@ -63,7 +63,7 @@ class DirEmbedQuantizer(HfQuantizer):
                     raise CheckpointError(
                         f"the checkpoint lacks {prefix}.{name}: save or download the compressed model again"
                     )
-            module.align()
+        settle(model)
         return model
 
     def is_serializable(self) -> bool:

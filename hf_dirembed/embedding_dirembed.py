@@ -26,7 +26,8 @@ class CompressedMatrix(nn.Module):
     """A (num_rows, dim) matrix held as codes and an affine decoder: row i is zᵢ D + b.
 
     The latents zᵢ are the floats of row i of the code matrix or, where it is packed, its integers plus ½ (a mid-rise
-    quantiser). Rows that a refinement names have further latents, which follow in D.
+    quantiser). Rows that a refinement names have further latents, which follow in D. Training changes the decoder
+    alone; float latents too, once they are unfrozen.
 
     The code matrix is the parameter named `weight`: native tying of an LM head's `weight` then works unchanged, and a
     stock class that is given this checkpoint fails on its shape instead of loading it for a table. The float
@@ -63,14 +64,14 @@ class CompressedMatrix(nn.Module):
         dtype = dtype or torch.get_default_dtype()
         self.spec = spec
 
-        def parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-            # Integers are parameters too, not buffers: transformers looks tied tensors up by `get_parameter`.
-            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=dtype.is_floating_point)
+        def parameter(*shape: int, dtype: torch.dtype, trained: bool = False) -> nn.Parameter:
+            # Codes are parameters too, not buffers: transformers looks tied tensors up by `get_parameter`.
+            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=trained)
 
         code_dtype = torch.uint8 if spec.codes == PACKED_CODES else _narrower(spec.codes, dtype)
         refined = spec.refinement
-        self.decoder_bias_weight = parameter(dim, dtype=dtype) if spec.bias else None
-        self.decoder_weight = parameter(spec.decoder_rows, dim, dtype=dtype)
+        self.decoder_bias_weight = parameter(dim, dtype=dtype, trained=True) if spec.bias else None
+        self.decoder_weight = parameter(spec.decoder_rows, dim, dtype=dtype, trained=True)
         self.weight = parameter(num_rows, spec.code_width, dtype=code_dtype)
         self.refinement_weight = parameter(refined.rows, refined.code_width, dtype=torch.uint8) if refined else None
         self.refined_rows_weight = parameter(refined.rows, dtype=torch.int32) if refined else None
@@ -185,9 +186,47 @@ class CompressedMatrix(nn.Module):
                 tensor.data = tensor.data.clone()
 
     def requires_grad_(self, requires_grad: bool = True) -> CompressedMatrix:
-        """Like torch's, but leaves integer codes alone, which have no gradient."""
-        for parameter in self.parameters():
-            parameter.requires_grad_(requires_grad and parameter.is_floating_point())
+        """Like torch's, but does not unfreeze the codes; see [`unfreeze_codes`]."""
+        frozen = self.frozen_tensors()
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(requires_grad and name not in frozen)
+        return self
+
+    def frozen_tensors(self) -> dict[str, Tensor]:
+        """The codes, by name, as far as training leaves them alone."""
+        decoder = ("decoder_weight", "decoder_bias_weight")
+        codes = self.code_tensors().items()
+        return {name: tensor for name, tensor in codes if name not in decoder and not tensor.requires_grad}
+
+    def unfreeze_codes(self) -> CompressedMatrix:
+        """Makes float latents trainable, as the decoder is, and widens them to its dtype, which optimisers need.
+
+        Modules that are tied to this one follow. Saving keeps the wider dtype, until `freeze_codes` narrows it.
+
+        Raises:
+            ModelError: If the codes are packed integers, which have no gradient.
+
+        Example:
+            >>> import torch, hf_dirembed
+            >>> table = torch.nn.Embedding(1000, 64)
+            >>> embedding = hf_dirembed.CompressedEmbedding.from_embedding(table, method="direction", rank=16)
+            >>> embedding.weight.requires_grad, embedding.unfreeze_codes().weight.requires_grad
+            (False, True)
+        """
+        if self.spec.bit_allocation is not None:
+            raise ModelError(
+                "packed codes are integers, which no optimiser trains: train the decoder alone, or compress with "
+                "method='direction', or expand the model, train it, and compress it again"
+            )
+        self.weight.data = self.weight.data.to(self.dtype)
+        self.weight.requires_grad_(True)
+        return self
+
+    def freeze_codes(self) -> CompressedMatrix:
+        """Undoes `unfreeze_codes`: the latents are rounded to the dtype that they were compressed to."""
+        self.weight.requires_grad_(False)
+        if self.spec.bit_allocation is None:
+            self.weight.data = self.weight.data.to(_narrower(self.spec.codes, self.dtype))
         return self
 
     def extra_repr(self) -> str:

@@ -138,9 +138,7 @@ class DirEmbedModelMixin(PreTrainedModel):
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
         model, info = loaded
         _check_loaded(model, info, ignore_mismatched)
-        for module in model.modules():
-            if isinstance(module, CompressedMatrix):
-                module.align()
+        settle(model)
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -160,9 +158,11 @@ class DirEmbedModelMixin(PreTrainedModel):
         super().save_pretrained(*args, **kwargs)
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
-        """Like torch's, but leaves integer codes alone, which have no gradient."""
+        """Like torch's, but does not unfreeze the codes; see [`CompressedMatrix.unfreeze_codes`]."""
+        compressed = [module for module in self.modules() if isinstance(module, CompressedMatrix)]
+        frozen = {id(tensor) for module in compressed for tensor in module.frozen_tensors().values()}
         for parameter in self.parameters():
-            parameter.requires_grad_(requires_grad and parameter.is_floating_point())
+            parameter.requires_grad_(requires_grad and id(parameter) not in frozen)
         return self
 
     def _resize_token_embeddings(
@@ -181,6 +181,14 @@ class DirEmbedModelMixin(PreTrainedModel):
         elif head is not None:
             self.set_output_embeddings(self._get_resized_lm_head(head, num_tokens, mean_resizing=mean_resizing))
         return embedding
+
+
+def settle(model: PreTrainedModel) -> None:
+    """Brings the compressed modules of a model that was just loaded into the state that they are in when made."""
+    for module in model.modules():
+        if isinstance(module, CompressedMatrix):
+            module.align()
+            module.weight.requires_grad_(False)  # transformers makes a parameter that learns of every float tensor
 
 
 def _check_loaded(model: PreTrainedModel, info: dict[str, Any], ignore_mismatched: bool) -> None:

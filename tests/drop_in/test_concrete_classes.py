@@ -10,25 +10,17 @@ import torch
 import transformers
 from families import FAMILIES, Family
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import BertForMaskedLM, BertModel, PreTrainedModel
+from tiny import BUDGETS, make, outputs
+from transformers import BertForMaskedLM, BertModel
 
 import hf_dirembed
 from hf_dirembed import CheckpointError, ModelError
 from hf_dirembed.configuration_dirembed import SpecError
 
 
-BUDGETS = {"transform": {"bits": 7}, "direction": {"rank": 5, "codes": "float16"}}
-
-
-@torch.no_grad()
-def outputs(model: PreTrainedModel, family: Family) -> list[Tensor]:
-    return [value for value in model(**family.inputs()).values() if isinstance(value, Tensor)]
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    model = hf_dirembed.compress(FAMILIES["bert"].make("AutoModelForMaskedLM"), bits=7)
+    model = make("bert", "AutoModelForMaskedLM")
     model.save_pretrained(tmp_path / "one")
     return tmp_path / "one"
 
@@ -55,12 +47,12 @@ def test_a_stock_class_loads_it(
     assert not getattr(again, "is_quantized", False)
     assert not hasattr(again, "hf_quantizer")
     assert not hasattr(again.config, "quantization_config")
-    assert all(map(torch.equal, outputs(again, family), outputs(model, family)))
+    assert all(map(torch.equal, outputs(again, family.name), outputs(model, family.name)))
     again.save_pretrained(tmp_path / "two")
     for file in (tmp_path / "one").glob("*.py"):
         assert (tmp_path / "two" / file.name).read_bytes() == file.read_bytes()
     third = getattr(transformers, family.autos[1]).from_pretrained(tmp_path / "two")
-    assert all(map(torch.equal, outputs(third, family), outputs(model, family)))
+    assert all(map(torch.equal, outputs(third, family.name), outputs(model, family.name)))
 
 
 def test_another_head_and_a_dtype(folder: Path) -> None:

@@ -100,6 +100,7 @@ class CompressedMatrix(nn.Module):
 
     def latents(self, ids: Tensor) -> Tensor:
         """The latents of rows, (..., decoder rows); zero where a row has no refinement."""
+        self.check_gradients()
         codes = F.embedding(ids, self.weight)
         if self.spec.bit_allocation is None:
             return codes.to(self.dtype)
@@ -221,6 +222,18 @@ class CompressedMatrix(nn.Module):
         self.weight.data = self.weight.data.to(self.dtype)
         self.weight.requires_grad_(True)
         return self
+
+    def check_gradients(self) -> None:
+        """Refuses to train latents in a dtype that is narrower than the decoder's.
+
+        Raises:
+            ModelError: If they were unfrozen by other means than `unfreeze_codes`.
+        """
+        if self.weight.requires_grad and self.weight.dtype != self.dtype:
+            raise ModelError(
+                f"latents in {self.weight.dtype} cannot be trained, optimisers make NaNs of them: call "
+                "unfreeze_codes() on the model's input embedding first, or freeze_codes() to leave them as they are"
+            )
 
     def freeze_codes(self) -> CompressedMatrix:
         """Undoes `unfreeze_codes`: the latents are rounded to the dtype that they were compressed to."""

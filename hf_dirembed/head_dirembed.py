@@ -91,6 +91,7 @@ class CompressedLMHead(CompressedMatrix):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """The logits: (..., dim) hidden states to (..., V)."""
+        self.check_gradients()
         latents = F.linear(hidden_states, self.decoder_weight)
         logits = _code_product(latents[..., : self.spec.rank], self.weight, self.spec.bit_allocation, self._expanded)
         if (

@@ -65,6 +65,12 @@ def tied_modules(model: PreTrainedModel) -> set[str]:
     return names
 
 
+def compressed_modules(model: nn.Module) -> set[str]:
+    """Names of the modules that stand for the table, or for what was tied to it."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {name for name, module in modules if isinstance(module, CompressedMatrix)}
+
+
 def swap_modules(model: PreTrainedModel, spec: CompressionSpec, device: str | None = None) -> set[str]:
     """Puts compressed modules, their codes still to be set, where the table and what is tied to it were.
 
@@ -147,8 +153,17 @@ class DirEmbedModelMixin(PreTrainedModel):
         return False
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Like the base class's; the decoder goes into the file in its narrow dtype, where that loses nothing."""
+        """Like the base class's; the decoder goes into the file in its narrow dtype, where that loses nothing.
+
+        Raises:
+            ModelError: If a compressed head is no longer tied to the embedding, which a file cannot say.
+        """
         embedding = embedding_of(self)
+        if untied := sorted(compressed_modules(self) - tied_modules(self)):
+            raise ModelError(
+                f"{untied} are compressed, but no longer tied to the input embedding: set "
+                "config.tie_word_embeddings and call tie_weights(), or expand the model with hf_dirembed.expand"
+            )
         if isinstance(embedding, CompressedEmbedding):  # else replaced by hand, with set_input_embeddings
             self.config.dirembed = embedding.current_spec().to_dict()
             if len(args) < 3 and kwargs.get("state_dict") is None:
@@ -192,7 +207,7 @@ def settle(model: PreTrainedModel) -> None:
 
 
 def _check_loaded(model: PreTrainedModel, info: dict[str, Any], ignore_mismatched: bool) -> None:
-    compressed = {name for name, module in model.named_modules() if isinstance(module, CompressedMatrix)}
+    compressed = compressed_modules(model)
 
     def of_table(key: str) -> bool:
         module, _, tensor = key.rpartition(".")
@@ -277,7 +292,7 @@ def convert(model: PreTrainedModel, spec: CompressionSpec, tensors: dict[str, Te
 def restore(model: PreTrainedModel) -> PreTrainedModel:
     """Turns a compressed model, in place, back into a stock dense one; the inverse of [`convert`]."""
     dense: dict[nn.Module, nn.Module] = {}
-    for name in sorted(tied_modules(model)):
+    for name in sorted(compressed_modules(model)):
         compressed = model.get_submodule(name)
         assert isinstance(compressed, (CompressedEmbedding, CompressedLMHead))
         if compressed not in dense:

@@ -156,6 +156,7 @@ decoder = inner.get_input_embeddings().decoder_weight.detach()
 assert (accelerator.gather(decoder[None]) == decoder).all()
 assert torch.equal(inner.get_input_embeddings().weight, codes)
 accelerator.save_state(sys.argv[2])
+accelerator.wait_for_everyone()
 accelerator.load_state(sys.argv[2])
 if accelerator.is_main_process:
     inner.save_pretrained(sys.argv[3])

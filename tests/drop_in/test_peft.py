@@ -1,0 +1,160 @@
+"""PEFT over a compressed model: adapters train, save, reload and merge; what it cannot do ends in an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from families import FAMILIES
+from tiny import BUDGETS, make
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import hf_dirembed
+from hf_dirembed import CompressedEmbedding, CompressedLMHead, ModelError
+
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+AUTO = "AutoModelForCausalLM"
+IDS = FAMILIES["llama-tied"].inputs()["input_ids"]
+ADAPTERS = {
+    "lora": (peft.LoraConfig, {"target_modules": ["q_proj", "v_proj"]}),
+    "all-linear": (peft.LoraConfig, {"target_modules": "all-linear"}),
+    "dora": (peft.LoraConfig, {"target_modules": ["q_proj"], "use_dora": True}),
+    "a norm": (peft.LoraConfig, {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}),
+    "ia3": (peft.IA3Config, {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+    "prompt": (peft.PromptTuningConfig, {"num_virtual_tokens": 3}),
+}
+
+
+def adapt(model: PreTrainedModel, adapter: str) -> peft.PeftModel:
+    kind, options = ADAPTERS[adapter]
+    return peft.get_peft_model(model, kind(**options, task_type="CAUSAL_LM"))
+
+
+def train(model: torch.nn.Module) -> None:
+    optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> Tensor:
+    return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize(("name", "method"), [("llama-tied", "transform"), ("llama-untied", "direction")])
+def test_adapters_of_the_body(name: str, method: str, adapter: str, tmp_path: Path) -> None:
+    model = make(name, AUTO, method)
+    before = logits(model)
+    table = {key: tensor.clone() for key, tensor in model.get_input_embeddings().code_tensors().items()}
+    adapted = adapt(model, adapter)
+    train(adapted)
+    expected = logits(adapted)
+    assert not torch.equal(expected, before)
+    adapted.save_pretrained(tmp_path / "adapter")
+    make(name, AUTO, method).save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()), expected)
+    if adapter == "prompt":
+        return
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(tensor, table[key]) for key, tensor in merged.get_input_embeddings().code_tensors().items())
+    merged.save_pretrained(tmp_path / "merged")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert torch.equal(logits(again), logits(merged))
+    torch.testing.assert_close(logits(hf_dirembed.expand(again)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_classifier_is_saved_whole(tmp_path: Path) -> None:
+    auto, ids = "AutoModelForSequenceClassification", FAMILIES["bert"].inputs()["input_ids"]
+    config = peft.LoraConfig(target_modules=["query"], modules_to_save=["classifier"], task_type="SEQ_CLS")
+    adapted = peft.get_peft_model(make("bert", auto), config)
+    adapted(input_ids=ids, labels=torch.tensor([0, 1])).loss.backward()
+    adapted.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(make("bert", auto), tmp_path).eval()
+    assert torch.equal(again(input_ids=ids).logits, adapted.eval()(input_ids=ids).logits)
+
+
+def test_lora_on_the_decoder_is_lora_on_the_table(tmp_path: Path) -> None:
+    """The table is Z D: an adapter of low rank on D is one on the table, and merges."""
+    model = make("llama-untied", AUTO)
+    config = peft.LoraConfig(target_parameters=["embed_tokens.decoder_weight"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, config)
+    train(adapted)
+    expected = logits(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(make("llama-untied", AUTO), tmp_path / "adapter").eval()
+    assert torch.equal(logits(again), expected)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(merged))
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:Unsupported layer type")
+@pytest.mark.parametrize("method", BUDGETS)
+def test_what_wants_a_dense_table_is_refused(method: str) -> None:
+    """Lora and TrainableTokens over the table itself: before anything is trained, and naming the module."""
+    for target, module in (("embed_tokens", CompressedEmbedding), ("lm_head", CompressedLMHead)):
+        config = peft.LoraConfig(target_modules=[target], task_type="CAUSAL_LM")
+        with pytest.raises(ValueError, match=rf"Target module {module.__name__}\(.* is not supported"):
+            peft.get_peft_model(make("llama-tied", AUTO, method), config)
+    config = peft.TrainableTokensConfig(token_indices=[3, 5], target_modules=["embed_tokens"], task_type="CAUSAL_LM")
+    with pytest.raises((ValueError, RuntimeError), match=r"unknown layer type|floating point"):
+        logits(peft.get_peft_model(make("llama-tied", AUTO, method), config))
+
+
+def test_packed_codes_are_not_saved_whole() -> None:
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
+    with pytest.raises(RuntimeError, match="only Tensors of floating point dtype can require gradients"):
+        peft.get_peft_model(make("llama-untied", AUTO), config)
+
+
+def test_float_latents_are_saved_whole_once_they_are_unfrozen(tmp_path: Path) -> None:
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(make("llama-untied", AUTO, "direction"), config)
+    with pytest.raises(ModelError, match="call unfreeze_codes"):
+        train(adapted)
+
+    def unfrozen() -> PreTrainedModel:
+        model = make("llama-untied", AUTO, "direction")
+        model.get_input_embeddings().unfreeze_codes()
+        return model
+
+    adapted = peft.get_peft_model(unfrozen(), config)
+    train(adapted)
+    expected = logits(adapted)
+    assert expected.isfinite().all()
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(unfrozen(), tmp_path / "adapter").eval()), expected)
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(again), logits(merged))
+
+
+@pytest.mark.filterwarnings("ignore:.*tie")
+def test_a_head_that_came_untied_is_not_saved_but_expands(tmp_path: Path) -> None:
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
+    model = make("llama-tied", AUTO, "direction")
+    model.get_input_embeddings().unfreeze_codes()
+    adapted = peft.get_peft_model(model, config)
+    train(adapted)
+    merged = adapted.merge_and_unload()
+    with pytest.raises(ModelError, match=r"\['lm_head'\] are compressed, but no longer tied"):
+        merged.save_pretrained(tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    expected = logits(merged)
+    dense = hf_dirembed.expand(merged)
+    torch.testing.assert_close(logits(dense), expected, rtol=1e-4, atol=1e-5)
+    dense.save_pretrained(tmp_path / "dense")
+    assert torch.equal(logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")), logits(dense))

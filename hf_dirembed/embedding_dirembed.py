@@ -307,7 +307,8 @@ class CompressedEmbedding(CompressedMatrix):
         round_scale = isinstance(scale, Tensor)
         if round_scale:
             scale = dense.scalar_embed_scale
-        elif type(dense).forward is not nn.Embedding.forward and not hasattr(dense, "embed_scale"):
+        lookup = type(dense).forward is nn.Embedding.forward or hasattr(dense, "embed_scale")
+        if not lookup or len(list(dense.parameters())) > 1:
             raise ModelError(f"{type(dense).__name__} is more than a scaled lookup: it is not supported")
         if dense.max_norm is not None:
             raise ModelError("an embedding with max_norm changes its own table: set max_norm to None first")

@@ -90,7 +90,16 @@ class CompressedLMHead(CompressedMatrix):
         return dense
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """The logits: (..., dim) hidden states to (..., V)."""
+        """The logits: (..., dim) hidden states to (..., V).
+
+        Raises:
+            ModelError: If the states are integers: some models cast them to the dtype of the head's `weight`.
+        """
+        if not hidden_states.is_floating_point():
+            raise ModelError(
+                "this model casts its hidden states to the dtype of the head's weight, which packed codes turn into "
+                "integers: compress it with method='direction', whose codes are floats"
+            )
         self.check_gradients()
         latents = F.linear(hidden_states, self.decoder_weight)
         logits = _code_product(latents[..., : self.spec.rank], self.weight, self.spec.bit_allocation, self._expanded)

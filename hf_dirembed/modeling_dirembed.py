@@ -28,6 +28,8 @@ from .head_dirembed import CompressedLMHead
 
 # Of the entries of a tie map, those that `_tie_decoders` adds.
 DECODER_TIE = re.compile(rf"\b({'|'.join(name for name in CODE_TENSORS if name != 'weight')})$")
+# Architectures whose forward passes index the table itself, or multiply with it.
+TABLE_READERS = ("gemma4", "mobilebert")
 
 
 def embedding_of(model: nn.Module) -> nn.Embedding | CompressedEmbedding:
@@ -86,16 +88,17 @@ def swap_modules(model: PreTrainedModel, spec: CompressionSpec, device: str | No
     swapped: dict[nn.Module, CompressedMatrix] = {}
     for name in sorted(names):
         dense = model.get_submodule(name)
-        if isinstance(dense, CompressedMatrix):
+        if dense in swapped or isinstance(dense, CompressedMatrix):
             continue  # a model that is built around an inner AutoModel gets it with its embedding swapped
-        if dense not in swapped:
-            if isinstance(dense, nn.Embedding):
-                swapped[dense] = CompressedEmbedding.like(dense, spec, device=device)
-            elif isinstance(dense, nn.Linear):
-                swapped[dense] = CompressedLMHead.like(dense, spec, device=device)
-            else:
-                raise ModelError(f"the table is tied to a {type(dense).__name__}: only linear heads are supported")
-        model.set_submodule(name, swapped[dense])
+        if isinstance(dense, nn.Embedding):
+            swapped[dense] = CompressedEmbedding.like(dense, spec, device=device)
+        elif isinstance(dense, nn.Linear):
+            swapped[dense] = CompressedLMHead.like(dense, spec, device=device)
+        else:
+            raise ModelError(f"the table is tied to a {type(dense).__name__}: only linear heads are supported")
+    for name in names:  # only now that all of them can be
+        dense = model.get_submodule(name)
+        model.set_submodule(name, swapped.get(dense, dense))
     _tie_decoders(model, names)
     return names
 
@@ -227,19 +230,27 @@ def _check_loaded(model: PreTrainedModel, info: dict[str, Any], ignore_mismatche
         )
 
 
-_model_classes: dict[type, type] = {}
+_model_classes: dict[tuple[type, type], type] = {}
 
 
-def derive_model_class(base: type[PreTrainedModel], config_class: type) -> type[PreTrainedModel]:
-    """The class of compressed models over a base class, made once."""
-    if base not in _model_classes:
+def derive_model_class(base: type[PreTrainedModel], config_class: Any) -> type[PreTrainedModel]:
+    """The class of compressed models over a base class, made once.
+
+    Args:
+        base: A class of transformers.
+        config_class: The derived config; where it is not over the base's own (several architectures may use one
+            class), its name becomes part of the class's.
+    """
+    if (base, config_class) not in _model_classes:
         attributes = {"__module__": __name__, "config_class": config_class, "base_class": base}
-        derived = type(f"DirEmbed{base.__name__}", (DirEmbedModelMixin, base), attributes)
+        own = base.config_class is config_class.base_class
+        prefix = "DirEmbed" if own else config_class.__name__
+        derived = type(f"{prefix}{base.__name__}", (DirEmbedModelMixin, base), attributes)
         conversions = get_checkpoint_conversion_mapping(base.__name__)
         if conversions is not None:  # renamings of checkpoint keys that go by the name of the class
             register_checkpoint_conversion_mapping(derived.__name__, conversions, overwrite=True)
-        _model_classes[base] = derived
-    return _model_classes[base]
+        _model_classes[base, config_class] = derived
+    return _model_classes[base, config_class]
 
 
 def register_model_classes(base_config: type, config_class: type) -> None:
@@ -274,6 +285,8 @@ def convert(model: PreTrainedModel, spec: CompressionSpec, tensors: dict[str, Te
             f"{base_config.__name__} is not the config that transformers has for {base_config.model_type!r}: "
             "models that bring their own code are not supported"
         )
+    if base_config.model_type in TABLE_READERS:
+        raise ModelError(f"{type(model).__name__} reads its table's rows past the embedding: it is not supported")
     device = embedding_of(model).weight.device
     for name in swap_modules(model, spec, device="meta"):
         module = model.get_submodule(name)
@@ -299,9 +312,9 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
             dense[compressed] = compressed.to_dense()
         model.set_submodule(name, dense[compressed])
     for submodel in [module for module in model.modules() if isinstance(module, PreTrainedModel)]:
-        if "_tied_weights_keys" in vars(submodel):
-            ties = submodel._tied_weights_keys.items()
-            submodel._tied_weights_keys = {target: source for target, source in ties if not DECODER_TIE.search(target)}
+        if ties := vars(submodel).get("_tied_weights_keys"):
+            kept = {target: source for target, source in ties.items() if not DECODER_TIE.search(target)}
+            submodel._tied_weights_keys = kept
         if isinstance(submodel, DirEmbedModelMixin):
             submodel.__class__ = submodel.base_class  # type: ignore[assignment]
         if isinstance(submodel.config, DirEmbedConfigMixin):
@@ -323,7 +336,10 @@ def _forget_quantizer(model: PreTrainedModel) -> None:
 
 def __getattr__(name: str) -> type:
     """Finds derived model classes by name, as unpickling does in a fresh process."""
-    base = getattr(transformers, name.removeprefix("DirEmbed"), None) if name.startswith("DirEmbed") else None
-    if isinstance(base, type) and issubclass(base, PreTrainedModel) and base.config_class is not None:
-        return derive_model_class(base, derive_config_class(base.config_class.model_type))
+    if name.startswith("DirEmbed"):
+        config_name, _, base_name = name.removeprefix("DirEmbed").rpartition("Config")
+        base = getattr(transformers, base_name, None)
+        if isinstance(base, type) and issubclass(base, PreTrainedModel) and base.config_class is not None:
+            base_config = getattr(transformers, f"{config_name}Config") if config_name else base.config_class
+            return derive_model_class(base, derive_config_class(base_config.model_type))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,276 @@
+"""Which architectures work: every language model that transformers has, tiny and random, compressed and reloaded.
+
+    python benchmarks/families.py [--only bert gpt2] [--out docs/families.md]
+
+For each class of the causal, masked and sequence-to-sequence mappings: a tiny config, made by shrinking the sizes of
+the default one by their names; the stock model, which must run and survive its own save and reload, or it counts as
+one that cannot be built; the compressed model, which must answer the same after a save and a reload, bit for bit, and
+up to rounding after it is expanded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+import hf_dirembed
+from hf_dirembed import ModelError
+
+
+TASKS = {
+    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "AutoModelForSeq2SeqLM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+}
+VOCAB = 160
+MAX_PARAMETERS = 60_000_000
+SECONDS = 60  # for one class
+# What a size is shrunk to, by its name; the first pattern that matches counts.
+SIZES = (
+    (r"(^|_)vocab_size$|^(src|tgt)_vocab_size$|vocab_size_per_layer_input", VOCAB),
+    (r"_(token_)?(id|index)$", 4),
+    (r"experts_per_tok(en)?$|^(moe_)?(top_k|topk|num_selected_experts)$|^moe_k$", 2),
+    (r"^n_groups?$|^topk_group$|^first_k_dense_replace$|^num_nextn_predict_layers$", 1),
+    (r"(num|n)_.*experts$|^num_experts$|^n_experts$", 4),
+    (r"(^|_)(n_layers?|num_layers|num_hidden_layers|layers|num_blocks|depth|num_layers_per_stack)$", 2),
+    (r"key_value_heads$|kv_heads$|^num_kv_heads$", 2),
+    (r"(^|_)(n_heads?|num_heads|attention_heads|num_attention_heads|num_key_heads|num_value_heads)$", 4),
+    (r"head_dim$|^d_kv$|^dim_head$|^d_head$|^kv_channels$|^rotary_dim$", 16),
+    (r"(lora|low|lru|embedding|laurel|dt)_?(_rank|rank|_width)$|_lowrank$", 16),
+    (r"max_.*position|position.*embeddings$|^n_positions$|max_seq_len$|^max_length$|source_positions$", 64),
+    (r"image_size$", 32),
+    (r"patch_size$", 16),
+    (r"intermediate_size|ffn|^d_ff$|^d_inner$|^hidden_dim$|^inner_dim$", 64),
+    (r"hidden_size|^d_model$|^n_embd$|^dim$|emb(ed)?(ding)?_(dim|size)$|^embed_dim$|proj_dim$|_dim$", 64),
+    (r"^(ssm_)?state_size$|_d_state$|^chunk_size$|_chunk_size$|window|_block_size$|^block_size$", 16),
+)
+
+
+class Outcome(NamedTuple):
+    """What came of one class: whether it could be built, whether it works compressed, and why not."""
+
+    built: bool
+    works: bool
+    reason: str = ""
+
+
+class Variant(NamedTuple):
+    """A way to shrink: patterns left out, lists by layer cut or left to the config to derive, fields set by hand."""
+
+    left_out: tuple[str, ...] = ()
+    cut_lists: bool = False
+    fields: tuple[tuple[str, Any], ...] = ()
+
+
+# Where a default config leaves them open, though its model needs them.
+OPEN = (("head_dim", 16), ("num_key_value_heads", 4), ("n_routed_experts", 4), ("num_experts_per_tok", 2))
+VARIANTS = (
+    Variant(),
+    Variant(cut_lists=True),
+    Variant(fields=OPEN),
+    Variant(fields=(*OPEN, ("num_experts_per_tok", 2), ("topk_method", "greedy"))),
+    Variant(fields=(("layer_types", ["full_attention"] * 2),)),
+    Variant(fields=(("num_hidden_layers", 8),)),
+    Variant(left_out=("head_dim",)),
+    Variant(left_out=("layers", "depth")),
+    Variant(left_out=("experts",)),
+    Variant(left_out=("key_value_heads",)),
+    Variant(left_out=("hidden_size", "_dim", "embedding_size")),
+    Variant(left_out=("head_dim", "lora", "heads", "state", "layers")),
+)
+
+
+def shrunk(name: str, value: Any, left_out: tuple[str, ...]) -> Any:
+    """A size that is no larger than a tiny model needs, by its name."""
+    if type(value) is not int or any(re.search(part, name) for part in left_out):
+        return value
+    for pattern, size in SIZES:
+        if re.search(pattern, name):
+            return min(value, size)
+    return value
+
+
+def tiny_fields(config: PreTrainedConfig, variant: Variant) -> dict[str, Any]:
+    """The arguments that make a tiny config of a class, from one with its defaults."""
+    layers = getattr(config, "num_hidden_layers", None)
+    found: dict[str, Any] = {}
+    for name, value in vars(config).items():
+        if name.startswith("_") or name in ("transformers_version", "architectures", "dtype"):
+            continue
+        if isinstance(value, PreTrainedConfig):
+            if smaller := tiny_fields(value, variant):
+                found[name] = {"model_type": value.model_type, **smaller}
+        elif (small := shrunk(name, value, variant.left_out)) != value:
+            found[name] = small
+        elif isinstance(value, (list, tuple)) and len(value) == layers and variant.cut_lists:
+            found[name] = value[: shrunk("num_hidden_layers", layers, variant.left_out)]
+        elif isinstance(value, list) and value and name.endswith("token_id"):
+            found[name] = 2
+    return {**found, **{name: value for name, value in variant.fields if hasattr(config, name)}}
+
+
+def inputs_of(config: PreTrainedConfig) -> dict[str, Tensor]:
+    """Token ids, none of which is a special one."""
+    ids = torch.randint(8, VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "decoder_input_ids": ids.flip(1)} if config.is_encoder_decoder else {"input_ids": ids}
+
+
+@torch.no_grad()
+def answers(model: PreTrainedModel) -> Tensor:
+    """The logits for random token ids."""
+    torch.manual_seed(2)  # some models draw random numbers in evaluation, too
+    return model.eval()(**inputs_of(model.config)).logits
+
+
+def build(model_type: str, auto: type) -> PreTrainedModel:
+    """A tiny stock model that runs; the error of the plainest variant if none does."""
+    first: Exception | None = None
+    for variant in VARIANTS:
+        try:
+            config_class = CONFIG_MAPPING[model_type]
+            config = config_class(**tiny_fields(config_class(), variant))
+            config.use_cache = False  # tiny hybrids may lack the kind of layer that their caches count with
+            with torch.device("meta"):
+                size = sum(parameter.numel() for parameter in auto.from_config(config).parameters())
+            if size > MAX_PARAMETERS:
+                raise ValueError(f"{size:,} parameters are left after shrinking")
+            torch.manual_seed(0)
+            model = auto.from_config(config)
+            if not answers(model).isfinite().all():
+                raise ValueError("the stock model answers with NaNs")
+            return model
+        except TimeoutError:
+            raise
+        except Exception as error:  # whatever a config or a model raises is the finding
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def outcome(model_type: str, auto_name: str) -> Outcome:
+    """Builds, compresses, saves, reloads and expands one class."""
+    auto, method = getattr(transformers, auto_name), ""
+    with tempfile.TemporaryDirectory() as folder, time_limit():
+        try:
+            stock = build(model_type, auto)
+            stock.save_pretrained(folder)
+            dense = auto.from_pretrained(folder)
+            if not torch.equal(answers(dense), answers(stock)):
+                raise ValueError("the stock model answers otherwise after its own save and reload")
+        except Exception as error:
+            return Outcome(built=False, works=False, reason=describe(error))
+        try:
+            try:
+                model = hf_dirembed.compress(dense, bits=7)
+                expected = answers(model)
+            except ModelError as error:
+                if "method='direction'" not in str(error):
+                    raise
+                method = "float latents only"
+                model = hf_dirembed.compress(hf_dirembed.expand(dense), method="direction", ratio=4)
+                expected = answers(model)
+            model.save_pretrained(Path(folder) / "compressed")
+            again = auto.from_pretrained(Path(folder) / "compressed")
+            if not torch.equal(answers(again), expected):
+                raise ValueError("it answers otherwise after a reload")
+            torch.testing.assert_close(answers(hf_dirembed.expand(again)), expected, rtol=1e-3, atol=1e-3)
+            again.save_pretrained(Path(folder) / "expanded")
+            if not torch.equal(answers(auto.from_pretrained(Path(folder) / "expanded")), answers(again)):
+                raise ValueError("it answers otherwise after it was expanded and reloaded")
+        except Exception as error:
+            return Outcome(built=True, works=False, reason=describe(error))
+    return Outcome(built=True, works=True, reason=method)
+
+
+def describe(error: Exception) -> str:
+    """The first line of an error, in one table cell."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0].replace("|", "/")
+    return text if len(text) <= 160 else f"{text[:157]}..."
+
+
+@contextmanager
+def time_limit() -> Iterator[None]:
+    """Raises TimeoutError inside when a class takes too long."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"more than {SECONDS} s")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def report(outcomes: dict[tuple[str, str], Outcome]) -> str:
+    """The page: a summary, a table of what works, and the reasons of the rest."""
+    lines = [
+        "# Architectures",
+        "",
+        "Made by `python benchmarks/families.py`, with tiny random models of every language-model class that "
+        f"transformers {transformers.__version__} has.",
+        "",
+        "| class | in transformers | can be built here | work compressed |",
+        "| --- | --- | --- | --- |",
+    ]
+    for auto in TASKS:
+        found = [outcome for (_, name), outcome in outcomes.items() if name == auto]
+        built, works = sum(o.built for o in found), sum(o.works for o in found)
+        lines.append(f"| `{auto}` | {len(found)} | {built} | {works} ({100 * works / max(built, 1):.0f} %) |")
+    lines += ["", "## What works", ""]
+    for auto in TASKS:
+        names = ", ".join(
+            f"`{t}`{o.reason and ' ¹'}" for (t, name), o in sorted(outcomes.items()) if name == auto and o.works
+        )
+        lines += [f"`{auto}`: {names}.", ""]
+    lines += ["¹ With float latents only: the model casts its hidden states to the dtype of its head's weight.", ""]
+    for title, built in (("What does not", True), ("What could not be built, the stock model neither", False)):
+        rest = [(key, o) for key, o in sorted(outcomes.items()) if not o.works and o.built == built]
+        lines += [f"## {title}", "", "| architecture | class | why |", "| --- | --- | --- |"]
+        lines += [f"| `{model_type}` | `{auto}` | {o.reason} |" for (model_type, auto), o in rest] + [""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> None:
+    """Tries every class, prints each outcome, and writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", help="model types to try; all by default")
+    parser.add_argument("--out", type=Path, help="where to write the page")
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    outcomes: dict[tuple[str, str], Outcome] = {}
+    for auto, mapping in TASKS.items():
+        for model_type in sorted(mapping):
+            if arguments.only and model_type not in arguments.only:
+                continue
+            found = outcomes[model_type, auto] = outcome(model_type, auto)
+            print(
+                model_type,
+                auto,
+                f"works {found.reason}" if found.works else f"{found.built=} {found.reason}",
+                flush=True,
+            )
+    if arguments.out:
+        arguments.out.parent.mkdir(exist_ok=True)
+        arguments.out.write_text(report(outcomes), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_dirembed.configuration_dirembed import code_bytes
+from hf_dirembed.configuration_dirembed import CODEBOOK_SHAPE, code_bytes
 from hf_dirembed.kernels_dirembed import ExpandedCodes, packed_linear, padded_rank
-from hf_dirembed.packing_dirembed import unpack
+from hf_dirembed.packing_dirembed import PackedCodes
 
 
 Contest = dict[str, tuple[Callable[[], Tensor], int]]  # a name to the product and the bytes that it holds
@@ -48,7 +48,8 @@ def head(hidden: Tensor, decoder: Tensor, product: Callable[[Tensor], Tensor]) -
 def contest(arguments: argparse.Namespace, batch: int, tables: dict[str, Tensor]) -> Contest:
     """The competitors for one batch size; the expansion happens before the clock runs."""
     allocation = tuple(arguments.bit_allocation)
-    packed, rank = tables["packed"], sum(allocation)
+    packed = tables["packed"]
+    codes = PackedCodes(packed, allocation, tables["codebook"])
     hidden = torch.randn(batch, arguments.dim, device=packed.device)
     contestants: Contest = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -60,13 +61,13 @@ def contest(arguments: argparse.Namespace, batch: int, tables: dict[str, Tensor]
             f"dense {name}": (lambda states=states, dense=dense: F.linear(states, dense), dense.nbytes),
             f"unpack each time, {name}": (
                 lambda states=states, decoder=decoder, dtype=dtype: head(
-                    states, decoder, lambda inner: F.linear(inner, unpack(packed, allocation).to(dtype))
+                    states, decoder, lambda inner: F.linear(inner, codes.unpack().to(dtype))
                 ),
                 small,
             ),
             f"{'Triton' if packed.is_cuda else 'unpack in chunks'}, {name}": (
                 lambda states=states, decoder=decoder: head(
-                    states, decoder, lambda inner: packed_linear(inner, packed, allocation)
+                    states, decoder, lambda inner: packed_linear(inner, codes)
                 ),
                 small,
             ),
@@ -74,9 +75,9 @@ def contest(arguments: argparse.Namespace, batch: int, tables: dict[str, Tensor]
         if not packed.is_cuda:
             contestants[f"int8 expanded, {name}"] = (
                 lambda states=states, decoder=decoder, expanded=expanded: head(
-                    states, decoder, lambda inner: packed_linear(inner, packed, allocation, expanded=expanded)
+                    states, decoder, lambda inner: packed_linear(inner, codes, expanded=expanded)
                 ),
-                small + arguments.vocabulary * padded_rank(rank),
+                small + arguments.vocabulary * padded_rank(codes.rank),
             )
     return contestants
 
@@ -109,6 +110,7 @@ def main() -> None:
         str(dtype).removeprefix("torch."): dense.to(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)
     }
     tables["packed"] = torch.randint(0, 256, (arguments.vocabulary, width), dtype=torch.uint8, device=device)
+    tables["codebook"] = torch.randint(-128, 128, CODEBOOK_SHAPE, dtype=torch.int8, device=device)
     tables["decoder"] = torch.randn(sum(allocation), arguments.dim, device=device)
     print(f"`{shlex.join(['python', *sys.argv])}`: rank {sum(allocation)}, {width} bytes per row,", end=" ")
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"

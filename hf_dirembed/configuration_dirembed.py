@@ -20,8 +20,17 @@ FORMAT = 1
 FLOAT_CODES = ("float32", "float16", "bfloat16")
 PACKED_CODES = "packed"
 BIT_WIDTHS = (8, 4, 2, 1)  # the order of a packed row; powers of two, so that no latent straddles two bytes
+STATE_BITS = 8  # of the trellis that latents of fewer bits are read through
+CODEBOOK_SHAPE = (len(BIT_WIDTHS) - 1, 1 << STATE_BITS)
 MAX_RANK = 65_536
-CODE_TENSORS = ("weight", "decoder_weight", "decoder_bias_weight", "refinement_weight", "refined_rows_weight")
+CODE_TENSORS = (
+    "weight",
+    "codebook_weight",
+    "decoder_weight",
+    "decoder_bias_weight",
+    "refinement_weight",
+    "refined_rows_weight",
+)
 
 
 class DirEmbedError(ValueError):

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .configuration_dirembed import CODE_TENSORS, PACKED_CODES, CompressionSpec, ModelError
-from .packing_dirembed import pack, unpack
+from .configuration_dirembed import CODE_TENSORS, CODEBOOK_SHAPE, PACKED_CODES, CompressionSpec, ModelError
+from .packing_dirembed import unpack
 
 
 HALF = 0.5  # what a mid-rise quantiser's integer stands for is half a step above it
@@ -25,9 +25,9 @@ DENSE_CHUNK = 1 << 14  # rows decoded at a time when the whole table is asked fo
 class CompressedMatrix(nn.Module):
     """A (num_rows, dim) matrix held as codes and an affine decoder: row i is zᵢ D + b.
 
-    The latents zᵢ are the floats of row i of the code matrix or, where it is packed, its integers plus ½ (a mid-rise
-    quantiser). Rows that a refinement names have further latents, which follow in D. Training changes the decoder
-    alone; float latents too, once they are unfrozen.
+    The latents zᵢ are the floats of row i of the code matrix or, where it is packed, the integers that it stands for
+    plus ½ (a mid-rise quantiser). Rows that a refinement names have further latents, which follow in D. Training
+    changes the decoder alone; float latents too, once they are unfrozen.
 
     The code matrix is the parameter named `weight`: native tying of an LM head's `weight` then works unchanged, and a
     stock class that is given this checkpoint fails on its shape instead of loading it for a table. The float
@@ -46,6 +46,7 @@ class CompressedMatrix(nn.Module):
         SpecError: If the layout does not fit the matrix.
     """
 
+    codebook_weight: nn.Parameter | None
     decoder_bias_weight: nn.Parameter | None
     refinement_weight: nn.Parameter | None
     refined_rows_weight: nn.Parameter | None
@@ -73,6 +74,7 @@ class CompressedMatrix(nn.Module):
         self.decoder_bias_weight = parameter(dim, dtype=dtype, trained=True) if spec.bias else None
         self.decoder_weight = parameter(spec.decoder_rows, dim, dtype=dtype, trained=True)
         self.weight = parameter(num_rows, spec.code_width, dtype=code_dtype)
+        self.codebook_weight = parameter(*CODEBOOK_SHAPE, dtype=torch.int8) if spec.codes == PACKED_CODES else None
         self.refinement_weight = parameter(refined.rows, refined.code_width, dtype=torch.uint8) if refined else None
         self.refined_rows_weight = parameter(refined.rows, dtype=torch.int32) if refined else None
         self.reset_parameters()
@@ -85,11 +87,11 @@ class CompressedMatrix(nn.Module):
         nn.init.normal_(self.decoder_weight, std=0.02)
         if self.decoder_bias_weight is not None:
             nn.init.zeros_(self.decoder_bias_weight)
-        for codes in (self.weight, self.refinement_weight):
-            if codes is not None and codes.is_floating_point():
-                nn.init.normal_(codes)
-            elif codes is not None:
-                codes.random_(0, 256)
+        if self.weight.is_floating_point():
+            nn.init.normal_(self.weight)
+        for codes in (self.weight, self.refinement_weight, self.codebook_weight):
+            if codes is not None and not codes.is_floating_point():
+                codes.random_(torch.iinfo(codes.dtype).min, torch.iinfo(codes.dtype).max + 1)
         if self.refined_rows_weight is not None:
             torch.arange(len(self.refined_rows_weight), out=self.refined_rows_weight)
 
@@ -102,15 +104,15 @@ class CompressedMatrix(nn.Module):
         """The latents of rows, (..., decoder rows); zero where a row has no refinement."""
         self.check_gradients()
         codes = F.embedding(ids, self.weight)
-        if self.spec.bit_allocation is None:
+        if self.spec.bit_allocation is None or self.codebook_weight is None:
             return codes.to(self.dtype)
-        latents = unpack(codes, self.spec.bit_allocation).to(self.dtype) + HALF
+        latents = unpack(codes, self.spec.bit_allocation, self.codebook_weight).to(self.dtype) + HALF
         if self.refinement_weight is None or self.refined_rows_weight is None or self.spec.refinement is None:
             return latents
         rows = self.refined_rows_weight
         slots = torch.searchsorted(rows, ids.to(rows.dtype)).clamp(max=len(rows) - 1)
         codes = F.embedding(slots, self.refinement_weight)
-        further = unpack(codes, self.spec.refinement.bit_allocation).to(self.dtype) + HALF
+        further = unpack(codes, self.spec.refinement.bit_allocation, self.codebook_weight).to(self.dtype) + HALF
         return torch.cat([latents, further * (rows[slots] == ids).unsqueeze(-1)], dim=-1)
 
     def decode(self, ids: Tensor) -> Tensor:
@@ -126,7 +128,7 @@ class CompressedMatrix(nn.Module):
 
     @torch.no_grad()
     def resize_rows(self, num_rows: int) -> None:
-        """Drops rows from the end, or adds rows whose codes are the mean of those there are."""
+        """Drops rows from the end, or adds rows: the mean latents or, if packed, those of the row nearest to it."""
         kept = self.weight[:num_rows]
         if (added := num_rows - len(kept)) > 0:
             kept = torch.cat([kept, self._mean_codes().expand(added, -1)])
@@ -138,12 +140,12 @@ class CompressedMatrix(nn.Module):
                 setattr(self, name, nn.Parameter(getattr(self, name)[:number].clone(), requires_grad=False))
 
     def _mean_codes(self) -> Tensor:
-        allocation = self.spec.bit_allocation
-        if allocation is None:
+        if self.weight.is_floating_point():
             return self.weight.float().mean(dim=0, keepdim=True).to(self.weight.dtype)
-        chunks = self.weight.split(DENSE_CHUNK)
-        total = torch.stack([unpack(codes, allocation).sum(dim=0) for codes in chunks]).sum(dim=0, keepdim=True)
-        return pack((total / len(self.weight)).round().to(torch.int8), allocation)
+        chunks = torch.arange(len(self.weight), device=self.weight.device).split(DENSE_CHUNK)
+        mean = torch.stack([self.decode(ids).double().sum(dim=0) for ids in chunks]).sum(dim=0) / len(self.weight)
+        distances = torch.cat([(self.decode(ids) - mean).square().sum(dim=1) for ids in chunks])
+        return self.weight[distances.argmin()].unsqueeze(0)
 
     def code_tensors(self) -> dict[str, Tensor]:
         """The tensors that stand for the matrix, by name: what a tied module shares."""

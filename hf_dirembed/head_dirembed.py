@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .configuration_dirembed import CompressionSpec, ModelError
 from .embedding_dirembed import HALF, CompressedMatrix
 from .kernels_dirembed import ExpandedCodes, packed_linear
+from .packing_dirembed import PackedCodes
 
 
 class CompressedLMHead(CompressedMatrix):
@@ -102,13 +103,15 @@ class CompressedLMHead(CompressedMatrix):
             )
         self.check_gradients()
         latents = F.linear(hidden_states, self.decoder_weight)
-        logits = _code_product(latents[..., : self.spec.rank], self.weight, self.spec.bit_allocation, self._expanded)
+        logits = self._code_product(
+            latents[..., : self.spec.rank], self.weight, self.spec.bit_allocation, self._expanded
+        )
         if (
             self.refinement_weight is not None
             and self.refined_rows_weight is not None
             and self.spec.refinement is not None
         ):
-            refinement = _code_product(
+            refinement = self._code_product(
                 latents[..., self.spec.rank :],
                 self.refinement_weight,
                 self.spec.refinement.bit_allocation,
@@ -119,13 +122,13 @@ class CompressedLMHead(CompressedMatrix):
             logits = logits + (hidden_states @ self.decoder_bias_weight).unsqueeze(-1)
         return logits if self.bias is None else logits + self.bias.to(logits.dtype)
 
-
-def _code_product(
-    latents: Tensor, codes: Tensor, bit_allocation: tuple[int, ...] | None, expanded: ExpandedCodes
-) -> Tensor:
-    """The product of (..., r) states in the latents' space with the latents of all rows, (..., V)."""
-    if bit_allocation is None:
-        return F.linear(latents, codes.to(latents.dtype))
-    integers = packed_linear(latents, codes, bit_allocation, expanded=expanded)
-    halves = HALF * latents.sum(dim=-1, keepdim=True)
-    return integers + halves.to(integers.dtype)  # autocast sums in float32
+    def _code_product(
+        self, latents: Tensor, codes: Tensor, bit_allocation: tuple[int, ...] | None, expanded: ExpandedCodes
+    ) -> Tensor:
+        """The product of (..., r) states in the latents' space with the latents of all rows, (..., V)."""
+        if bit_allocation is None or self.codebook_weight is None:
+            return F.linear(latents, codes.to(latents.dtype))
+        packed = PackedCodes(codes, bit_allocation, self.codebook_weight)
+        integers = packed_linear(latents, packed, expanded=expanded)
+        halves = HALF * latents.sum(dim=-1, keepdim=True)
+        return integers + halves.to(integers.dtype)  # autocast sums in float32

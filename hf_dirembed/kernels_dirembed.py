@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from .configuration_dirembed import TableError, code_bytes
-from .packing_dirembed import planes, unpack
+from .configuration_dirembed import TableError
+from .packing_dirembed import PackedCodes
 from .triton_dirembed import triton_linear, triton_works
 
 
@@ -40,17 +40,6 @@ def padded_rank(rank: int) -> int:
     return math.ceil(rank / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
-def _decode(codes: Tensor, bit_allocation: Allocation | None, out: Tensor) -> Tensor:
-    """Writes packed codes, or int8 codes where there is no allocation, into the (n, rank) tensor `out`."""
-    if bit_allocation is None:
-        return out.copy_(codes[:, : out.shape[1]])
-    first = 0
-    for plane in planes(codes, bit_allocation):
-        out[:, first : first + plane.shape[1]] = plane
-        first += plane.shape[1]
-    return out
-
-
 class ExpandedCodes:
     """Packed codes expanded to int8 once, at their first use, and again whenever the packed tensor has changed.
 
@@ -62,31 +51,29 @@ class ExpandedCodes:
         >>> expanded = ExpandedCodes()
         >>> expanded.num_bytes
         0
-        >>> expanded.get(torch.tensor([[7, 1]], dtype=torch.uint8), (0, 0, 2, 2))[:, :4].tolist()
-        [[1, -1, 0, -1]]
+        >>> codebook = torch.arange(-128, 128, dtype=torch.int8).repeat(3, 1)
+        >>> packed = torch.tensor([[7, 1]], dtype=torch.uint8)
+        >>> expanded.get(PackedCodes(packed, (0, 0, 2, 2), codebook))[:, :4].tolist()
+        [[-121, -127, -127, -128]]
         >>> expanded.num_bytes
         16
     """
 
     def __init__(self) -> None:
-        self._entry: tuple[Tensor, tuple[Any, ...], Tensor] | None = None
+        self._entry: tuple[PackedCodes, tuple[Any, ...], Tensor] | None = None
 
-    def get(self, packed: Tensor, bit_allocation: Allocation) -> Tensor:
+    def get(self, codes: PackedCodes) -> Tensor:
         """The codes as (V, `padded_rank(rank)`) int8; the columns beyond the rank are zero.
 
-        Args:
-            packed: (V, bytes per row) uint8.
-            bit_allocation: How many latents have 8, 4, 2 and 1 bits.
-
         Raises:
-            TableError: If the rows of `packed` are not what the allocation makes them.
+            TableError: If the tensors of `codes` do not fit each other.
         """
-        version = -1 if packed.is_inference() else packed._version
-        key = (packed.data_ptr(), version, packed.shape, packed.stride(), packed.device, bit_allocation)
+        key = tuple(_identity(part) if isinstance(part, Tensor) else part for part in codes)
         if (entry := self._entry) is None or entry[1] != key:
             self._entry = None  # the old codes go before the new ones come
             # Held, the packed memory cannot be freed and come back as another tensor's at the same address.
-            entry = self._entry = packed.detach(), key, _expand(packed.detach(), bit_allocation)
+            held = PackedCodes(codes.packed.detach(), codes.bit_allocation, codes.codebook.detach())
+            entry = self._entry = held, key, _expand(held)
         return entry[2]
 
     @property
@@ -102,16 +89,22 @@ class ExpandedCodes:
         return ExpandedCodes, ()
 
 
-def _expand(packed: Tensor, bit_allocation: Allocation) -> Tensor:
-    rank = sum(bit_allocation)
-    _check_packed(packed, bit_allocation, rank)
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    version = -1 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version, tensor.shape, tensor.stride(), tensor.device
+
+
+def _expand(codes: PackedCodes) -> Tensor:
+    codes.check(codes.rank)
     # What is made under `inference_mode` could not serve a training step later.
     with torch.inference_mode(False), torch.no_grad():
-        codes = torch.zeros(len(packed), padded_rank(rank), dtype=torch.int8, device=packed.device)
-        step = max(1, BUFFER_BYTES // max(rank, 1))  # rows whose intermediates stay small
-        for rows, out in zip(packed.split(step), codes.split(step), strict=True):
-            _decode(rows, bit_allocation, out[:, :rank])
-    return codes
+        num_rows = len(codes.packed)
+        expanded = torch.zeros(num_rows, padded_rank(codes.rank), dtype=torch.int8, device=codes.packed.device)
+        step = max(1, BUFFER_BYTES // codes.rank)  # rows whose intermediates stay small
+        for first in range(0, num_rows, step):
+            rows = slice(first, first + step)
+            expanded[rows, : codes.rank] = codes.unpack(rows)
+    return expanded
 
 
 def int8_linear(inner: Tensor, codes: Tensor) -> Tensor:
@@ -138,13 +131,11 @@ def int8_linear(inner: Tensor, codes: Tensor) -> Tensor:
     """
     if codes.dtype != torch.int8 or codes.dim() != 2 or codes.shape[1] < inner.shape[-1]:
         raise TableError(f"codes {codes.dtype} {tuple(codes.shape)} do not fit inner states {tuple(inner.shape)}")
-    return _linear(inner, codes, None)
+    return _linear(inner, codes)
 
 
-def packed_linear(
-    inner: Tensor, packed: Tensor, bit_allocation: Allocation, *, expanded: ExpandedCodes | None = None
-) -> Tensor:
-    """The product `inner @ unpack(packed, bit_allocation).T`.
+def packed_linear(inner: Tensor, codes: PackedCodes, *, expanded: ExpandedCodes | None = None) -> Tensor:
+    """The product `inner @ codes.unpack().T`.
 
     On CUDA a Triton kernel reads the packed codes; on CPU the codes are those of `expanded`, if it is given. Elsewhere
     they are unpacked in chunks of rows; compilers, exporters and function transforms see plain operations. The
@@ -152,33 +143,26 @@ def packed_linear(
 
     Args:
         inner: (..., r) floats of any dtype.
-        packed: (V, bytes per row) uint8, on the same device; the layout is that of `pack`.
-        bit_allocation: How many latents have 8, 4, 2 and 1 bits; they sum to r.
+        codes: Of rank r and V rows, on the same device.
         expanded: Where the int8 codes, V · `padded_rank(r)` bytes, are kept between calls on CPU.
 
     Returns:
         (..., V) in the dtype of `inner`.
 
     Raises:
-        TableError: If the shapes or the dtype of the codes do not fit.
+        TableError: If the shapes or the dtypes do not fit.
 
     Example:
-        >>> packed = torch.tensor([[0b11_10_01_00]], dtype=torch.uint8)  # -2, -1, 0 and 1 in two bits each
-        >>> packed_linear(torch.tensor([[1.0, 10.0, 100.0, 1000.0]]), packed, (0, 0, 4, 0)).tolist()
-        [[988.0]]
+        >>> packed = torch.tensor([[0b11_10_01_00]], dtype=torch.uint8)  # the symbols 0, 1, 2 and 3
+        >>> codebook = (torch.arange(256) % 4).to(torch.int8).repeat(3, 1)  # levels that are the symbols
+        >>> codes = PackedCodes(packed, (0, 0, 4, 0), codebook)
+        >>> packed_linear(torch.tensor([[1.0, 10.0, 100.0, 1000.0]]), codes).tolist()
+        [[3210.0]]
     """
-    _check_packed(packed, bit_allocation, inner.shape[-1])
-    if expanded is not None and packed.device.type == "cpu" and not _is_traced(inner, packed):
-        return int8_linear(inner, expanded.get(packed, bit_allocation))
-    return _linear(inner, packed, bit_allocation)
-
-
-def _check_packed(packed: Tensor, bit_allocation: Allocation, rank: int) -> None:
-    row_bytes, fits_rank = code_bytes(bit_allocation), sum(bit_allocation) == rank
-    if packed.dtype != torch.uint8 or packed.dim() != 2 or packed.shape[1] != row_bytes or not fits_rank:
-        raise TableError(
-            f"codes {packed.dtype} {tuple(packed.shape)} of bit allocation {bit_allocation} do not fit rank {rank}"
-        )
+    codes.check(inner.shape[-1])
+    if expanded is not None and codes.packed.device.type == "cpu" and not _is_traced(inner, codes.packed):
+        return int8_linear(inner, expanded.get(codes))
+    return _linear(inner, codes)
 
 
 def _is_traced(inner: Tensor, codes: Tensor) -> bool:
@@ -191,53 +175,66 @@ def _is_traced(inner: Tensor, codes: Tensor) -> bool:
     )
 
 
-def _linear(inner: Tensor, codes: Tensor, bit_allocation: Allocation | None) -> Tensor:
-    if _is_traced(inner, codes):
-        latents = codes[:, : inner.shape[-1]] if bit_allocation is None else unpack(codes, bit_allocation)
-        return F.linear(inner, latents.to(inner.dtype))
+def _linear(inner: Tensor, codes: Tensor | PackedCodes) -> Tensor:
+    tensors = codes if isinstance(codes, PackedCodes) else (codes, None, None)
+    if _is_traced(inner, tensors[0]):
+        return F.linear(inner, _latents(codes, slice(None), inner.shape[-1]).to(inner.dtype))
     rows = inner.reshape(-1, inner.shape[-1])
     if torch.is_grad_enabled() and inner.requires_grad:
-        product = _CodesLinear.apply(rows, codes, bit_allocation)
+        product = _CodesLinear.apply(rows, *tensors)
     else:
-        product = _product(rows, codes, bit_allocation)
-    return product.view(*inner.shape[:-1], len(codes))
+        product = _product(rows, codes)
+    return product.view(*inner.shape[:-1], len(tensors[0]))
+
+
+def _latents(codes: Tensor | PackedCodes, rows: slice, rank: int) -> Tensor:
+    """Rows of codes as int8."""
+    return codes.unpack(rows) if isinstance(codes, PackedCodes) else codes[rows, :rank]
+
+
+def _num_rows(codes: Tensor | PackedCodes) -> int:
+    return len(codes.packed if isinstance(codes, PackedCodes) else codes)
 
 
 class _CodesLinear(torch.autograd.Function):
     """Keeps the integer codes for the backward pass; autograd would keep the float ones, 4 to 32 times as large."""
 
     @staticmethod
-    def forward(inner: Tensor, codes: Tensor, bit_allocation: Allocation | None) -> Tensor:
-        return _product(inner, codes, bit_allocation)
+    def forward(inner: Tensor, codes: Tensor, bit_allocation: Allocation | None, codebook: Tensor | None) -> Tensor:
+        return _product(inner, _codes(codes, bit_allocation, codebook))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        inner, codes, ctx.bit_allocation = inputs
+        inner, codes, ctx.bit_allocation, codebook = inputs
         ctx.rank = inner.shape[1]
-        ctx.save_for_backward(codes)
+        ctx.save_for_backward(codes, codebook)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (codes,) = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        tensor, codebook = ctx.saved_tensors
+        codes = _codes(tensor, ctx.bit_allocation, codebook)
         dtype = _sum_dtype(grad)
         total = grad.new_zeros(len(grad), ctx.rank, dtype=torch.promote_types(grad.dtype, torch.float32))
-        step = _chunk_rows(ctx.rank, dtype, codes.device)
-        for first in range(0, len(codes), step):
-            part = grad[:, first : first + step].to(dtype)
-            latents = codes.new_empty(part.shape[1], ctx.rank, dtype=dtype)
+        step = _chunk_rows(ctx.rank, dtype, tensor.device)
+        for first in range(0, len(tensor), step):
+            rows = slice(first, first + step)
             # Nothing in place: `create_graph=True` differentiates this again.
-            total = total + part @ _decode(codes[first : first + step], ctx.bit_allocation, latents)
-        return total.to(grad.dtype), None, None
+            total = total + grad[:, rows].to(dtype) @ _latents(codes, rows, ctx.rank).to(dtype)
+        return total.to(grad.dtype), None, None, None
 
 
-def _product(inner: Tensor, codes: Tensor, bit_allocation: Allocation | None) -> Tensor:
+def _codes(codes: Tensor, bit_allocation: Allocation | None, codebook: Tensor | None) -> Tensor | PackedCodes:
+    return codes if bit_allocation is None or codebook is None else PackedCodes(codes, bit_allocation, codebook)
+
+
+def _product(inner: Tensor, codes: Tensor | PackedCodes) -> Tensor:
     """The product of (n, r) rows, by the fastest way there is; without autograd."""
-    if bit_allocation is None and _suits_int8_kernel(inner, codes):
+    if isinstance(codes, PackedCodes):
+        return triton_linear(inner, *codes) if _suits_triton(inner) else _chunked_product(inner, codes)
+    if _suits_int8_kernel(inner, codes):
         padded = F.pad(inner, (0, codes.shape[1] - inner.shape[1])).contiguous()
         return torch._weight_int8pack_mm(padded, codes, inner.new_ones(len(codes)))
-    if bit_allocation is not None and _suits_triton(inner):
-        return triton_linear(inner, codes, bit_allocation)
-    return _chunked_product(inner, codes, bit_allocation)
+    return _chunked_product(inner, codes)
 
 
 def _suits_int8_kernel(inner: Tensor, codes: Tensor) -> bool:
@@ -269,17 +266,17 @@ def _chunk_rows(rank: int, dtype: torch.dtype, device: torch.device) -> int:
     return max(64, num_bytes // max(rank * dtype.itemsize, 1))
 
 
-def _chunked_product(inner: Tensor, codes: Tensor, bit_allocation: Allocation | None) -> Tensor:
+def _chunked_product(inner: Tensor, codes: Tensor | PackedCodes) -> Tensor:
     """Casts chunk after chunk of the codes into one buffer; a fresh tensor each would cost more than the product."""
-    num_rows, rank, dtype = len(codes), inner.shape[1], _sum_dtype(inner)
+    num_rows, rank, dtype = _num_rows(codes), inner.shape[1], _sum_dtype(inner)
     states = inner.to(dtype)
-    step = min(_chunk_rows(rank, dtype, codes.device), max(num_rows, 1))
-    buffer = torch.empty(step, rank, dtype=dtype, device=codes.device)
-    product = torch.empty(len(inner), num_rows, dtype=dtype, device=codes.device)
+    step = min(_chunk_rows(rank, dtype, inner.device), max(num_rows, 1))
+    buffer = torch.empty(step, rank, dtype=dtype, device=inner.device)
+    product = torch.empty(len(inner), num_rows, dtype=dtype, device=inner.device)
     for first in range(0, num_rows, step):
-        last = min(first + step, num_rows)
-        latents = _decode(codes[first:last], bit_allocation, buffer[: last - first])
-        torch.mm(states, latents.T, out=product[:, first:last])
+        rows = slice(first, min(first + step, num_rows))
+        latents = buffer[: rows.stop - first].copy_(_latents(codes, rows, rank))
+        torch.mm(states, latents.T, out=product[:, rows])
     return product.to(inner.dtype)
 
 

@@ -1,4 +1,8 @@
-"""The bit layout of packed codes.
+"""The layout of packed codes: bits to symbols, symbols to latents.
+
+A row's latents of 8 bits are plain integers. Those of 4, 2 and 1 bits are trellis coded: the symbols of a section are
+read as one stream, and a latent is looked up by the last 8 bits of it, so that few bits of its own choose among 256
+levels (trellis-coded quantisation, Marcellin & Fischer 1990, over the bitshift trellis of Tseng et al. 2024, "QTIP").
 
 This file travels with every compressed model, so it imports nothing of the package but its travelling neighbours.
 """
@@ -7,78 +11,155 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .configuration_dirembed import BIT_WIDTHS, TableError
+from .configuration_dirembed import BIT_WIDTHS, CODEBOOK_SHAPE, STATE_BITS, TableError, code_bytes
 
 
-def pack(codes: Tensor, bit_allocation: tuple[int, ...]) -> Tensor:
-    """Packs signed integer codes into bytes, the widest latents first.
+def pack(symbols: Tensor, bit_allocation: tuple[int, ...]) -> Tensor:
+    """Packs symbols into bytes, the widest latents first.
 
     A section of n latents of w bits takes m = ⌈n·w/8⌉ bytes; latent s·m + k of the section sits in byte k at bit s·w,
     so that unpacking works on whole contiguous sections.
 
     Args:
-        codes: (n, rank) integers; a latent of w bits lies in [-2^(w-1), 2^(w-1)).
+        symbols: (n, rank) uint8; that of a latent of w bits is below 2^w.
         bit_allocation: How many latents have 8, 4, 2 and 1 bits.
 
     Returns:
         (n, bytes per row) uint8.
 
     Raises:
-        TableError: If a code does not fit into its bits.
+        TableError: If a symbol does not fit into its bits.
 
     Example:
-        >>> packed = pack(torch.tensor([[-128, 1, -1, 0, -1]]), (1, 0, 2, 2))
-        >>> packed.tolist(), unpack(packed, (1, 0, 2, 2)).tolist()
-        ([[0, 7, 1]], [[-128, 1, -1, 0, -1]])
+        >>> packed = pack(torch.tensor([[255, 3, 1, 1, 0]], dtype=torch.uint8), (1, 0, 2, 2))
+        >>> packed.tolist(), [section.tolist() for _, section in sections(packed, (1, 0, 2, 2))]
+        ([[255, 7, 1]], [[[255]], [[3, 1]], [[1, 0]]])
     """
-    sections, first = [], 0
+    packed, first = [], 0
     for count, width in zip(bit_allocation, BIT_WIDTHS, strict=True):
-        section, first = codes[:, first : first + count], first + count
-        if count == 0 or len(codes) == 0:
-            sections.append(torch.zeros(len(codes), math.ceil(count * width / 8), dtype=torch.uint8))
-            continue
-        half, per_byte = 1 << (width - 1), 8 // width
-        low, high = int(section.min()), int(section.max())
-        if low < -half or high >= half:
-            raise TableError(f"codes from {low} to {high} do not fit into {width} bits: quantise them again")
+        section, first = symbols[:, first : first + count], first + count
+        per_byte = 8 // width
         num_bytes = math.ceil(count / per_byte)
-        levels = F.pad(section.to(torch.int16) + half, (0, num_bytes * per_byte - count))
-        planes = levels.view(len(codes), per_byte, num_bytes)
-        shifts = torch.arange(per_byte, dtype=torch.int16, device=codes.device).view(1, per_byte, 1) * width
-        sections.append((planes << shifts).sum(dim=1).to(torch.uint8))
-    return torch.cat([section.to(codes.device) for section in sections], dim=1)
+        if section.numel() and (largest := int(section.max())) >> width:
+            raise TableError(f"symbol {largest} does not fit into {width} bits: quantise the codes again")
+        planes = F.pad(section, (0, num_bytes * per_byte - count)).view(len(symbols), per_byte, num_bytes)
+        shifts = torch.arange(per_byte, dtype=torch.uint8, device=symbols.device).view(1, per_byte, 1) * width
+        packed.append((planes << shifts).sum(dim=1, dtype=torch.uint8))
+    return torch.cat(packed, dim=1)
 
 
-def planes(packed: Tensor, bit_allocation: tuple[int, ...]) -> Iterator[Tensor]:
-    """The codes of packed rows as blocks of adjacent latents, in order: views and shifts of whole sections.
-
-    They are plain operations, which compilers and exporters know; a `view` of another dtype they do not.
+def sections(packed: Tensor, bit_allocation: tuple[int, ...]) -> Iterator[tuple[int, Tensor]]:
+    """The symbols of packed rows, width by width, by plain operations that compilers and exporters know.
 
     Args:
         packed: (..., bytes per row) uint8.
         bit_allocation: How many latents have 8, 4, 2 and 1 bits.
 
     Yields:
-        (..., some latents) int8.
+        The width, and (..., count) uint8 symbols, for each width that has any.
     """
     first = 0
     for count, width in zip(bit_allocation, BIT_WIDTHS, strict=True):
         num_bytes = math.ceil(count * width / 8)
         section, first = packed[..., first : first + num_bytes], first + num_bytes
-        half, mask = 1 << (width - 1), (1 << width) - 1
-        for start in range(0, count, max(num_bytes, 1)):
-            plane = section[..., : min(num_bytes, count - start)]
-            if width == 8:
-                yield (plane.to(torch.int16) - half).to(torch.int8)
-            else:
-                yield ((plane >> (start // num_bytes * width)) & mask).to(torch.int8) - half
+        if width < 8 and count:
+            mask = (1 << width) - 1
+            planes = [(section >> shift) & mask for shift in range(0, 8, width)]
+            section = torch.cat(planes, dim=-1)[..., :count]
+        if count:
+            yield width, section
 
 
-def unpack(packed: Tensor, bit_allocation: tuple[int, ...]) -> Tensor:
-    """Unpacks what [`pack`] packed: (..., bytes per row) uint8 to (..., rank) int8."""
-    return torch.cat(list(planes(packed, bit_allocation)), dim=-1)
+def trellis_states(symbols: Tensor, width: int) -> Tensor:
+    """The state of each latent: its own symbol in the low bits, those of the latents behind it above.
+
+    The stream runs from the weakest latent to the strongest, as its first symbols have least to choose from.
+
+    Args:
+        symbols: (..., count) uint8, each below 2^width.
+        width: Bits of a symbol.
+
+    Returns:
+        (..., count) uint8.
+
+    Example:
+        >>> trellis_states(torch.tensor([1, 2, 3], dtype=torch.uint8), width=2).tolist()
+        [57, 14, 3]
+    """
+    states, known = symbols, 1
+    while known * width < STATE_BITS:  # doubles how many symbols each state knows
+        behind = F.pad(states[..., known:], (0, min(known, states.shape[-1])))
+        states = states | (behind << (known * width))
+        known *= 2
+    return states
+
+
+def unpack(packed: Tensor, bit_allocation: tuple[int, ...], codebook: Tensor) -> Tensor:
+    """The latents of packed rows, less ½.
+
+    Args:
+        packed: (..., bytes per row) uint8.
+        bit_allocation: How many latents have 8, 4, 2 and 1 bits.
+        codebook: (3, 256) int8, the levels of the trellis's states at 4, 2 and 1 bits, less ½.
+
+    Returns:
+        (..., rank) int8.
+
+    Example:
+        >>> codebook = torch.arange(-128, 128, dtype=torch.int8).repeat(3, 1)
+        >>> unpack(torch.tensor([[200, 0b10]], dtype=torch.uint8), (1, 0, 0, 2), codebook).tolist()
+        [[72, -126, -127]]
+    """
+    latents = []
+    for width, symbols in sections(packed, bit_allocation):
+        if width == 8:
+            latents.append((symbols.to(torch.int16) - 128).to(torch.int8))
+        else:
+            latents.append(codebook[BIT_WIDTHS.index(width) - 1][trellis_states(symbols, width).int()])
+    return torch.cat(latents, dim=-1)
+
+
+class PackedCodes(NamedTuple):
+    """Packed rows with all that it takes to read them.
+
+    Attributes:
+        packed: (V, bytes per row) uint8.
+        bit_allocation: How many latents have 8, 4, 2 and 1 bits.
+        codebook: (3, 256) int8, as [`unpack`] takes it.
+    """
+
+    packed: Tensor
+    bit_allocation: tuple[int, ...]
+    codebook: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Latents of a row."""
+        return sum(self.bit_allocation)
+
+    def unpack(self, rows: slice = slice(None)) -> Tensor:
+        """The latents of rows, less ½: (n, rank) int8."""
+        return unpack(self.packed[rows], self.bit_allocation, self.codebook)
+
+    def check(self, rank: int) -> None:
+        """Refuses tensors that are not what the allocation makes them.
+
+        Raises:
+            TableError: If shapes or dtypes do not fit each other or the rank.
+        """
+        packed, codebook = self.packed, self.codebook
+        if (
+            (packed.dtype, packed.shape[1:]) != (torch.uint8, (code_bytes(self.bit_allocation),))
+            or (codebook.dtype, codebook.shape) != (torch.int8, CODEBOOK_SHAPE)
+            or self.rank != rank
+        ):
+            raise TableError(
+                f"codes {packed.dtype} {tuple(packed.shape)} of bit allocation {self.bit_allocation} and codebook "
+                f"{codebook.dtype} {tuple(codebook.shape)} do not fit rank {rank}: pass those of one module"
+            )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hf_dirembed.configuration_dirembed import BIT_WIDTHS, CompressionSpec, Refinement
+from hf_dirembed.configuration_dirembed import BIT_WIDTHS, CODEBOOK_SHAPE, CompressionSpec, Refinement
 from hf_dirembed.embedding_dirembed import CompressedEmbedding, CompressedMatrix
 from hf_dirembed.head_dirembed import CompressedLMHead
-from hf_dirembed.packing_dirembed import pack, unpack
+from hf_dirembed.packing_dirembed import PackedCodes, pack
 
 
 # Of Σ |inner| |code|: the products are exact, their sum is rounded.
@@ -27,25 +27,40 @@ SPEC = CompressionSpec(
 )
 
 
-def draw_codes(num_rows: int, allocation: tuple[int, ...], seed: int = 0) -> Tensor:
+def draw_codebook(seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-128, 128, CODEBOOK_SHAPE, generator=generator).to(torch.int8)
+
+
+def draw_codes(num_rows: int, allocation: tuple[int, ...], seed: int = 0) -> tuple[PackedCodes, Tensor]:
+    """Packed random symbols, and the int8 latents that they stand for, found symbol by symbol."""
+    generator = torch.Generator().manual_seed(seed)
+    codebook = draw_codebook(seed)
     columns = [
-        torch.randint(-(1 << (width - 1)), 1 << (width - 1), (num_rows, count), generator=generator)
+        torch.randint(0, 1 << width, (num_rows, count), generator=generator)
         for count, width in zip(allocation, BIT_WIDTHS, strict=True)
     ]
-    return torch.cat(columns, dim=1).to(torch.int8)
+    latents = [columns[0] - 128]
+    for levels, width, symbols in zip(codebook, BIT_WIDTHS[1:], columns[1:], strict=True):
+        states = torch.zeros_like(symbols)
+        for position in range(symbols.shape[1]):
+            for behind in range(8 // width):
+                if position + behind < symbols.shape[1]:
+                    states[:, position] += symbols[:, position + behind] << (behind * width)
+        latents.append(levels[states])
+    packed = pack(torch.cat(columns, dim=1).to(torch.uint8), allocation)
+    return PackedCodes(packed, allocation, codebook), torch.cat(latents, dim=1).to(torch.int8)
 
 
 def draw_tensors(seed: int = 0) -> dict[str, Tensor]:
     """Codes and a decoder of `SPEC`, of a table whose rows have a mean."""
     torch.manual_seed(seed)
     return {
-        "weight": pack(draw_codes(NUM_ROWS, SPEC.bit_allocation, seed), SPEC.bit_allocation),
+        "weight": draw_codes(NUM_ROWS, SPEC.bit_allocation, seed)[0].packed,
+        "codebook_weight": draw_codebook(seed),
         "decoder_weight": torch.randn(SPEC.decoder_rows, DIM).half(),
         "decoder_bias_weight": torch.randn(DIM),
-        "refinement_weight": pack(
-            draw_codes(NUM_REFINED, SPEC.refinement.bit_allocation, seed + 1), SPEC.refinement.bit_allocation
-        ),
+        "refinement_weight": draw_codes(NUM_REFINED, SPEC.refinement.bit_allocation, seed)[0].packed,
         "refined_rows_weight": torch.randperm(NUM_ROWS)[:NUM_REFINED].sort().values.int(),
     }
 
@@ -65,11 +80,11 @@ def make_embedding(dtype: torch.dtype = torch.float32) -> CompressedEmbedding:
 
 
 def brute_force_rows(module: CompressedMatrix) -> tuple[Tensor, Tensor]:
-    """The dense rows of a module in float64, one latent vector after the other, and how large their terms are."""
+    """The dense rows of a module with the tensors of seed 0 in float64, and how large their terms are."""
     decoder, bias = module.decoder_weight.double(), module.decoder_bias_weight.double()
     latents = torch.zeros(NUM_ROWS, SPEC.decoder_rows, dtype=torch.float64)
-    latents[:, : SPEC.rank] = unpack(module.weight, SPEC.bit_allocation).double() + 0.5
-    further = unpack(module.refinement_weight, SPEC.refinement.bit_allocation).double() + 0.5
+    latents[:, : SPEC.rank] = draw_codes(NUM_ROWS, SPEC.bit_allocation)[1].double() + 0.5
+    further = draw_codes(NUM_REFINED, SPEC.refinement.bit_allocation)[1].double() + 0.5
     for slot, row in enumerate(module.refined_rows_weight.tolist()):
         latents[row, SPEC.rank :] = further[slot]
     return latents @ decoder + bias, latents.abs() @ decoder.abs() + bias.abs()

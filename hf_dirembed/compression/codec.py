@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..packing_dirembed import pack, unpack
+from ..configuration_dirembed import BIT_WIDTHS
+from ..packing_dirembed import pack, sections, trellis_states, unpack
+from .decoder import DecoderFit
 from .importance import Sample
-from .lattice import DecoderFit, coordinate_descent
-from .quantisation import Allocation, ScalarQuantisers, quantise
+from .quantisation import Allocation, Quantisers
 from .table import Table
+from .trellis import Codebooks, encode, round_to_levels
 
 
 _PASSES = 2  # over the whole table, after the training on a sample
@@ -26,56 +28,79 @@ class Codec:
     Attributes:
         base: The latents of every row.
         refinement: The further latents of refined rows, if there are any.
-        largest: (rank of both,) the largest level of each latent.
+        codebooks: Of the latents of fewer than 8 bits.
         decoder: D, (rank of both, dim).
         bias: b, (dim,).
     """
 
     base: Allocation
     refinement: Allocation | None
-    largest: Tensor
+    codebooks: Codebooks
     decoder: Tensor
     bias: Tensor
 
     @classmethod
-    def from_quantisers(cls, base: Allocation, quantisers: ScalarQuantisers, basis: Tensor, bias: Tensor) -> Codec:
-        """Starts from scalar quantisers of the leading latents of a basis, whose steps the decoder takes in."""
+    def from_quantisers(cls, base: Allocation, quantisers: Quantisers, basis: Tensor, bias: Tensor) -> Codec:
+        """Starts from the quantisers of the leading latents of a basis, whose steps the decoder takes in."""
         decoder = base.steps(quantisers).to(basis).unsqueeze(1) * basis[:, : base.rank].T
-        return cls(base, None, base.largest_levels().to(basis), decoder, bias)
+        return cls(base, None, quantisers.codebooks, decoder, bias)
 
     def refined_by(self, other: Codec) -> Codec:
         """This codec with that of its residual as a second layer."""
-        largest, decoder = torch.cat([self.largest, other.largest]), torch.cat([self.decoder, other.decoder])
-        return Codec(self.base, other.base, largest, decoder, self.bias + other.bias)
+        decoder = torch.cat([self.decoder, other.decoder])
+        return Codec(self.base, other.base, self.codebooks, decoder, self.bias + other.bias)
 
-    def encode(self, rows: Tensor, refined: Tensor) -> Tensor:
-        """Half-integer latents of rows, zero for those that a row does not have.
+    def encode(self, rows: Tensor, refined: Tensor) -> Symbols:
+        """The symbols of rows, and the latents that they stand for.
 
         Args:
             rows: y, (n, dim).
             refined: (n,) which rows have the second layer.
-
-        Returns:
-            (n, rank of both).
         """
         latents = rows.new_zeros(len(rows), len(self.decoder))
-        residual = rows - self.bias
-        for layer, has_layer in self._layers(refined):
-            decoder = self.decoder[layer]
-            levels = quantise(residual @ torch.linalg.pinv(decoder), self.largest[layer])
-            latents[:, layer] = levels * has_layer.unsqueeze(1)
-            residual = residual - latents[:, layer] @ decoder
-        return self.improve(rows, latents, refined, sweeps=2)
+        symbols = torch.zeros_like(latents, dtype=torch.uint8)
+        nothing = Symbols(symbols, latents, refined)
+        return self.improve(rows, self._sweep(rows, nothing, keep_better=False))
 
-    def improve(self, rows: Tensor, latents: Tensor, refined: Tensor, sweeps: int = 1) -> Tensor:
-        """Coordinate descent of latents for the decoder there is."""
-        improved = torch.zeros_like(latents)
-        for subset, rank in ((~refined, self.base.rank), (refined, len(self.decoder))):
-            if subset.any():
-                decoder, largest = self.decoder[:rank], self.largest[:rank]
-                start = latents[subset, :rank]
-                improved[subset, :rank] = coordinate_descent(rows[subset] - self.bias, start, decoder, largest, sweeps)
-        return improved
+    def improve(self, rows: Tensor, coded: Symbols) -> Symbols:
+        """Codes rows anew for the decoder there is, from the symbols they have; no row's error rises."""
+        return self._sweep(rows, coded, keep_better=True)
+
+    def _sweep(self, rows: Tensor, coded: Symbols, keep_better: bool) -> Symbols:
+        """Codes one section of latents after the other, each for what all others leave."""
+        symbols, latents = coded.symbols.clone(), coded.latents.clone()
+        residual = rows - self.bias - latents @ self.decoder
+        for section, width, of_refined in self._sections():
+            has_section = coded.refined.nonzero().squeeze(1) if of_refined else slice(None)
+            decoder, left, before = self.decoder[section], residual[has_section], latents[has_section, section]
+            gains = decoder.square().sum(dim=1).clamp_min(torch.finfo(decoder.dtype).tiny)
+            targets = before + left @ decoder.T / gains
+            found, levels = self._quantise(targets, gains, width)
+            after = left - (levels - before) @ decoder
+            if keep_better:
+                better = (after.square().sum(dim=1) < left.square().sum(dim=1)).unsqueeze(1)
+                found = torch.where(better, found, symbols[has_section, section])
+                levels, after = torch.where(better, levels, before), torch.where(better, after, left)
+            symbols[has_section, section], latents[has_section, section] = found, levels
+            residual[has_section] = after
+        return Symbols(symbols, latents, coded.refined)
+
+    def _quantise(self, targets: Tensor, gains: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """The best symbols of a section and their levels, were its rows of the decoder orthogonal."""
+        if width == 8:
+            levels = round_to_levels(targets)
+            return (levels + 127.5).to(torch.uint8), levels
+        book = self.codebooks.levels[BIT_WIDTHS.index(width) - 1]
+        symbols = encode(targets, gains, book, width)
+        return symbols, book[trellis_states(symbols, width).int()]
+
+    def _sections(self) -> Iterator[tuple[slice, int, bool]]:
+        first = 0
+        for layer, of_refined in ((self.base, False), (self.refinement, True)):
+            for count, width in zip(layer.counts if layer else (), BIT_WIDTHS, strict=layer is not None):
+                if count:
+                    yield slice(first, first + count), width, of_refined
+                first += count
 
     def error(self, rows: Tensor, latents: Tensor, omega: Tensor) -> float:
         """Σ ω ‖y - ŷ‖²."""
@@ -84,11 +109,6 @@ class Codec:
     def refit(self, fit: DecoderFit) -> None:
         """Takes over the best decoder for the latents that `fit` has seen."""
         self.decoder, self.bias = fit.solve()
-
-    def _layers(self, refined: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        yield slice(0, self.base.rank), torch.ones_like(refined)
-        if self.refinement is not None:
-            yield slice(self.base.rank, len(self.decoder)), refined
 
     def _fit(self) -> DecoderFit:
         rank, dim = self.decoder.shape
@@ -102,14 +122,14 @@ class Codec:
             refined: (n,) which of them have the second layer.
             rounds: The most rounds.
         """
-        latents = self.encode(sample.rows, refined)
-        before = self.error(sample.rows, latents, sample.omega)
+        coded = self.encode(sample.rows, refined)
+        before = self.error(sample.rows, coded.latents, sample.omega)
         for _ in range(rounds):
             fit = self._fit()
-            fit.add(sample.rows, latents, sample.omega)
+            fit.add(sample.rows, coded.latents, sample.omega)
             self.refit(fit)
-            latents = self.improve(sample.rows, latents, refined)
-            after = self.error(sample.rows, latents, sample.omega)
+            coded = self.improve(sample.rows, coded)
+            after = self.error(sample.rows, coded.latents, sample.omega)
             if after > (1 - _WORTHWHILE) * before:
                 break
             before = after
@@ -125,55 +145,71 @@ class Codec:
         Returns:
             The packed codes: `weight`, (num_rows, bytes), and with a second layer `refinement_weight`.
         """
-        latents: list[PackedLatents | None] = [None] * table.num_chunks
+        kept: list[PackedSymbols | None] = [None] * table.num_chunks
         for _ in range(_PASSES):
             fit = self._fit()
             for index, (part, rows) in enumerate(table.chunks()):
-                packed = latents[index]
+                packed = kept[index]
                 if packed is None:
-                    found = self.encode(rows, refined[part])
+                    coded = self.encode(rows, refined[part])
                 else:
-                    found = self.improve(rows, packed.unpack(), refined[part])
-                fit.add(rows, found, omega[part].float())
-                latents[index] = PackedLatents.of(found, refined[part], self)
+                    coded = self.improve(rows, packed.unpack(self, refined[part]))
+                fit.add(rows, coded.latents, omega[part].float())
+                kept[index] = PackedSymbols.of(coded, self)
             self.refit(fit)
-        kept = [packed for packed in latents if packed is not None]
-        tensors = {"weight": torch.cat([packed.base for packed in kept])}
+        chunks = [packed for packed in kept if packed is not None]
+        tensors = {"weight": torch.cat([packed.base for packed in chunks]), "codebook_weight": self.codebooks.stored()}
         if self.refinement is not None:
-            tensors["refinement_weight"] = torch.cat([packed.further for packed in kept])
+            tensors["refinement_weight"] = torch.cat([packed.further for packed in chunks])
         return tensors
 
 
 @dataclass(frozen=True)
-class PackedLatents:
-    """The latents of a chunk of rows, packed as they are stored.
+class Symbols:
+    """Rows as symbols, and as the latents that these stand for.
+
+    Attributes:
+        symbols: (n, rank of both layers) uint8; zero for those that a row does not have.
+        latents: (n, rank of both layers) half-integers; zero for those that a row does not have.
+        refined: (n,) which rows have the second layer.
+    """
+
+    symbols: Tensor
+    latents: Tensor
+    refined: Tensor
+
+
+@dataclass(frozen=True)
+class PackedSymbols:
+    """The symbols of a chunk of rows, packed as they are stored.
 
     Attributes:
         base: (n, bytes) uint8.
         further: (refined rows, bytes) uint8.
-        refined: (n,) which rows have those.
-        codec: What they belong to.
     """
 
     base: Tensor
     further: Tensor
-    refined: Tensor
-    codec: Codec
 
     @classmethod
-    def of(cls, latents: Tensor, refined: Tensor, codec: Codec) -> PackedLatents:
-        """Packs half-integers, (n, rank of both)."""
-        codes, rank = latents.floor().to(torch.int8), codec.base.rank
-        further = codes.new_zeros(0, 0)
+    def of(cls, coded: Symbols, codec: Codec) -> PackedSymbols:
+        """Packs both layers."""
+        symbols, rank = coded.symbols, codec.base.rank
+        further = symbols.new_zeros(0, 0)
         if codec.refinement is not None:
-            further = pack(codes[refined, rank:], codec.refinement.counts)
-        return cls(pack(codes[:, :rank], codec.base.counts), further, refined, codec)
+            further = pack(symbols[coded.refined, rank:], codec.refinement.counts)
+        return cls(pack(symbols[:, :rank], codec.base.counts), further)
 
-    def unpack(self) -> Tensor:
-        """The half-integers, zero for latents that a row does not have."""
-        base = unpack(self.base, self.codec.base.counts).float() + 0.5
-        latents = base.new_zeros(len(base), len(self.codec.decoder))
-        latents[:, : base.shape[1]] = base
-        if self.codec.refinement is not None:
-            latents[self.refined, base.shape[1] :] = unpack(self.further, self.codec.refinement.counts).float() + 0.5
-        return latents
+    def unpack(self, codec: Codec, refined: Tensor) -> Symbols:
+        """The symbols, with their latents."""
+        symbols = torch.zeros(len(self.base), len(codec.decoder), dtype=torch.uint8, device=self.base.device)
+        latents = torch.zeros_like(symbols, dtype=torch.float32)
+        layers = [(self.base, codec.base, torch.ones_like(refined))]
+        if codec.refinement is not None:
+            layers.append((self.further, codec.refinement, refined))
+        first = 0
+        for packed, allocation, rows in layers:
+            of_layer = slice(first, first := first + allocation.rank)
+            symbols[rows, of_layer] = torch.cat([each for _, each in sections(packed, allocation.counts)], dim=1)
+            latents[rows, of_layer] = unpack(packed, allocation.counts, codec.codebooks.stored()).float() + 0.5
+        return Symbols(symbols, latents, refined)

@@ -1,4 +1,4 @@
-"""Scalar quantisation of latents: step sizes, and how many bits each latent gets."""
+"""Quantisation of latents: steps and codebooks, and how many bits each latent gets."""
 
 from __future__ import annotations
 
@@ -10,70 +10,72 @@ import torch
 from torch import Tensor
 
 from ..configuration_dirembed import BIT_WIDTHS
+from ..packing_dirembed import trellis_states
+from .trellis import Codebooks, encode, round_to_levels
 
 
-# Steps to try, in standard deviations: around the best uniform mid-rise quantiser of a Gaussian (Max 1960), on the
-# wide side, as latents have heavier tails.
-_STEPS = {8: 0.031, 4: 0.335, 2: 0.996}
-_STRETCHES = (0.7, 0.8, 0.9, 1.0, 1.12, 1.25, 1.4, 1.6, 1.85)
-
-
-def largest_level(width: int) -> float:
-    """The largest half-integer that a mid-rise quantiser of `width` bits has."""
-    return 2 ** (width - 1) - 0.5
-
-
-def quantise(latents: Tensor, largest: Tensor | float) -> Tensor:
-    """The nearest half-integers, clamped to ± `largest`.
-
-    Example:
-        >>> quantise(torch.tensor([0.2, -0.2, 1.2, 9.0]), 1.5).tolist()
-        [0.5, -0.5, 1.5, 1.5]
-    """
-    levels = latents.floor().add_(0.5)
-    return torch.clamp(levels, -largest, largest) if isinstance(largest, float) else levels.clamp_(-largest, largest)
+# Steps of 8 bits to try, in standard deviations: around the best uniform mid-rise quantiser of a Gaussian (Max 1960),
+# on the wide side, as latents have heavier tails.
+_STEPS = tuple(0.031 * stretch for stretch in (0.7, 0.8, 0.9, 1.0, 1.12, 1.25, 1.4, 1.6, 1.85))
 
 
 @dataclass(frozen=True)
-class ScalarQuantisers:
-    """The best quantiser of each latent at each width, fitted to a sample.
+class Quantisers:
+    """The quantiser of each latent at each width, fitted to a sample.
 
     Attributes:
         errors: (1 + widths, rank) mean squared error per latent: without any bits, then for each of `BIT_WIDTHS`.
-        steps: (widths, rank) the step of each quantiser.
+        steps: (widths, rank) what half-integers are multiplied by.
+        codebooks: Of the trellis at 4, 2 and 1 bits.
     """
 
     errors: Tensor
     steps: Tensor
+    codebooks: Codebooks
 
     @classmethod
-    def fit(cls, sample: Tensor) -> ScalarQuantisers:
-        """Searches the step of every latent at every width.
+    def fit(cls, sample: Tensor, variances: Tensor, codebooks: Codebooks | None = None) -> Quantisers:
+        """Finds step and error of every latent at every width.
 
         Args:
             sample: (n, rank) latents, drawn with the weights that the error is to have.
+            variances: (rank,) of all latents, weighed so.
+            codebooks: To quantise with; by default some are trained on the sample.
         """
-        variances = sample.square().mean(dim=0)
-        deviations = torch.where(variances > 0, variances.sqrt(), 1)
-        normalised = sample / deviations
-        errors, steps = [torch.ones_like(variances)], []
-        for width in BIT_WIDTHS:
-            if width == 1:  # the sign; its level is the mean magnitude
-                candidates = [torch.where(variances > 0, 2 * normalised.abs().mean(dim=0), 1)]
-            else:
-                candidates = [torch.full_like(variances, _STEPS[width] * stretch) for stretch in _STRETCHES]
-            error = torch.full_like(variances, torch.inf)
-            step = torch.ones_like(variances)
-            for candidate in candidates:
-                levels = quantise(normalised / candidate, largest_level(width))
-                # The error that is left once the decoder is refitted to these levels.
-                shared = (normalised * levels).mean(dim=0)
-                found = 1 - shared.square() / levels.square().mean(dim=0)
-                step = torch.where(found < error, candidate, step)
-                error = torch.minimum(error, found)
-            errors.append(error.clamp_min(0))
-            steps.append(step)
-        return cls(torch.stack(errors) * variances, torch.stack(steps) * deviations)
+        power = sample.square().mean(dim=0)
+        normalised = sample * torch.where(power > 0, power.rsqrt(), 0)
+        variances = variances.clamp_min(0)
+        codebooks = codebooks or Codebooks.train(normalised)
+        importance = torch.ones_like(variances)
+        found = [_best_uniform(normalised)]
+        for index, width in enumerate(BIT_WIDTHS[1:]):
+            levels, unit = codebooks.levels[index], codebooks.units[index]
+            symbols = encode(normalised, importance, levels * unit, width)
+            found.append(_regression(normalised, levels[trellis_states(symbols, width).int()]))
+        errors, steps = (torch.stack(each) for each in zip(*found, strict=True))
+        errors = torch.cat([torch.ones_like(errors[:1]), errors.clamp_min(0)])
+        return cls(errors * variances, steps * torch.where(variances > 0, variances.sqrt(), 1), codebooks)
+
+
+def _best_uniform(normalised: Tensor) -> tuple[Tensor, Tensor]:
+    """Error and step of the best uniform quantiser of 8 bits, (rank,) each."""
+    best = None
+    for step in _STEPS:
+        found = _regression(normalised, round_to_levels(normalised / step))
+        if best is None:
+            best = found
+        else:
+            better = found[0] < best[0]
+            best = torch.where(better, found[0], best[0]), torch.where(better, found[1], best[1])
+    assert best is not None
+    return best
+
+
+def _regression(latents: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean squared error of levels times their best step, and that step, (rank,) each."""
+    shared, power = (latents * levels).mean(dim=0), levels.square().mean(dim=0)
+    scale = shared / power
+    return latents.square().mean(dim=0) - shared * scale, torch.where(scale > 0, scale, 1)
 
 
 @dataclass(frozen=True)
@@ -98,12 +100,7 @@ class Allocation:
         """Bytes of a row."""
         return sum(count * width for count, width in zip(self.counts, BIT_WIDTHS, strict=True)) // 8
 
-    def largest_levels(self) -> Tensor:
-        """(rank,) the largest level of each latent."""
-        levels = torch.tensor([largest_level(width) for width in BIT_WIDTHS])
-        return levels.repeat_interleave(torch.tensor(self.counts))
-
-    def steps(self, quantisers: ScalarQuantisers) -> Tensor:
+    def steps(self, quantisers: Quantisers) -> Tensor:
         """(rank,) the step of each latent."""
         chosen = torch.arange(len(BIT_WIDTHS)).repeat_interleave(torch.tensor(self.counts))
         return quantisers.steps.cpu()[chosen, torch.arange(self.rank)]
@@ -120,7 +117,7 @@ class BitAllocator:
         quantisers: Of the latents.
     """
 
-    def __init__(self, quantisers: ScalarQuantisers) -> None:
+    def __init__(self, quantisers: Quantisers) -> None:
         errors = quantisers.errors.double().cpu()
         zero = errors.new_zeros(len(errors), 1)
         self._sums = torch.cat([zero, errors.cumsum(dim=1)], dim=1).tolist()

@@ -1,4 +1,4 @@
-"""Transform coding: a subspace's latents in few bits each, and a decoder refitted to what the bits can say.
+"""Transform coding: a subspace's latents in few bits each, and a decoder fitted to what the bits can say.
 
 Every row gets the same bits of the leading latents; what is left of the rows of frequent tokens gets a second layer
 (successive refinement). Codes and decoder are then fitted to each other in turn.
@@ -7,22 +7,23 @@ Every row gets the same bits of the leading latents; what is left of the rows of
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
-from ..configuration_dirembed import PACKED_CODES, BudgetError, CompressionSpec, Refinement
+from ..configuration_dirembed import CODEBOOK_SHAPE, PACKED_CODES, BudgetError, CompressionSpec, Refinement
 from .codec import Codec
 from .coded import CodedTable
 from .importance import Importance, Sample
 from .layers import BASE_SHARE, METRIC_BASE_SHARE, affordable_rows, left_for_refinement, plan_layers
-from .quantisation import BitAllocator, ScalarQuantisers
+from .quantisation import BitAllocator, Quantisers
 from .subspace import eigenbasis, second_moment
 from .table import Table
 
 
 TEMPERING, METRIC_TEMPERING = 0.7, 0.5  # of the token weights
-_QUANTISER_SAMPLE = 8192  # rows that step sizes are searched on
+_QUANTISER_SAMPLE = 1024  # rows that step sizes are searched on
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class TransformSettings:
     """
 
     tempering: float | None = None
-    sample_rows: int = 12_000
-    rounds: int = 4
+    sample_rows: int = 8_000
+    rounds: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -98,7 +99,8 @@ def transform(
     tempering = tempering if settings.tempering is None else settings.tempering
     importance = Importance.of(rows, weights, tempering, relative=metric is None)
     sample = Sample.draw(rows, importance, settings.sample_rows, settings.seed)
-    codec, refined = _plan(rows, importance, sample, max_bytes - table.dim * dtype.itemsize, base_share)
+    room = max_bytes - table.dim * dtype.itemsize - prod(CODEBOOK_SHAPE)
+    codec, refined = _plan(rows, importance, sample, room, base_share)
     codec.train(sample, refined[sample.numbers], settings.rounds)
     tensors = codec.encode_table(rows, importance.omega, refined)
 
@@ -142,10 +144,10 @@ def _decoder_dtype(decoder: Tensor) -> torch.dtype:
 def _plan(rows: Table, importance: Importance, sample: Sample, room: int, base_share: float) -> tuple[Codec, Tensor]:
     """Chooses subspace, bits and refined rows; gives the quantisers as a codec, and which rows are refined."""
     refined = torch.zeros(rows.num_rows, dtype=torch.bool, device=rows.device)
-    mean, basis = _principal_axes(rows, importance)
+    mean, variances, basis = _principal_axes(rows, importance)
     centred = sample.rows - mean
     latents = centred @ basis
-    quantisers = ScalarQuantisers.fit(latents[sample.resample(centred, _QUANTISER_SAMPLE)])
+    quantisers = Quantisers.fit(latents[sample.resample(centred, _QUANTISER_SAMPLE)], variances)
     order = importance.share.argsort(descending=True, stable=True)
     layers = plan_layers(BitAllocator(quantisers), importance.share[order], rows.dim, room, base_share)
     codec = Codec.from_quantisers(layers.base, quantisers, basis, mean)
@@ -161,10 +163,11 @@ def _plan(rows: Table, importance: Importance, sample: Sample, room: int, base_s
         return codec, torch.zeros_like(refined)
     heavy = Sample(sample.numbers[chosen], sample.rows[chosen], sample.omega[chosen])
     coded = codec.encode(heavy.rows, torch.zeros_like(chosen[chosen]))
-    residual = heavy.rows - codec.bias - coded @ codec.decoder
-    _, axes = eigenbasis(((residual * heavy.omega.unsqueeze(1)).T @ residual).double())
-    axes = axes.to(residual)
-    quantisers = ScalarQuantisers.fit((residual @ axes)[heavy.resample(residual, _QUANTISER_SAMPLE)])
+    residual = heavy.rows - codec.bias - coded.latents @ codec.decoder
+    moment = ((residual * heavy.omega.unsqueeze(1)).T @ residual).double()
+    variances, axes = (each.to(residual) for each in eigenbasis(moment / heavy.omega.sum()))
+    latents = (residual @ axes)[heavy.resample(residual, _QUANTISER_SAMPLE)]
+    quantisers = Quantisers.fit(latents, variances, quantisers.codebooks)
     allocation = BitAllocator(quantisers).allocate(layers.refinement_bytes, rows.dim)
     if allocation is None:
         return codec, torch.zeros_like(refined)
@@ -175,11 +178,11 @@ def _plan(rows: Table, importance: Importance, sample: Sample, room: int, base_s
     return (codec.refined_by(further) if number else codec), refined
 
 
-def _principal_axes(rows: Table, importance: Importance) -> tuple[Tensor, Tensor]:
-    """The weighted mean, (dim,), and the eigenvectors of the weighted covariance, (dim, dim), float32."""
+def _principal_axes(rows: Table, importance: Importance) -> tuple[Tensor, Tensor, Tensor]:
+    """The weighted mean, (dim,), and the eigenvalues, (dim,), and -vectors of the weighted covariance, float32."""
     moment = second_moment(rows, importance.omega)
     omega = importance.omega.to(moment)
     total = omega.sum()
     mean = sum((omega[part] @ chunk.to(moment) for part, chunk in rows.chunks()), moment.new_zeros(rows.dim)) / total
-    _, basis = eigenbasis(moment / total - torch.outer(mean, mean))
-    return mean.to(rows.device).float(), basis.to(rows.device).float()
+    variances, basis = eigenbasis(moment / total - torch.outer(mean, mean))
+    return mean.to(rows.device).float(), variances.to(rows.device).float(), basis.to(rows.device).float()

@@ -35,7 +35,7 @@ from .configuration_dirembed import (
 
 
 # Of a source folder, what is not carried over: its weights in any format (new ones are written), its card (it speaks
-# of another model) and its code (the base class is transformers' own).
+# of another model), its code (the base class is transformers' own) and the figures that were taken of it.
 LEFT_OUT = (
     "model*.safetensors",
     "*.safetensors.index.json",
@@ -47,6 +47,7 @@ LEFT_OUT = (
     "*.gguf",
     "*.py",
     "README.md",
+    "dirembed_results.json",
     ".*",
     "onnx",
     "openvino",

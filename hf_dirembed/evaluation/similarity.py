@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ from .running import Comparison, check_counts, inference, longest_input, side_by
 
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from .data import PairSource
 
 Pooling = Literal["mean", "cls", "modules"]
@@ -52,16 +54,31 @@ class STSFigures:
     max_length: int | None
 
 
+class STSOptions(TypedDict, total=False):
+    """How similarity is taken: what [`sts`] and [`compare_sts`] take by name.
+
+    Attributes:
+        pooling: `mean` over the tokens that are no padding, `cls` (the first token), or `modules`: those that
+            `modules.json` in the folder names, run by sentence_transformers. By default `modules` where there are
+            some, else `mean`.
+        prefix: Put before every sentence; e5 models want `"query: "`. Nothing by default.
+        limit: Take only so many pairs, from the first on, for a quick look.
+        max_length: Most tokens of a sentence; by default as many as model and tokenizer take.
+        batch_size: Sentences at once, by default 32.
+    """
+
+    pooling: Pooling | None
+    prefix: str
+    limit: int | None
+    max_length: int | None
+    batch_size: int
+
+
 def sts(
     model: PreTrainedModel | str | os.PathLike[str] | Any,
     pairs: PairSource | SentencePairs,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    *,
-    pooling: Pooling | None = None,
-    prefix: str = "",
-    limit: int | None = None,
-    max_length: int | None = None,
-    batch_size: int = 32,
+    **options: Unpack[STSOptions],
 ) -> STSFigures:
     """Spearman and Pearson correlation of cosine similarity with gold scores.
 
@@ -70,13 +87,7 @@ def sts(
             model2vec do, which pools by itself.
         pairs: Whatever `load_pairs` takes, or what it returned.
         tokenizer: Of a transformers model that is given as an object.
-        pooling: `mean` over the tokens that are no padding, `cls` (the first token), or `modules`: those that
-            `modules.json` in the folder names, run by sentence_transformers. By default `modules` where there are
-            some, else `mean`.
-        prefix: Put before every sentence; e5 models want `"query: "`.
-        limit: Take only so many pairs, from the first on, for a quick look.
-        max_length: Most tokens of a sentence; by default as many as model and tokenizer take.
-        batch_size: Sentences at once.
+        **options: See [`STSOptions`].
 
     Raises:
         EvaluationError: If the pairs, the model or a setting does not fit, or correlations are undefined.
@@ -91,9 +102,8 @@ def sts(
         >>> figures.num_pairs, figures.pooling, figures.pearson > 0
         (3, 'mean', True)
     """
-    gold = _limited(load_pairs(pairs), limit)
-    encoder = _Encoder.of(model, tokenizer, pooling, max_length)
-    return _figures(encoder, encoder.embed(gold, prefix, batch_size), gold, prefix)
+    ((figures, _),) = _evaluate((model,), pairs, tokenizer, **options)
+    return figures
 
 
 def compare_sts(
@@ -101,41 +111,47 @@ def compare_sts(
     reference: PreTrainedModel | str | os.PathLike[str] | Any,
     pairs: PairSource | SentencePairs,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    *,
-    pooling: Pooling | None = None,
-    prefix: str = "",
-    limit: int | None = None,
-    max_length: int | None = None,
-    batch_size: int = 32,
+    **options: Unpack[STSOptions],
 ) -> Comparison[STSFigures]:
     """[`sts`] of a model and of its reference; `agreement["cosine"]` is the mean cosine between their embeddings.
 
     Args:
         model: As in [`sts`].
         reference: The like, with embeddings of the same size.
-        pairs: As in [`sts`], and so are all that follow; they hold for both models.
-        tokenizer: See there.
-        pooling: See there.
-        prefix: See there.
-        limit: See there.
-        max_length: See there.
-        batch_size: See there.
+        pairs: As in [`sts`].
+        tokenizer: For both models.
+        **options: For both models; see [`STSOptions`].
 
     Raises:
         EvaluationError: As [`sts`] does, or if the embeddings are of different sizes.
         CheckpointError: As [`sts`] does.
     """
-    gold = _limited(load_pairs(pairs), limit)
-    encoders = [_Encoder.of(each, tokenizer, pooling, max_length) for each in (model, reference)]
-    ours, theirs = (encoder.embed(gold, prefix, batch_size) for encoder in encoders)
+    (figures, ours), (expected, theirs) = _evaluate((model, reference), pairs, tokenizer, **options)
     if ours.shape != theirs.shape:
         raise EvaluationError(
             f"the model's embeddings have {ours.shape[-1]} dimensions, the reference's {theirs.shape[-1]}: "
             "give the dense model that this one was compressed from"
         )
-    figures = [_figures(encoder, each, gold, prefix) for encoder, each in zip(encoders, (ours, theirs), strict=True)]
     agreement = F.cosine_similarity(ours.double(), theirs.double(), dim=-1).mean().item()
-    return side_by_side(figures[0], figures[1], {"cosine": agreement})
+    return side_by_side(figures, expected, {"cosine": agreement})
+
+
+def _evaluate(
+    models: Sequence[Any],
+    pairs: PairSource | SentencePairs,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    pooling: Pooling | None = None,
+    prefix: str = "",
+    limit: int | None = None,
+    max_length: int | None = None,
+    batch_size: int = 32,
+) -> list[tuple[STSFigures, Tensor]]:
+    """Figures and embeddings, (2, pairs, dim), of each model."""
+    gold = _limited(load_pairs(pairs), limit)
+    encoders = [_Encoder.of(model, tokenizer, pooling, max_length) for model in models]
+    embeddings = [encoder.embed(gold, prefix, batch_size) for encoder in encoders]
+    return [(_figures(*each, gold, prefix), each[1]) for each in zip(encoders, embeddings, strict=True)]
 
 
 def _limited(pairs: SentencePairs, limit: int | None) -> SentencePairs:
@@ -143,7 +159,7 @@ def _limited(pairs: SentencePairs, limit: int | None) -> SentencePairs:
     scores = pairs.scores[:limit]
     if len(set(scores)) < 2:
         raise EvaluationError(f"the {len(scores)} gold scores of {pairs.name} are all alike: give more pairs")
-    return SentencePairs(pairs.first[:limit], pairs.second[:limit], scores, pairs.name)
+    return replace(pairs, first=pairs.first[:limit], second=pairs.second[:limit], scores=scores)
 
 
 def _figures(encoder: _Encoder, embeddings: Tensor, pairs: SentencePairs, prefix: str) -> STSFigures:

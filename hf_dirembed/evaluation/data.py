@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import importlib
 import io
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..configuration_dirembed import DirEmbedError
@@ -22,8 +25,33 @@ if TYPE_CHECKING:
     PairSource: TypeAlias = str | os.PathLike[str] | Iterable[Sequence[Any]] | Rows
 
 
+_REVISION = re.compile(r"@([0-9a-f]{40})/")  # in the address that `datasets` has a file from
+
+
 class EvaluationError(DirEmbedError):
     """A model cannot be evaluated: the data, a setting, or the model itself does not fit the task."""
+
+
+@dataclass(frozen=True)
+class DatasetSource:
+    """Where data is from, exactly enough to have the same again.
+
+    Attributes:
+        name: The Hub id of a dataset, the name of a local file or folder (without what is above it), or `memory`.
+        config: The dataset's configuration, like `sst2`.
+        split: The dataset's split.
+        revision: The commit of the dataset on the Hub, where `datasets` says.
+        sha256: Of the local file.
+    """
+
+    name: str = "memory"
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    sha256: str | None = None
+
+    def __str__(self) -> str:
+        return "/".join(part for part in (self.name, self.config, self.split) if part)
 
 
 @dataclass(frozen=True)
@@ -33,10 +61,12 @@ class Text:
     Attributes:
         content: All of it; documents are joined by an empty line.
         name: The file, or the dataset with its configuration and split.
+        source: The same, as results record it.
     """
 
     content: str
     name: str
+    source: DatasetSource = field(default_factory=DatasetSource, repr=False)
 
 
 @dataclass(frozen=True)
@@ -48,12 +78,14 @@ class SentencePairs:
         second: The other.
         scores: The gold similarity of each pair, on any scale.
         name: The file, or the dataset with its configuration and split.
+        source: The same, as results record it.
     """
 
     first: tuple[str, ...]
     second: tuple[str, ...]
     scores: tuple[float, ...]
     name: str
+    source: DatasetSource = field(default_factory=DatasetSource, repr=False)
 
 
 def require(module: str, extra: str = "eval") -> Any:
@@ -98,13 +130,13 @@ def load_text(
     if isinstance(source, Text):
         return source
     if isinstance(source, (str, os.PathLike)) and os.path.isfile(source):
-        content, name = _read(source), os.fspath(source)
+        content, name, origin = read_file(source), os.fspath(source), file_source(source)
     else:
-        rows, name = _rows(source, config, split)
+        rows, name, origin = load_rows(source, config, split)
         content = "\n\n".join(_string(row, column, name) for row in rows)
     if not content.strip():
         raise EvaluationError(f"{name} holds no text: give a file or a dataset that does")
-    return Text(content, name)
+    return Text(content, name, origin)
 
 
 def load_pairs(source: PairSource | SentencePairs, *, config: str | None = None, split: str = "test") -> SentencePairs:
@@ -126,23 +158,28 @@ def load_pairs(source: PairSource | SentencePairs, *, config: str | None = None,
     if isinstance(source, SentencePairs):
         return source
     if isinstance(source, (str, os.PathLike)) and os.path.isfile(source):
-        name = os.fspath(source)
+        name, origin = os.fspath(source), file_source(source)
         try:
-            rows: Iterable[Any] = list(csv.reader(io.StringIO(_read(source, newline=""), newline="")))
+            rows: Iterable[Any] = list(csv.reader(io.StringIO(read_file(source, newline=""), newline="")))
         except csv.Error as error:
             raise EvaluationError(
                 f"{name} is no CSV file ({error}): give sentence1,sentence2,score in quotes"
             ) from error
     else:
-        rows, name = _rows(source, config, split)
+        rows, name, origin = load_rows(source, config, split)
     triples = [_pair(row, number, name) for number, row in enumerate(rows, start=1)]
     if not triples:
         raise EvaluationError(f"{name} holds no sentence pairs: give a file or a dataset that does")
     first, second, scores = zip(*triples, strict=True)
-    return SentencePairs(first, second, scores, name)
+    return SentencePairs(first, second, scores, name, origin)
 
 
-def _read(file: str | os.PathLike[str], newline: str | None = None) -> str:
+def read_file(file: str | os.PathLike[str], newline: str | None = None) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        EvaluationError: If it cannot be read, or is no UTF-8.
+    """
     try:
         with open(file, encoding="utf-8-sig", newline=newline) as opened:
             return opened.read()
@@ -152,12 +189,28 @@ def _read(file: str | os.PathLike[str], newline: str | None = None) -> str:
         raise EvaluationError(f"{os.fspath(file)} cannot be read ({error.strerror}): check its permissions") from error
 
 
-def _rows(source: Any, config: str | None, split: str) -> tuple[Iterable[Any], str]:
-    """The rows of a dataset, or what is in memory already, and its name."""
+def file_source(file: str | os.PathLike[str]) -> DatasetSource:
+    """Says which local file it is, whatever its folder.
+
+    Raises:
+        EvaluationError: If it cannot be read.
+    """
+    try:
+        return DatasetSource(Path(file).name, sha256=hashlib.sha256(Path(file).read_bytes()).hexdigest())
+    except OSError as error:
+        raise EvaluationError(f"{os.fspath(file)} cannot be read ({error.strerror}): check its permissions") from error
+
+
+def load_rows(source: Any, config: str | None, split: str) -> tuple[Iterable[Any], str, DatasetSource]:
+    """The rows of a dataset, or what is in memory already; its name; and where it is from.
+
+    Raises:
+        EvaluationError: If there is no such dataset, configuration or split.
+    """
     if not isinstance(source, (str, os.PathLike)):
         if not isinstance(source, Iterable):
             raise EvaluationError(f"{source!r} is no data: give a file, a dataset or a list")
-        return source, "memory"
+        return source, "memory", DatasetSource()
     name = os.fspath(source)
     datasets = require("datasets")
     try:
@@ -169,7 +222,10 @@ def _rows(source: Any, config: str | None, split: str) -> tuple[Iterable[Any], s
             f"{name[:100]!r} is neither a file here nor a dataset with split {split!r} that `datasets` loads "
             f"({reason[:200]}): check the name, its configuration and the split"
         ) from error
-    return rows, "/".join(part for part in (name, config, split) if part)
+    commits = {_REVISION.search(url) for url in rows.info.download_checksums or ()}
+    revision = next((commit[1] for commit in commits if commit), None)
+    origin = DatasetSource(Path(name).name if os.path.isdir(name) else name, config, split, revision)
+    return rows, "/".join(part for part in (name, config, split) if part), origin
 
 
 def _string(row: Any, column: str, name: str) -> str:

@@ -15,34 +15,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .data import EvaluationError
+from .data import DatasetSource, EvaluationError
 
 
 RESULTS_NAME = "dirembed_results.json"
 RESULTS_FORMAT = 1
 PACKAGES = ("hf_dirembed", "torch", "transformers", "datasets", "scikit-learn", "scipy", "torchmetrics")
-
-
-@dataclass(frozen=True)
-class DatasetSource:
-    """Where data is from, exactly enough to have the same again.
-
-    Attributes:
-        name: The Hub id of a dataset, the name of a local file (without its folder), or `memory`.
-        config: The dataset's configuration, like `sst2`.
-        split: The dataset's split.
-        revision: The commit of the dataset on the Hub, where `datasets` says.
-        sha256: Of the local file.
-    """
-
-    name: str
-    config: str | None = None
-    split: str | None = None
-    revision: str | None = None
-    sha256: str | None = None
-
-    def __str__(self) -> str:
-        return "/".join(part for part in (self.name, self.config, self.split) if part)
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import datasets
 import pytest
 
-from hf_dirembed.evaluation import EvaluationError, load_pairs, load_text
+from hf_dirembed.evaluation import DatasetSource, EvaluationError, load_pairs, load_text
 
 
 def test_reads_pairs_alike_from_csv_dataset_and_memory(tmp_path) -> None:
@@ -83,3 +84,20 @@ def test_refuses_what_is_no_text(tmp_path) -> None:
             load_text(empty)
     with pytest.raises(EvaluationError, match="is no data"):
         load_text(5)
+
+
+def test_says_which_file_or_dataset_it_was(tmp_path, monkeypatch) -> None:
+    file = tmp_path / "pairs.csv"
+    file.write_text("a,b,1\n")
+    expected = DatasetSource("pairs.csv", sha256=hashlib.sha256(b"a,b,1\n").hexdigest())
+    assert load_pairs(file).source == expected
+    assert load_text(file).source == expected
+    assert load_text(["a"]).source == DatasetSource("memory")
+
+    commit = "0123456789abcdef" * 2 + "01234567"
+    rows = datasets.Dataset.from_dict({"text": ["a"]})
+    rows.info.download_checksums = {f"hf://datasets/me/text@{commit}/test.parquet": {}}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    source = load_text("me/text", config="raw").source
+    assert source == DatasetSource("me/text", "raw", "test", revision=commit)
+    assert str(source) == "me/text/raw/test"

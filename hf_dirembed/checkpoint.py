@@ -114,8 +114,25 @@ def find_checkpoint(source: str | os.PathLike[str]) -> Path:
         ) from error
 
 
-def load_model(folder: Path) -> PreTrainedModel:
-    """Loads a checkpoint, dense or compressed, with the class and in the dtype that it was saved in.
+def is_compressed(source: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint is a compressed one.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    folder = find_checkpoint(source)
+    with _as_checkpoint_error(folder):
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        return isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
+
+
+def load_model(folder: Path, auto_class: Any = None, **options: Any) -> PreTrainedModel:
+    """Loads a checkpoint, dense or compressed.
+
+    Args:
+        folder: Where it is.
+        auto_class: One of the AutoModel classes; by default the class that it was saved in.
+        **options: Of `from_pretrained`; by default the dtype is the one that it was saved in.
 
     Raises:
         CheckpointError: If transformers cannot load it from safetensors.
@@ -124,7 +141,8 @@ def load_model(folder: Path) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder)
         home = modeling_dirembed if hasattr(config, MODEL_TYPE) else transformers
         model_class = getattr(home, (config.architectures or [""])[0], AutoModel)
-        return model_class.from_pretrained(folder, dtype="auto", use_safetensors=True)
+        options = {"dtype": "auto", "use_safetensors": True, **options}
+        return (auto_class or model_class).from_pretrained(folder, **options)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

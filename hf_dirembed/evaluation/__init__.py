@@ -2,31 +2,42 @@
 
 from .causal import PerplexityFigures, perplexity
 from .data import DatasetSource, EvaluationError, SentencePairs, Text, load_pairs, load_text
+from .finetuning import FineTunedFigures, FineTuningSettings, freeze_codes
+from .glue import GLUE, glue
 from .masked import MaskedPerplexityFigures, dense_head, masked_perplexity
 from .results import ReferenceResult, Result, load_results, save_result
 from .running import Comparison, compare
-from .similarity import STSFigures, compare_sts, sts
+from .similarity import STSFigures, STSOptions, compare_sts, sts
+from .squad import SquadSettings, squad
 
 
 __all__ = [
+    "GLUE",
     "Comparison",
     "DatasetSource",
     "EvaluationError",
+    "FineTunedFigures",
+    "FineTuningSettings",
     "MaskedPerplexityFigures",
     "PerplexityFigures",
     "ReferenceResult",
     "Result",
     "STSFigures",
+    "STSOptions",
     "SentencePairs",
+    "SquadSettings",
     "Text",
     "compare",
     "compare_sts",
     "dense_head",
+    "freeze_codes",
+    "glue",
     "load_pairs",
     "load_results",
     "load_text",
     "masked_perplexity",
     "perplexity",
     "save_result",
+    "squad",
     "sts",
 ]

@@ -147,6 +147,24 @@ def check_head(model: PreTrainedModel, auto_class: str) -> None:
         raise EvaluationError(f"{type(model).__name__} has no language-model head: load it with {auto_class}")
 
 
+def find_device(name: str | None = None) -> torch.device:
+    """The device of that name; by default a GPU where there is one.
+
+    Raises:
+        EvaluationError: If there is none of that name here.
+
+    Example:
+        >>> find_device("cpu")
+        device(type='cpu')
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter from torch without CUDA
+        raise EvaluationError(f"device={name!r} is none of this machine's: choose another, like cpu") from error
+    return device
+
+
 def check_counts(**counts: int | None) -> None:
     """Refuses settings that are no whole number from 1; None stands for no limit.
 

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ..checkpoint import find_checkpoint, load_model, load_tokenizer
 from .data import EvaluationError, SentencePairs, load_pairs, require
-from .running import Comparison, check_counts, inference, longest_input, side_by_side
+from .running import Comparison, check_counts, find_device, inference, longest_input, side_by_side
 
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ class STSOptions(TypedDict, total=False):
         limit: Take only so many pairs, from the first on, for a quick look.
         max_length: Most tokens of a sentence; by default as many as model and tokenizer take.
         batch_size: Sentences at once, by default 32.
+        device: Where a model runs that is given by its name; by default a GPU where there is one. One that is given
+            as an object runs where it is.
     """
 
     pooling: Pooling | None
@@ -72,6 +74,7 @@ class STSOptions(TypedDict, total=False):
     limit: int | None
     max_length: int | None
     batch_size: int
+    device: str | None
 
 
 def sts(
@@ -146,10 +149,11 @@ def _evaluate(
     limit: int | None = None,
     max_length: int | None = None,
     batch_size: int = 32,
+    device: str | None = None,
 ) -> list[tuple[STSFigures, Tensor]]:
     """Figures and embeddings, (2, pairs, dim), of each model."""
     gold = _limited(load_pairs(pairs), limit)
-    encoders = [_Encoder.of(model, tokenizer, pooling, max_length) for model in models]
+    encoders = [_Encoder.of(model, tokenizer, pooling, max_length, device) for model in models]
     embeddings = [encoder.embed(gold, prefix, batch_size) for encoder in encoders]
     return [(_figures(*each, gold, prefix), each[1]) for each in zip(encoders, embeddings, strict=True)]
 
@@ -189,7 +193,9 @@ class _Encoder:
     max_length: int | None
 
     @classmethod
-    def of(cls, model: Any, tokenizer: Any, pooling: str | None, max_length: int | None) -> _Encoder:
+    def of(
+        cls, model: Any, tokenizer: Any, pooling: str | None, max_length: int | None, device: str | None
+    ) -> _Encoder:
         check_counts(max_length=max_length)
         if pooling not in (None, *POOLINGS):
             raise EvaluationError(f"pooling={pooling!r} is unknown: choose one of {', '.join(POOLINGS)}")
@@ -199,9 +205,10 @@ class _Encoder:
             if pooling == "modules" or (pooling is None and modules):
                 if not modules:
                     raise EvaluationError(f"{folder} has no modules.json: choose pooling mean or cls")
-                model = _sentence_transformer(os.fspath(folder))
+                model = _sentence_transformer(os.fspath(folder)).to(find_device(device))
             else:
-                model, tokenizer = load_model(folder), tokenizer or load_tokenizer(folder)
+                model = load_model(folder).to(find_device(device))  # type: ignore[arg-type]
+                tokenizer = tokenizer or load_tokenizer(folder)
         if not isinstance(model, PreTrainedModel):
             return cls._with_modules(model, pooling, max_length)
         if pooling == "modules":

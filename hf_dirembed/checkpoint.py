@@ -136,9 +136,12 @@ def load_model(folder: Path, auto_class: Any = None, **options: Any) -> PreTrain
 
     Raises:
         CheckpointError: If transformers cannot load it from safetensors.
+        ModelError: If models of its architecture are not among those of the AutoModel class.
     """
     with _as_checkpoint_error(folder):
         config = AutoConfig.from_pretrained(folder)
+        if auto_class is not None and type(config) not in auto_class._model_mapping:
+            raise ModelError(f"{folder} is of an architecture without {auto_class.__name__}: choose another model")
         home = modeling_dirembed if hasattr(config, MODEL_TYPE) else transformers
         model_class = getattr(home, (config.architectures or [""])[0], AutoModel)
         options = {"dtype": "auto", "use_safetensors": True, **options}

@@ -18,6 +18,7 @@ from .checkpoint import (
     inspect_checkpoint,
     upload_checkpoint,
 )
+from .cli_evaluate import evaluate_command
 from .compression.compress import METHODS, SETTINGS
 from .configuration_dirembed import DirEmbedError
 from .demo import PAIRS, SENTENCES, DemoResult, run_demo
@@ -100,6 +101,9 @@ def compress(
 def inspect(folder: Path, as_json: bool) -> None:
     """Show what the compressed checkpoint DIR holds in place of its table."""
     _print_summary(inspect_checkpoint(folder), as_json)
+
+
+main.add_command(evaluate_command)
 
 
 @main.command()

@@ -9,10 +9,12 @@ from .results import ReferenceResult, Result, load_results, save_result
 from .running import Comparison, compare
 from .similarity import STSFigures, STSOptions, compare_sts, sts
 from .squad import SquadSettings, squad
+from .tasks import TASKS, Task, evaluate
 
 
 __all__ = [
     "GLUE",
+    "TASKS",
     "Comparison",
     "DatasetSource",
     "EvaluationError",
@@ -26,10 +28,12 @@ __all__ = [
     "STSOptions",
     "SentencePairs",
     "SquadSettings",
+    "Task",
     "Text",
     "compare",
     "compare_sts",
     "dense_head",
+    "evaluate",
     "freeze_codes",
     "glue",
     "load_pairs",

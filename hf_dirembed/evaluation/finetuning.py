@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed  # type: ignore[import-untyped]
 from torch import nn
-from transformers import AutoConfig, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..checkpoint import find_checkpoint, load_model, load_tokenizer
@@ -128,18 +128,17 @@ def load_start(
 
     Raises:
         CheckpointError: If there is no such model, or it cannot be loaded.
-        EvaluationError: If the model cannot have such a head, or has no tokenizer that pads.
+        ModelError: If the model cannot have such a head.
+        EvaluationError: If it has no tokenizer that pads.
     """
     folder = find_checkpoint(model)
-    tokenizer = load_tokenizer(folder)
-    if tokenizer is None:
-        raise EvaluationError(f"{folder} has no tokenizer: save one beside the model")
-    if type(AutoConfig.from_pretrained(folder)) not in auto_class._model_mapping:
-        raise EvaluationError(f"{folder} is of an architecture without {auto_class.__name__}: choose another model")
     set_seed(seed)
     with _quiet():  # the report would say that the head is new, which is meant
         # A head of another task that is in the checkpoint is replaced, hence mismatched sizes.
         start = load_model(folder, auto_class, dtype=torch.float32, ignore_mismatched_sizes=True, **config)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise EvaluationError(f"{folder} has no tokenizer: save one beside the model")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise EvaluationError(f"{type(tokenizer).__name__} has no padding token: set its pad_token")

@@ -76,11 +76,16 @@ class Result:
 
     @property
     def difference(self) -> dict[str, float | None]:
-        """Of each metric, the model's minus the reference's; empty without a reference."""
+        """Of each metric, the model's minus the reference's; None where not finite, empty without a reference."""
         if self.reference is None:
             return {}
-        pairs = {name: (ours, self.reference.metrics.get(name)) for name, ours in self.metrics.items()}
-        return {name: None if None in pair else pair[0] - pair[1] for name, pair in pairs.items()}  # type: ignore[operator]
+        theirs = self.reference.metrics
+        differences = {
+            name: ours - expected
+            for name, ours in self.metrics.items()
+            if ours is not None and (expected := theirs.get(name)) is not None
+        }
+        return _finite({name: differences.get(name) for name in self.metrics})
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; figures that are not finite become None.

@@ -145,7 +145,10 @@ def load_model(folder: Path, auto_class: Any = None, **options: Any) -> PreTrain
         home = modeling_dirembed if hasattr(config, MODEL_TYPE) else transformers
         model_class = getattr(home, (config.architectures or [""])[0], AutoModel)
         options = {"dtype": "auto", "use_safetensors": True, **options}
-        return (auto_class or model_class).from_pretrained(folder, **options)
+        if auto_class is not None:
+            return auto_class.from_pretrained(folder, **options)
+        # A derived class would read the config again, and warn of the model type that only the file has.
+        return model_class.from_pretrained(folder, config=config, **options)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
@@ -167,7 +170,7 @@ def _as_checkpoint_error(folder: Path) -> Iterator[None]:
         yield
     except DirEmbedError:
         raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:  # TypeError: a tokenizer in parts
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{folder} does not load ({reason}): it must be a safetensors checkpoint") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast, pipeline
 
 import hf_dirembed
-from hf_dirembed.checkpoint import compress_checkpoint, inspect_checkpoint
+from hf_dirembed.checkpoint import compress_checkpoint, inspect_checkpoint, load_model, load_tokenizer
 from hf_dirembed.cli import main
 
 
@@ -86,6 +87,23 @@ def test_config_on_disk_is_golden(tmp_path: Path) -> None:
     config["transformers_version"] = config["dirembed"]["settings"]["versions"] = "(varies)"
     assert 0 < config["dirembed"]["figures"].pop("mean_cosine") < 1
     assert config == json.loads(GOLDEN.read_text())
+
+
+def test_loading_with_the_class_it_was_saved_in_warns_of_nothing(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compress_checkpoint(dense, tmp_path / "out", method="svd", rank=4)
+    warnings: list[object] = []
+    monkeypatch.setattr("transformers.configuration_utils.logger.warning", lambda *message: warnings.append(message))
+    assert type(load_model(tmp_path / "out")).__name__ == "DirEmbedBertForMaskedLM"
+    assert warnings == []
+
+
+def test_a_tokenizer_of_which_a_part_is_missing_is_refused(dense: Path, tmp_path: Path) -> None:
+    FAMILIES["marian"].make("AutoModel").save_pretrained(tmp_path)
+    shutil.copy(dense / "tokenizer.json", tmp_path)  # Marian's needs other files
+    with pytest.raises(hf_dirembed.CheckpointError, match="does not load"):
+        load_tokenizer(tmp_path)
 
 
 def forge(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:

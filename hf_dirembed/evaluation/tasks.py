@@ -224,7 +224,10 @@ def parse_seeds(text: str) -> tuple[int, ...]:
         >>> parse_seeds("0,1,2")
         (0, 1, 2)
     """
-    return tuple(int(seed) for seed in text.split(","))
+    try:
+        return tuple(int(seed) for seed in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"{text!r} are no whole numbers: give some, like 0,1,2") from error
 
 
 MASKINGS = ("whole-word", "token")

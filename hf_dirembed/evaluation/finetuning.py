@@ -73,7 +73,8 @@ class FineTuningSettings:
 
     def recorded(self) -> dict[str, Any]:
         """What results say of them: all that figures depend on."""
-        return {name: value for name, value in asdict(self).items() if name != "device"}
+        settings = {name: value for name, value in asdict(self).items() if name != "device"}
+        return {**settings, "seeds": list(self.seeds)}
 
 
 @dataclass(frozen=True)

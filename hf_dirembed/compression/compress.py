@@ -19,9 +19,10 @@ from .budget import Budget, TableSize
 from .calibration import calibrate
 from .calibration_text import Texts, self_generated_texts
 from .coded import CodedTable
+from .figures import table_figures
 from .statistics import CalibrationError, Statistics, usage
 from .statistics import metric as metric_of
-from .subspace import direction, mean_cosine, svd
+from .subspace import direction, svd
 from .table import Table
 from .transform import TransformSettings, transform
 from .weights import token_weights
@@ -86,9 +87,8 @@ def compress_table(
     if method in SETTINGS:
         made_with[method] = asdict(settings or SETTINGS[method]())
     made_with["versions"] = {name: version(name) for name in ("hf_dirembed", "torch")}
-    figures = {"dense_bytes": size.dense_bytes, "mean_cosine": round(mean_cosine(table, coded), 6)}
-    if weights is not None:
-        figures["token_cosine"] = round(mean_cosine(table, coded, weights), 6)
+    tempering = settings.tempering if isinstance(settings, TransformSettings) else None
+    figures = {"dense_bytes": size.dense_bytes, **table_figures(table, coded, weights, metric, tempering)}
     return replace(coded, spec=replace(coded.spec, settings=made_with, figures=figures))
 
 

@@ -125,12 +125,24 @@ def mean_cosine(table: Table, approximation: Approximation, weights: Tensor | No
     weights = check_weights(weights, table)
     total = cosines = 0.0
     for rows, chunk in _exact_chunks(table):
-        approximated = approximation.reconstruct(rows).to(chunk)
-        product = chunk.norm(dim=1) * approximated.norm(dim=1)
-        cosine = torch.where(product > 0, (chunk * approximated).sum(dim=1) / product, 0.0)
-        total += float((weights[rows] * (chunk.norm(dim=1) > 0)).sum())
-        cosines += float((weights[rows] * cosine).sum())
+        cosine = row_cosines(chunk, approximation.reconstruct(rows).to(chunk))
+        total += float((weights[rows] * cosine.isfinite()).sum())
+        cosines += float((weights[rows] * cosine.nan_to_num()).sum())
     return cosines / total if total else 1.0
+
+
+def row_cosines(rows: Tensor, approximated: Tensor) -> Tensor:
+    """cos(xᵢ, x̂ᵢ) of each row; 0 where only x̂ᵢ is zero, NaN where xᵢ has no direction.
+
+    Example:
+        >>> rows = torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 0.0]])
+        >>> row_cosines(rows, torch.tensor([[0.0, 1.0], [0.0, 0.0], [1.0, 0.0]]))
+        tensor([0.8000, 0.0000,    nan])
+    """
+    norms = rows.norm(dim=1)
+    product = norms * approximated.norm(dim=1)
+    cosines = torch.where(product > 0, (rows * approximated).sum(dim=1) / product, 0.0)
+    return torch.where(norms > 0, cosines, torch.nan)
 
 
 def svd(table: Table, rank: int) -> Factorization:

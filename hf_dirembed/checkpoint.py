@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from .configuration_dirembed import (
     ModelError,
     read_spec,
 )
+from .kernels_dirembed import expanded_bytes
 
 
 # Of a source folder, what is not carried over: its weights in any format (new ones are written), its card (it speaks
@@ -72,9 +73,15 @@ class CheckpointSummary:
         bits_per_weight: 8 x `bytes` / (V x d).
         ratio: `dense_bytes` / `bytes`.
         bytes: Of all tensors that replace the table.
+        code_bytes: Of these, the codes and the numbers of the refined rows.
+        decoder_bytes: Of these, the decoder and its bias.
+        expanded_bytes: Memory that a tied head takes beside them, on CPU from its first pass on: codes unpacked.
         dense_bytes: Of the table, as the source checkpoint stored it.
         mean_cosine: Between the rows of the table and what replaces them; None where the checkpoint does not say.
         token_cosine: The same, each row weighed by how often its token is expected.
+        distortion: The share of the table's weighted variance that is lost, in the measure that `transform` minimises.
+        bound_bits: Bits per weight in which a Gaussian table of the same weighted spectrum could be coded with that
+            distortion (reverse water-filling); `bits_per_weight` less this is the distance to the bound.
     """
 
     method: str
@@ -88,9 +95,14 @@ class CheckpointSummary:
     bits_per_weight: float
     ratio: float
     bytes: int
+    code_bytes: int
+    decoder_bytes: int
+    expanded_bytes: int
     dense_bytes: int
     mean_cosine: float | None
     token_cosine: float | None
+    distortion: float | None
+    bound_bits: float | None
 
 
 def find_checkpoint(source: str | os.PathLike[str]) -> Path:
@@ -281,8 +293,9 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSummary:
             raise ModelError(f"{folder} is not a compressed checkpoint: compress it first")
         base_model_type, spec = read_spec(config)
         tensors = _read_headers(folder)
-    (num_rows, _), (_, dim), num_bytes = _table_tensors(folder, spec, tensors)
-    dense_bytes = spec.figures.get("dense_bytes", num_rows * dim * 4)
+    (num_rows, _), (_, dim), sizes = _table_tensors(folder, spec, tensors)
+    num_bytes, decoder_bytes = sum(sizes.values()), sizes["decoder_weight"] + sizes["decoder_bias_weight"]
+    dense_bytes = int(_figure(spec, "dense_bytes") or num_rows * dim * 4)
     return CheckpointSummary(
         method=spec.method,
         base_model_type=str(base_model_type),
@@ -295,10 +308,18 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSummary:
         bits_per_weight=8 * num_bytes / (num_rows * dim),
         ratio=dense_bytes / num_bytes,
         bytes=num_bytes,
+        code_bytes=num_bytes - decoder_bytes,
+        decoder_bytes=decoder_bytes,
+        expanded_bytes=expanded_bytes(num_rows, spec),
         dense_bytes=dense_bytes,
-        mean_cosine=spec.figures.get("mean_cosine"),
-        token_cosine=spec.figures.get("token_cosine"),
+        **{name: _figure(spec, name) for name in ("mean_cosine", "token_cosine", "distortion", "bound_bits")},
     )
+
+
+def _figure(spec: CompressionSpec, name: str) -> float | None:
+    """A figure that the config states, if it is one: the code that runs never depends on them."""
+    value = spec.figures.get(name)
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value) else None
 
 
 def _read_headers(folder: Path) -> dict[str, tuple[list[int], int]]:
@@ -321,13 +342,12 @@ def _read_headers(folder: Path) -> dict[str, tuple[list[int], int]]:
 
 def _table_tensors(
     folder: Path, spec: CompressionSpec, tensors: dict[str, tuple[list[int], int]]
-) -> tuple[list[int], list[int], int]:
-    """Shapes of code matrix and decoder, and the bytes of all that replaces the table."""
+) -> tuple[list[int], list[int], dict[str, int]]:
+    """Shapes of code matrix and decoder, and the bytes of each tensor that replaces the table, 0 where it is not."""
     for name, (shape, _) in tensors.items():
         prefix = name.removesuffix("decoder_weight")
         codes, _ = tensors.get(f"{prefix}weight", ([], 0))
         if prefix == name or len(codes) != 2 or codes[1] != spec.code_width or shape[:1] != [spec.decoder_rows]:
             continue
-        sizes = (tensors.get(prefix + tensor, ([], 0))[1] for tensor in CODE_TENSORS)
-        return codes, shape, sum(sizes)
+        return codes, shape, {tensor: tensors.get(prefix + tensor, ([], 0))[1] for tensor in CODE_TENSORS}
     raise CheckpointError(f"no tensors of {folder} fit its dirembed config: save or download the model again")

@@ -140,15 +140,25 @@ def _print_summary(summary: CheckpointSummary, as_json: bool) -> None:
     latents = f"{summary.rank} for {summary.embedding_dim} dimensions, {summary.codes}"
     if summary.refined_rows:
         latents += f"; {summary.refinement_rank} more for the {summary.refined_rows:,} most frequent rows"
-    for label, value in (
+    parts = f"codes {_megabytes(summary.code_bytes)}, decoder {_megabytes(summary.decoder_bytes)}"
+    lines = [
         ("method", summary.method),
         ("base model", summary.base_model_type),
         ("table", f"{summary.num_embeddings:,} x {summary.embedding_dim:,}, {_megabytes(summary.dense_bytes)}"),
         ("replaced by", f"{_megabytes(summary.bytes)}, {summary.ratio:.2f}x smaller"),
+        ("", parts),
         ("bits per weight", f"{summary.bits_per_weight:.3f}"),
         ("latents", latents),
         ("mean cosine", cosine),
-    ):
+    ]
+    if summary.distortion is not None and summary.bound_bits is not None:
+        lines.append(("lost", f"{summary.distortion:.2%} of the weighted variance"))
+        distance = f"{summary.bits_per_weight - summary.bound_bits:.3f} bits per weight less for that"
+        lines.append(("", f"a Gaussian table of this spectrum could do with {distance}"))
+    if summary.expanded_bytes:
+        memory = f"+ {_megabytes(summary.expanded_bytes)} where a tied head expands the codes, on CPU"
+        lines.append(("at run time", memory))
+    for label, value in lines:
         click.echo(f"{label:<16} {value}")
 
 

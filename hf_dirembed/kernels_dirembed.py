@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from .configuration_dirembed import TableError
+from .configuration_dirembed import CompressionSpec, TableError
 from .packing_dirembed import PackedCodes
 from .triton_dirembed import triton_linear, triton_works
 
@@ -38,6 +38,20 @@ def padded_rank(rank: int) -> int:
         (304, 320)
     """
     return math.ceil(rank / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+
+
+def expanded_bytes(num_rows: int, spec: CompressionSpec) -> int:
+    """Bytes that the codes of a tied head take on CPU once they are expanded; none for float codes.
+
+    Example:
+        >>> spec = CompressionSpec("transform", 300, "packed", "float16", bias=True, bit_allocation=(0, 0, 0, 300))
+        >>> expanded_bytes(1000, spec)
+        304000
+    """
+    if spec.bit_allocation is None:
+        return 0
+    further = spec.refinement.rows * padded_rank(spec.refinement.rank) if spec.refinement else 0
+    return num_rows * padded_rank(spec.rank) + further
 
 
 class ExpandedCodes:

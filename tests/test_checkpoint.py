@@ -264,3 +264,32 @@ def test_inspect_reads_shards(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "shards", max_shard_size="8KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     assert inspect_checkpoint(tmp_path / "shards") == inspect_checkpoint(tmp_path / "whole")
+
+
+def test_inspect_states_what_the_head_expands_to(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**{**FAMILIES["bert"].arguments, "vocab_size": 2000})
+    weights = 1 / (torch.arange(2000.0) + 1)  # uneven, so that frequent rows get a second layer
+    model = hf_dirembed.compress(transformers.BertForMaskedLM(config).eval(), bits=2, weights=weights)
+    model.save_pretrained(tmp_path)
+    summary = inspect_checkpoint(tmp_path)
+    assert summary.refined_rows > 0
+    model(torch.tensor([[1, 2, 3]]))
+    assert summary.expanded_bytes == model.get_output_embeddings().expanded_bytes > 0
+    assert summary.code_bytes + summary.decoder_bytes == summary.bytes
+    embedding = model.get_input_embeddings()
+    assert summary.decoder_bytes == embedding.stored_decoder().nbytes + embedding.decoder_bias_weight.nbytes
+    shown = run("inspect", tmp_path).stdout
+    assert f"{summary.expanded_bytes / 1e6:.1f} MB where a tied head" in shown
+    assert f"{summary.bits_per_weight - summary.bound_bits:.3f} bits per weight less" in shown
+
+
+@pytest.mark.parametrize("figure", ["much", float("nan"), True, [1.0], None])
+def test_figures_that_are_none_are_left_out(figure: Any, tmp_path: Path) -> None:
+    model = hf_dirembed.compress(FAMILIES["bert"].make("AutoModel"), method="svd", rank=4)
+    model.save_pretrained(tmp_path)
+    names = ("dense_bytes", "mean_cosine", "token_cosine", "distortion", "bound_bits")
+    forge(lambda config: config["dirembed"]["figures"].update(dict.fromkeys(names, figure)))(tmp_path)
+    summary = inspect_checkpoint(tmp_path)
+    assert [getattr(summary, name) for name in names] == [160 * 32 * 4, None, None, None, None]
+    assert run("inspect", tmp_path).exit_code == 0

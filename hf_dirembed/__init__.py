@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig
 
-from . import bridge  # noqa: F401 (registers a quantiser)
+from . import bridge, modeling_dirembed  # noqa: F401 (bridge registers a quantiser)
 from .compression import AutoencoderSettings, Statistics, TransformSettings, calibrate, compress, expand
 from .configuration_dirembed import (
     MODEL_TYPE,
@@ -17,9 +17,11 @@ from .configuration_dirembed import (
 )
 from .embedding_dirembed import CompressedEmbedding
 from .head_dirembed import CompressedLMHead
+from .publishing import write_upload_card
 
 
 AutoConfig.register(MODEL_TYPE, DirEmbedConfig, exist_ok=True)
+modeling_dirembed.before_upload.append(write_upload_card)
 
 __all__ = [
     "AutoencoderSettings",

@@ -32,7 +32,9 @@ from .configuration_dirembed import (
     ModelError,
     read_spec,
 )
+from .hub import Source, write_card
 from .kernels_dirembed import expanded_bytes
+from .metadata import hub_id
 
 
 # Of a source folder, what is not carried over: its weights in any format (new ones are written), its card (it speaks
@@ -209,13 +211,18 @@ def staged_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def compress_checkpoint(
-    source: str | os.PathLike[str], out: str | os.PathLike[str], **options: Any
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    base_model: str | None = None,
+    **options: Any,
 ) -> CheckpointSummary:
-    """Compresses a checkpoint into another: weights, config, tokenizer and SentenceTransformer modules.
+    """Compresses a checkpoint into another: weights, config, tokenizer, SentenceTransformer modules, and a card.
 
     Args:
         source: A local folder or a Hub id.
         out: A folder that does not exist yet; it appears when it is complete.
+        base_model: The source's Hub id, for the card; by default `source`, where it is one.
         **options: Those of [`compress`], `method` and one of `bits`, `ratio` and `rank` first of all. `languages` are
             by default those of the source's model card.
 
@@ -226,33 +233,14 @@ def compress_checkpoint(
         folder = find_checkpoint(source)
         model = load_model(folder)
         languages = options.pop("languages", None) or card_languages(folder)
-        compress(model, load_tokenizer(folder), languages=languages, **options)
+        card_source = Source.of_folder(folder, base_model or hub_id(os.fspath(source)))
+        base_model = card_source.base_model
+        compress(model, load_tokenizer(folder), languages=languages, base_model=base_model, **options)
         _copy_companions(folder, staging)
         model.save_pretrained(staging)
-        return inspect_checkpoint(staging)
-
-
-def upload_checkpoint(folder: str | os.PathLike[str], repo_id: str, *, private: bool = False) -> str:
-    """Uploads a checkpoint to the Hub.
-
-    Args:
-        folder: What [`compress_checkpoint`] wrote.
-        repo_id: Made if it does not exist.
-        private: Whether a repo that is made is private.
-
-    Returns:
-        The repo's address.
-
-    Raises:
-        CheckpointError: If the Hub cannot be reached or refuses.
-    """
-    try:
-        repo = huggingface_hub.create_repo(repo_id, private=private, exist_ok=True)
-        huggingface_hub.upload_folder(repo_id=repo.repo_id, folder_path=Path(folder))
-    except (HFValidationError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{repo_id} takes no upload ({reason}): check its name and run hf auth login") from error
-    return str(repo)
+        summary = inspect_checkpoint(staging)
+        write_card(staging, summary, card_source, model_id=Path(out).name)
+        return summary
 
 
 def expand_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:

@@ -16,12 +16,12 @@ from .checkpoint import (
     compress_checkpoint,
     expand_checkpoint,
     inspect_checkpoint,
-    upload_checkpoint,
 )
 from .cli_evaluate import evaluate_command
 from .compression.compress import METHODS, SETTINGS
 from .configuration_dirembed import DirEmbedError
 from .demo import PAIRS, SENTENCES, DemoResult, run_demo
+from .publishing import upload_checkpoint, write_checkpoint_card
 
 
 class ErrorReportingGroup(click.Group):
@@ -65,6 +65,7 @@ def main() -> None:
 )
 @click.option("--seed", type=int, help="Seed of transform and autoencoder.  [default: 0]")
 @click.option("--device", help="Where to fit.  [default: a GPU where there is one]")
+@click.option("--base-model", metavar="REPO", help="Hub id of SRC, for the model card.  [default: SRC, if it is one]")
 @click.option("--push-to-hub", metavar="REPO", help="Also upload OUT to this Hub repo.")
 @click.option("--private", is_flag=True, help="Make that Hub repo private.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
@@ -104,6 +105,17 @@ def inspect(folder: Path, as_json: bool) -> None:
 
 
 main.add_command(evaluate_command)
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--base-model", metavar="REPO", help="Hub id of the model that DIR was made from.  [default: as known]")
+@click.option("--model-id", metavar="REPO", help="Hub id that DIR will have.  [default: the folder's name]")
+@click.option("--force", is_flag=True, help="Replace a card that was written by hand.")
+def card(folder: Path, base_model: str | None, model_id: str | None, force: bool) -> None:
+    """Write the model card of the compressed checkpoint DIR, with the results of its evaluations."""
+    written = write_checkpoint_card(folder, base_model=base_model, model_id=model_id, force=force)
+    click.echo(f"{written}: the card", err=True)
 
 
 @main.command()

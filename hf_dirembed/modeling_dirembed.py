@@ -6,6 +6,7 @@ This file travels with every compressed model, so it imports nothing of the pack
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import transformers
@@ -25,6 +26,10 @@ from .configuration_dirembed import (
 from .embedding_dirembed import CompressedEmbedding, CompressedMatrix
 from .head_dirembed import CompressedLMHead
 
+
+# Called with model, folder and repo before `push_to_hub` uploads the folder: the package writes a card there. Empty
+# where this file alone loads models.
+before_upload: list[Callable[[PreTrainedModel, str, str], None]] = []
 
 # Of the entries of a tie map, those that `_tie_decoders` adds.
 DECODER_TIE = re.compile(rf"\b({'|'.join(name for name in CODE_TENSORS if name != 'weight')})$")
@@ -71,6 +76,19 @@ def compressed_modules(model: nn.Module) -> set[str]:
     """Names of the modules that stand for the table, or for what was tied to it."""
     modules = model.named_modules(remove_duplicate=False)
     return {name for name, module in modules if isinstance(module, CompressedMatrix)}
+
+
+def compression_line(embedding: nn.Embedding | CompressedEmbedding) -> str:
+    """How large an embedding is, and how large it would be dense, in a line."""
+    rows, dim = embedding.num_embeddings, embedding.embedding_dim
+    dense_bytes = rows * dim * embedding.weight.element_size()
+    if not isinstance(embedding, CompressedEmbedding):  # replaced by hand, with set_input_embeddings
+        return f"token embeddings {rows:,} x {dim:,}: {dense_bytes:,} bytes, dense"
+    stated = embedding.spec.figures.get("dense_bytes")
+    dense_bytes = stated if type(stated) is int else rows * dim * embedding.dtype.itemsize
+    smaller = f"{dense_bytes / embedding.num_bytes:.1f}x smaller than dense"
+    size = f"token embeddings {rows:,} x {dim:,}: {embedding.num_bytes:,} bytes, {smaller}"
+    return f"{size}, {embedding.bits_per_weight:.2f} bits per weight ({embedding.spec.method})"
 
 
 def swap_modules(model: PreTrainedModel, spec: CompressionSpec, device: str | None = None) -> set[str]:
@@ -174,6 +192,23 @@ class DirEmbedModelMixin(PreTrainedModel):
                 narrow = {f"{name}.decoder_weight": decoder for name in tied_modules(self)}
                 kwargs["state_dict"] = {**self.state_dict(), **narrow}
         super().save_pretrained(*args, **kwargs)
+
+    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        for call in before_upload:
+            call(self, working_dir, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+    def print_compression(self) -> None:
+        """Prints how large the token embeddings are, and were, in a line.
+
+        Example:
+            >>> from transformers import BertConfig, BertModel
+            >>> import hf_dirembed
+            >>> config = BertConfig(vocab_size=500, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+            >>> hf_dirembed.compress(BertModel(config), method="svd", ratio=4).print_compression()
+            token embeddings 500 x 32: 14,896 bytes, 4.3x smaller than dense, 7.45 bits per weight (svd)
+        """
+        print(compression_line(embedding_of(self)))
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         """Like torch's, but does not unfreeze the codes; see [`CompressedMatrix.unfreeze_codes`]."""

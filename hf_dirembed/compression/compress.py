@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..configuration_dirembed import FLOAT_CODES, BudgetError, CompressionSpec, ModelError, TableError
 from ..embedding_dirembed import CompressedEmbedding
+from ..metadata import hub_id
 from ..modeling_dirembed import convert, embedding_of, restore, tied_modules
 from .autoencoder import AutoencoderSettings, train_autoencoder
 from .budget import Budget, TableSize
@@ -160,6 +161,7 @@ def compress(
     languages: str | Sequence[str] | None = None,
     calibration: Texts | Statistics | None = None,
     weights: Tensor | None = None,
+    base_model: str | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """Compresses the token embedding of a pretrained model, and the head that is tied to it, in place.
@@ -175,6 +177,7 @@ def compress(
             `datasets` dataset), the statistics that [`calibrate`] made of some, or `"self"` for text that a causal
             model generates itself.
         weights: (V,) token weights, instead of those that tokenizer, languages and calibration give.
+        base_model: The model's Hub id, for the record; by default the one that it was loaded by.
         **options: Those of [`compress_table`]: exactly one of `bits`, `ratio` and `rank`; `codes`, `settings`,
             `metric`, `device`.
 
@@ -210,7 +213,9 @@ def compress(
     elif weights is None and tokenizer is not None and weighs:
         weights = token_weights(tokenizer, embedding.num_embeddings, languages=languages)
     coded = compress_table(embedding.weight.data, method=method, weights=weights, **options)
-    return convert(model, coded.spec, coded.tensors)
+    base_model = base_model or hub_id(model.name_or_path)
+    settings = {**coded.spec.settings, **({"base_model": base_model} if base_model else {})}
+    return convert(model, replace(coded.spec, settings=settings), coded.tensors)
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import yaml  # type: ignore[import-untyped]
-from huggingface_hub import metadata_load
-from transformers.utils import logging
 
 from ..configuration_dirembed import DirEmbedError
+from ..metadata import card_metadata
 
-
-logger = logging.get_logger(__name__)
 
 FORM_SHARE = 6  # one listed word in six, the commonest, is taken in all its forms; the rest after a space only
 
@@ -68,13 +64,7 @@ def card_languages(path: str | Path) -> tuple[str, ...]:
         ...     card_languages(folder)
         ('de',)
     """
-    card = Path(path)
-    card = card / "README.md" if card.is_dir() else card
-    try:
-        stated = (metadata_load(card) or {}).get("language") if card.is_file() else None
-    except (ValueError, OSError, yaml.YAMLError) as error:  # broken YAML or no text: a card never stops a compression
-        logger.warning(f"cannot read the languages of {card}: {error}")
-        return ()
+    stated = card_metadata(path).get("language")
     stated = [stated] if isinstance(stated, str) else stated if isinstance(stated, list) else []
     if "multilingual" in stated:
         return ()

@@ -70,7 +70,7 @@ def test_compress_inspect_expand(dense: Path, tmp_path: Path) -> None:
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "1_Pooling/config.json",
         "configuration_dirembed.py", "embedding_dirembed.py", "head_dirembed.py", "kernels_dirembed.py",
         "modeling_dirembed.py",
-        "packing_dirembed.py", "triton_dirembed.py",
+        "packing_dirembed.py", "triton_dirembed.py", "README.md",
     }  # fmt: skip
 
     assert run("expand", out, stock).exit_code == 0
@@ -180,6 +180,8 @@ MISTAKES = {
     "output below a file": (["compress", "{dense}", "{dense}/config.json/out", "--bits", "4"], "cannot be written"),
     "inspect a dense model": (["inspect", "{dense}"], "not a compressed checkpoint"),
     "expand a dense model": (["expand", "{dense}", "{out}"], "not compressed"),
+    "a card of a dense model": (["card", "{dense}"], "not a compressed checkpoint"),
+    "a card of nothing": (["card", "{tmp}/nowhere"], "is no folder"),
     "no token embedding": (["compress", "{vit}", "{out}", "--bits", "4"], "no token embedding"),
 }
 

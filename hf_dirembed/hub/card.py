@@ -115,6 +115,7 @@ def render_card(
         model_id=model_id,
         source=source,
         summary=summary,
+        size=size,
         spec=spec,
         layout=layout(spec),
         settings=describe_settings(spec.settings),
@@ -147,6 +148,16 @@ def card_metadata(
         model_name=model_id.rpartition("/")[2] if figures.known() else None,
         **inherited,
     )
+
+
+def size(num_bytes: int) -> str:
+    """Bytes as people say them.
+
+    Example:
+        >>> size(2_930_112), size(20_480)
+        ('2.93 MB', '20.5 kB')
+    """
+    return f"{num_bytes / 1e6:,.2f} MB" if num_bytes >= 1e5 else f"{num_bytes / 1e3:,.1f} kB"
 
 
 def layout(spec: CompressionSpec) -> list[tuple[str, str]]:

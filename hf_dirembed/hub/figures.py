@@ -152,10 +152,10 @@ class Figures:
         """The models that it was compared with."""
         return list(dict.fromkeys(result.reference.model for result in self.known() if result.reference))
 
-    def unmeasured(self) -> list[str]:
-        """The tasks that this package could have evaluated and nobody has."""
+    def unmeasured(self, tasks: tuple[str, ...]) -> list[str]:
+        """Those of the tasks that the model could have been evaluated on, and nobody has."""
         measured = {result.task for result in self.results}
-        return [title for task, (_, title, _) in TASKS.items() if task not in measured]
+        return [TASKS[task][1] for task in tasks if task not in measured]
 
     def known(self) -> list[Result]:
         """The results of tasks that this version knows."""

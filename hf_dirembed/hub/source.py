@@ -79,7 +79,7 @@ def find_source(folder: Path, base_model: str | None = None) -> Source:
     _, spec = read_spec(config)
     source = Source.of_folder(folder, base_model)
     source = source.completed_by(Source(hub_id(spec.settings.get("base_model"))))
-    if source.base_model and not source.metadata:
+    if source.base_model and "license" not in source.metadata:
         source = source.completed_by(Source.of_hub(source.base_model))
     return source
 

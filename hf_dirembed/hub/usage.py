@@ -29,6 +29,12 @@ _LM_HEADS = (
     "AutoModelForCausalLM",
     "AutoModelForMaskedLM",
 )
+# What `hf-dirembed evaluate` can measure of models with a head of that kind.
+_TASKS = {
+    "AutoModelForCausalLM": ("perplexity",),
+    "AutoModelForMaskedLM": ("mlm-perplexity", "sts", "glue", "squad"),
+    "AutoModel": ("sts", "glue", "squad"),
+}
 # What a pipeline is shown with on the card.
 _INPUTS = {
     "fill-mask": 'f"Paris is the {pipe.tokenizer.mask_token} of France."',
@@ -54,6 +60,11 @@ class Usage:
     auto_class: str
     pipeline_tag: str | None
     pipeline_input: str | None
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What `hf-dirembed evaluate` can measure of it."""
+        return _TASKS.get(self.auto_class, ())
 
     @property
     def has_lm_head(self) -> bool:

@@ -1,0 +1,91 @@
+"""Uploads to a stand-in of the Hub: what arrives there, and what its card says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from families import FAMILIES
+from hub import StandInHub
+from huggingface_hub import ModelCard
+from transformers import PreTrainedTokenizerFast
+
+import hf_dirembed
+
+
+PUSH = """
+import sys, hf_dirembed, torch
+from transformers import AutoModelForMaskedLM
+
+source, repo, options = sys.argv[1], sys.argv[2], eval(sys.argv[3])
+model = AutoModelForMaskedLM.from_pretrained(source)
+if not isinstance(model.get_input_embeddings(), hf_dirembed.CompressedEmbedding):
+    hf_dirembed.compress(model, method="direction", rank=5)
+model.push_to_hub(repo, **options)
+again = AutoModelForMaskedLM.from_pretrained(repo)
+ids = torch.tensor([[2, 9, 3]])
+assert torch.equal(again.eval()(ids).logits, model.eval()(ids).logits)
+"""
+
+BASE_CARD = "---\nlicense: mit\nlanguage: en\nmodel-index: nonsense\n---\n# The base\n"
+
+
+@pytest.fixture
+def hub() -> Iterator[StandInHub]:
+    with StandInHub() as stand_in:
+        yield stand_in
+
+
+@pytest.fixture
+def dense(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    folder = tmp_path / "dense"
+    FAMILIES["bert"].make("AutoModelForMaskedLM").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def card_of(hub: StandInHub, repo: str) -> ModelCard:
+    return ModelCard(hub.repos[repo]["README.md"].decode())
+
+
+def test_push_to_hub_takes_the_base_models_licence(hub: StandInHub, dense: Path, tmp_path: Path) -> None:
+    files = {file.name: file.read_bytes() for file in dense.iterdir()}
+    hub.repos["org/base"] = {**files, "README.md": BASE_CARD.encode()}
+    hub.run(PUSH, "org/base", "me/small", {"private": True, "tags": ["mine"], "revision": "v1"}, cache=tmp_path / "hf")
+    assert hub.asked_for_private()
+    assert hub.commits == ["v1"]
+    assert {"config.json", "model.safetensors", "README.md", "modeling_dirembed.py"} <= hub.repos["me/small"].keys()
+    card = card_of(hub, "me/small")
+    assert card.data.base_model == "org/base"
+    assert card.data.get("base_model_relation") == "quantized"
+    assert (card.data.license, card.data.language, card.data.pipeline_tag) == ("mit", "en", "fill-mask")
+    assert set(card.data.tags) == {"dirembed", "mine"}
+    assert 'from_pretrained("me/small")' in card.text
+    settings = json.loads(hub.repos["me/small"]["config.json"])["dirembed"]["settings"]
+    assert settings["base_model"] == "org/base"
+
+
+def test_a_card_written_by_hand_stays(hub: StandInHub, dense: Path, tmp_path: Path) -> None:
+    hub.repos["me/small"] = {"README.md": b"---\nlicense: mit\n---\n# Mine\n"}
+    hub.run(PUSH, dense, "me/small", {}, cache=tmp_path / "hf")
+    assert card_of(hub, "me/small").text.strip() == "# Mine"
+
+
+def test_a_reloaded_model_is_pushed_with_the_card_of_its_folder(hub: StandInHub, dense: Path, tmp_path: Path) -> None:
+    (dense / "README.md").write_text(BASE_CARD.replace("model-index: nonsense\n", ""))
+    out = tmp_path / "out"
+    hf_dirembed.checkpoint.compress_checkpoint(dense, out, method="direction", rank=4, base_model="org/base")
+    hub.run(PUSH, out, "me/small", {}, cache=tmp_path / "hf")
+    card = card_of(hub, "me/small")
+    assert (card.data.base_model, card.data.license) == ("org/base", "mit")
+
+
+def test_the_command_line_uploads_folder_card_and_results(hub: StandInHub, dense: Path, tmp_path: Path) -> None:
+    code = "import sys; from hf_dirembed.cli import main; main(sys.argv[1:])"
+    options = ("--method", "direction", "--rank", 4, "--push-to-hub", "me/small", "--private")
+    hub.run(code, "compress", dense, tmp_path / "out", *options, cache=tmp_path / "hf")
+    assert hub.asked_for_private()
+    assert 'from_pretrained("me/small")' in card_of(hub, "me/small").text
+    assert "tokenizer.json" in hub.repos["me/small"]

@@ -15,12 +15,14 @@ from .checkpoint import (
     CheckpointSummary,
     compress_checkpoint,
     expand_checkpoint,
+    find_checkpoint,
     inspect_checkpoint,
 )
 from .cli_evaluate import evaluate_command
 from .compression.compress import METHODS, SETTINGS
-from .configuration_dirembed import DirEmbedError
+from .configuration_dirembed import CheckpointError, DirEmbedError
 from .demo import PAIRS, SENTENCES, DemoResult, run_demo
+from .picture import TableProfile, require_matplotlib, save_picture
 from .publishing import upload_checkpoint, write_checkpoint_card
 
 
@@ -98,10 +100,21 @@ def compress(
 
 @main.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option(
+    "--plot", metavar="FILE", type=click.Path(path_type=Path), help="Also draw its spectrum and bits into this image."
+)
+@click.option("--reference", metavar="BASE", help="The dense model, whose table the picture compares with.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
-def inspect(folder: Path, as_json: bool) -> None:
+def inspect(folder: Path, plot: Path | None, reference: str | None, as_json: bool) -> None:
     """Show what the compressed checkpoint DIR holds in place of its table."""
-    _print_summary(inspect_checkpoint(folder), as_json)
+    if reference and not plot:
+        raise CheckpointError("--reference is for the picture: name its file with --plot")
+    summary = inspect_checkpoint(folder)
+    if plot:
+        require_matplotlib()
+        dense = find_checkpoint(reference) if reference else None
+        save_picture(TableProfile.of_checkpoint(find_checkpoint(folder), dense), plot)
+    _print_summary(summary, as_json)
 
 
 main.add_command(evaluate_command)

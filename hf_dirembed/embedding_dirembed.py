@@ -247,7 +247,10 @@ class CompressedMatrix(nn.Module):
     def extra_repr(self) -> str:
         """What `print(model)` shows of it."""
         shape = f"{self.weight.shape[0]}, {self.decoder_weight.shape[1]}"
-        return f"{shape}, method={self.spec.method}, rank={self.spec.rank}, bits_per_weight={self.bits_per_weight:.3g}"
+        rank = f"rank={self.spec.rank}"
+        if self.refined_rows_weight is not None and self.spec.refinement is not None:
+            rank += f"+{self.spec.refinement.rank} for {len(self.refined_rows_weight)} rows"
+        return f"{shape}, method={self.spec.method}, {rank}, bits_per_weight={self.bits_per_weight:.3g}"
 
 
 def _narrower(name: str, dtype: torch.dtype) -> torch.dtype:

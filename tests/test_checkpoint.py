@@ -280,10 +280,24 @@ def test_inspect_states_what_the_head_expands_to(tmp_path: Path) -> None:
     assert summary.expanded_bytes == model.get_output_embeddings().expanded_bytes > 0
     assert summary.code_bytes + summary.decoder_bytes == summary.bytes
     embedding = model.get_input_embeddings()
+    layers = f"rank={summary.rank}+{summary.refinement_rank} for {summary.refined_rows} rows"
+    assert repr(embedding) == f"CompressedEmbedding(2000, 32, method=transform, {layers}, bits_per_weight=2)"
     assert summary.decoder_bytes == embedding.stored_decoder().nbytes + embedding.decoder_bias_weight.nbytes
     shown = run("inspect", tmp_path).stdout
     assert f"{summary.expanded_bytes / 1e6:.1f} MB where a tied head" in shown
     assert f"{summary.bits_per_weight - summary.bound_bits:.3f} bits per weight less" in shown
+
+
+def test_print_compression(capsys: pytest.CaptureFixture[str]) -> None:
+    model = hf_dirembed.compress(FAMILIES["bert"].make("AutoModel"), method="svd", rank=4)
+    model.print_compression()
+    embedding = model.get_input_embeddings()
+    size = f"{embedding.num_bytes:,} bytes, {160 * 32 * 4 / embedding.num_bytes:.1f}x smaller than dense"
+    bits = f"{embedding.bits_per_weight:.2f} bits per weight (svd)"
+    assert capsys.readouterr().out == f"token embeddings 160 x 32: {size}, {bits}\n"
+    model.set_input_embeddings(torch.nn.Embedding(10, 32))
+    model.print_compression()
+    assert capsys.readouterr().out == "token embeddings 10 x 32: 1,280 bytes, dense\n"
 
 
 @pytest.mark.parametrize("figure", ["much", float("nan"), True, [1.0], None])

@@ -78,19 +78,6 @@ def compressed_modules(model: nn.Module) -> set[str]:
     return {name for name, module in modules if isinstance(module, CompressedMatrix)}
 
 
-def compression_line(embedding: nn.Embedding | CompressedEmbedding) -> str:
-    """How large an embedding is, and how large it would be dense, in a line."""
-    rows, dim = embedding.num_embeddings, embedding.embedding_dim
-    dense_bytes = rows * dim * embedding.weight.element_size()
-    if not isinstance(embedding, CompressedEmbedding):  # replaced by hand, with set_input_embeddings
-        return f"token embeddings {rows:,} x {dim:,}: {dense_bytes:,} bytes, dense"
-    stated = embedding.spec.figures.get("dense_bytes")
-    dense_bytes = stated if type(stated) is int else rows * dim * embedding.dtype.itemsize
-    smaller = f"{dense_bytes / embedding.num_bytes:.1f}x smaller than dense"
-    size = f"token embeddings {rows:,} x {dim:,}: {embedding.num_bytes:,} bytes, {smaller}"
-    return f"{size}, {embedding.bits_per_weight:.2f} bits per weight ({embedding.spec.method})"
-
-
 def swap_modules(model: PreTrainedModel, spec: CompressionSpec, device: str | None = None) -> set[str]:
     """Puts compressed modules, their codes still to be set, where the table and what is tied to it were.
 
@@ -359,6 +346,19 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     model.tie_weights()
     return model
+
+
+def compression_line(embedding: nn.Embedding | CompressedEmbedding) -> str:
+    """How large an embedding is, and how large it would be dense, in a line."""
+    rows, dim = embedding.num_embeddings, embedding.embedding_dim
+    dense_bytes = rows * dim * embedding.weight.element_size()
+    if not isinstance(embedding, CompressedEmbedding):  # replaced by hand, with set_input_embeddings
+        return f"token embeddings {rows:,} x {dim:,}: {dense_bytes:,} bytes, dense"
+    stated = embedding.spec.figures.get("dense_bytes")
+    dense_bytes = stated if type(stated) is int else rows * dim * embedding.dtype.itemsize
+    smaller = f"{dense_bytes / embedding.num_bytes:.1f}x smaller than dense"
+    size = f"token embeddings {rows:,} x {dim:,}: {embedding.num_bytes:,} bytes, {smaller}"
+    return f"{size}, {embedding.bits_per_weight:.2f} bits per weight ({embedding.spec.method})"
 
 
 def _forget_quantizer(model: PreTrainedModel) -> None:

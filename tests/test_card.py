@@ -28,7 +28,7 @@ STS = Measured(
     "sts",
     DatasetSource("nyu-mll/glue", config="stsb", split="validation", revision="abc123"),
     {"spearman": 0.8659, "pearson": 0.85, "other": None},
-    settings={"pooling": "mean", "num_pairs": 1500},
+    settings={"pooling": "mean", "num_pairs": 1500, "prefix": "", "max_length": None},
     reference=ReferenceResult("org/base", {"spearman": 0.8672, "pearson": 0.851}),
     agreement={"cosine": 0.98},
     arguments=("evaluate", "small", "--task", "sts", "--data", "nyu-mll/glue"),
@@ -182,4 +182,4 @@ def test_the_script_of_the_shown_cards(dense: Path, tmp_path: Path) -> None:
     assert (data["license"], data["base_model"]) == ("mit", "org/base")
     text = (card / "README.md").read_text()
     assert "(dirembed.png)" in text
-    assert 'from_pretrained("me/dense-8bits")' in text
+    assert 'from_pretrained("me/dense-8bit")' in text

@@ -51,7 +51,10 @@ def test_calibration_makes_weights_and_a_metric(llama: PreTrainedModel, tokenize
     by_statistics = hf_dirembed.compress(fresh(), tokenizer, calibration=statistics, **options)
     for name, tensor in codes_of(by_text).items():
         assert torch.equal(tensor, codes_of(by_statistics)[name])
-    assert by_text.config.dirembed["settings"]["metric"] is True
+    recorded = by_text.config.dirembed["settings"]
+    assert (recorded["metric"], recorded["languages"], recorded["calibration"]) == (True, ["en"], "given texts")
+    recorded = by_statistics.config.dirembed["settings"]
+    assert recorded["calibration"] == f"statistics of {statistics.num_tokens:,} tokens"
     assert error(by_text) < error(hf_dirembed.compress(fresh(), tokenizer, **options))
 
 
@@ -65,6 +68,7 @@ def test_self_calibration(llama: PreTrainedModel, tokenizer: PreTrainedTokenizer
     monkeypatch.setattr(module, "self_generated_texts", few)
     hf_dirembed.compress(llama, tokenizer, bits=5, languages="en", calibration="self")
     assert llama.config.dirembed["settings"]["metric"] is True
+    assert llama.config.dirembed["settings"]["calibration"] == "self"
 
 
 def test_an_untied_head_and_an_encoder(tokenizer: PreTrainedTokenizerFast) -> None:

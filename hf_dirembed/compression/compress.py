@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -213,9 +215,22 @@ def compress(
     elif weights is None and tokenizer is not None and weighs:
         weights = token_weights(tokenizer, embedding.num_embeddings, languages=languages)
     coded = compress_table(embedding.weight.data, method=method, weights=weights, **options)
-    base_model = base_model or hub_id(model.name_or_path)
-    settings = {**coded.spec.settings, **({"base_model": base_model} if base_model else {})}
+    record = {
+        "base_model": base_model or hub_id(model.name_or_path),
+        "languages": [languages] if isinstance(languages, str) else list(languages or ()),
+        "calibration": None if calibration is None else _describe(calibration),
+    }
+    settings = {**coded.spec.settings, **{name: value for name, value in record.items() if value}}
     return convert(model, replace(coded.spec, settings=settings), coded.tensors)
+
+
+def _describe(calibration: Texts | Statistics) -> str:
+    """What a model was calibrated on, for the record; of a file its name alone."""
+    if isinstance(calibration, Statistics):
+        return f"statistics of {calibration.num_tokens:,} tokens"
+    if isinstance(calibration, (str, os.PathLike)):
+        return Path(calibration).name
+    return "given texts"
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ _SETTINGS = {
     "budget": "budget asked for",
     "token_weights": "rows weighed by expected token frequency",
     "metric": "errors measured in a calibrated metric",
+    "calibration": "calibrated on",
     "base_model": None,  # stated elsewhere
 }
 

@@ -99,7 +99,7 @@ class Figures:
             name = _main_metric(result)
             if not _is_on_hub(result.dataset) or name is None:
                 continue
-            settings = ", ".join(f"{key}={value}" for key, value in result.settings.items() if value is not None)
+            settings = ", ".join(f"{key}={value}" for key, value in result.settings.items() if value not in (None, ""))
             dense = result.reference.metrics.get(name) if result.reference else None
             notes = [METRIC_NAMES.get(name, name), settings, f"dense model {_number(dense)}" if dense else ""]
             task_id = result.dataset.config or "default"
@@ -142,7 +142,8 @@ class Figures:
         """How each result was taken, in a line of Markdown."""
         lines = []
         for result in self.known():
-            said = [f"{key.replace('_', ' ')} {_setting(value)}" for key, value in result.settings.items()]
+            stated = {key: value for key, value in result.settings.items() if value not in (None, "")}
+            said = [f"{key.replace('_', ' ')} {_setting(value)}" for key, value in stated.items()]
             said += [f"fine-tuned on {result.training}"] if result.training else []
             said += [f"{name} between the outputs of both models {_number(v)}" for name, v in result.agreement.items()]
             lines.append(f"{TASKS[result.task][1]} on {result.dataset}: {'; '.join(said) or 'defaults'}")

@@ -9,7 +9,7 @@
 
 MODEL is a Hub id or a folder; a folder's Hub id, and what its card would say where it has none, is told by
 --base-model and --metadata. Each --evaluate holds arguments of `hf-dirembed evaluate`. Of every budget, the card, its
-picture, the results and the config are kept in OUT/NAME-BITSbits (by default in model_cards); the weights only with
+picture, the results and the config are kept in OUT/NAME-BITSbit (by default in model_cards); the weights only with
 --keep, in that folder.
 """
 
@@ -43,7 +43,7 @@ def make_card(arguments: argparse.Namespace, bits: float, work: Path) -> Path:
     Returns:
         The folder that the card is kept in.
     """
-    name = f"{arguments.name or Path(arguments.model).name}-{bits:g}bits"
+    name = f"{arguments.name or Path(arguments.model).name}-{bits:g}bit"
     folder = work / name
     compress_checkpoint(
         arguments.model,

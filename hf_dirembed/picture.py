@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,8 +112,10 @@ def save_picture(profile: TableProfile, file: Path) -> None:
     summary = profile.summary
     size = f"{summary.num_embeddings:,} x {summary.embedding_dim:,}"
     figure.suptitle(f"{size} in {summary.bits_per_weight:.2f} bits per weight ({summary.method})", fontsize=12)
+    image = BytesIO()  # first whole in memory: no half of a picture is ever written
     try:
-        figure.savefig(file, dpi=150)
+        figure.savefig(image, format=file.suffix.lower().removeprefix(".") or "png", dpi=150)
+        file.write_bytes(image.getvalue())
     except OSError as error:
         raise CheckpointError(f"{file} cannot be written ({error.strerror or error}): name another file") from error
     except ValueError as error:

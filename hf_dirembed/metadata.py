@@ -17,13 +17,23 @@ logger = logging.get_logger(__name__)
 
 
 def hub_id(name: Any) -> str | None:
-    """The name, if it can be the id of a Hub repo and is no local path.
+    """What a model was loaded by, if that is the id of a Hub repo and no local path.
 
     Example:
         >>> hub_id("intfloat/multilingual-e5-small"), hub_id("/home/me/model"), hub_id("../model"), hub_id("")
         ('intfloat/multilingual-e5-small', None, None, None)
     """
-    if not isinstance(name, str) or not name or os.path.exists(name):
+    return None if isinstance(name, str) and os.path.exists(name) else valid_repo_id(name)
+
+
+def valid_repo_id(name: Any) -> str | None:
+    """The name, if it can be the id of a Hub repo: what a config or a card states.
+
+    Example:
+        >>> valid_repo_id("intfloat/multilingual-e5-small"), valid_repo_id("a/b/c"), valid_repo_id(["a"])
+        ('intfloat/multilingual-e5-small', None, None)
+    """
+    if not isinstance(name, str) or not name:
         return None
     try:
         validate_repo_id(name)

@@ -183,3 +183,12 @@ def test_the_script_of_the_shown_cards(dense: Path, tmp_path: Path) -> None:
     text = (card / "README.md").read_text()
     assert "(dirembed.png)" in text
     assert 'from_pretrained("me/dense-8bit")' in text
+
+
+def test_a_folder_of_the_base_models_name_is_in_nobodys_way(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "org" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint_card(small)
+    assert metadata_load(small / "README.md")["base_model"] == "org/base"

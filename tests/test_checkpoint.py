@@ -181,6 +181,7 @@ MISTAKES = {
     "inspect a dense model": (["inspect", "{dense}"], "not a compressed checkpoint"),
     "expand a dense model": (["expand", "{dense}", "{out}"], "not compressed"),
     "a card of a dense model": (["card", "{dense}"], "not a compressed checkpoint"),
+    "no Hub id": (["compress", "{dense}", "{out}", "--bits", "4", "--base-model", "../x"], "no id of the Hub"),
     "a card of nothing": (["card", "{tmp}/nowhere"], "is no folder"),
     "no token embedding": (["compress", "{vit}", "{out}", "--bits", "4"], "no token embedding"),
 }

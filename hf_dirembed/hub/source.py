@@ -12,8 +12,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers.utils import CONFIG_NAME, logging
 
-from ..configuration_dirembed import read_spec
-from ..metadata import card_metadata, hub_id
+from ..configuration_dirembed import CheckpointError, read_spec
+from ..metadata import card_metadata, valid_repo_id
 
 
 logger = logging.get_logger(__name__)
@@ -28,10 +28,17 @@ class Source:
     Attributes:
         base_model: Its Hub id; None where only a local folder is known, which other people do not have.
         metadata: Of its card: language, licence, pipeline tag and library, those that it states.
+
+    Raises:
+        CheckpointError: If the base model cannot be the id of a Hub repo.
     """
 
     base_model: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.base_model is not None and valid_repo_id(self.base_model) is None:
+            raise CheckpointError(f"base model {self.base_model!r} is no id of the Hub: give one like org/name")
 
     @classmethod
     def of_folder(cls, folder: str | os.PathLike[str], base_model: str | None = None) -> Source:
@@ -50,7 +57,7 @@ class Source:
         """
         stated = card_metadata(Path(folder))
         if base_model is None and stated.get("base_model_relation") == "quantized":
-            base_model = hub_id(stated.get("base_model"))
+            base_model = valid_repo_id(stated.get("base_model"))
         metadata = {name: _text(stated[name]) for name in INHERITED if _text(stated.get(name))}
         return cls(base_model, metadata)
 
@@ -78,7 +85,7 @@ def find_source(folder: Path, base_model: str | None = None) -> Source:
     config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     _, spec = read_spec(config)
     source = Source.of_folder(folder, base_model)
-    source = source.completed_by(Source(hub_id(spec.settings.get("base_model"))))
+    source = source.completed_by(Source(valid_repo_id(spec.settings.get("base_model"))))
     if source.base_model and "license" not in source.metadata:
         source = source.completed_by(Source.of_hub(source.base_model))
     return source

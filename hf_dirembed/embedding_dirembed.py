@@ -109,8 +109,7 @@ class CompressedMatrix(nn.Module):
         latents = unpack(codes, self.spec.bit_allocation, self.codebook_weight).to(self.dtype) + HALF
         if self.refinement_weight is None or self.refined_rows_weight is None or self.spec.refinement is None:
             return latents
-        rows = self.refined_rows_weight
-        slots = torch.searchsorted(rows, ids.to(rows.dtype)).clamp(max=len(rows) - 1)
+        rows, slots = self.refined_rows_weight, _slots(self.refined_rows_weight, ids, len(self.weight))
         codes = F.embedding(slots, self.refinement_weight)
         further = unpack(codes, self.spec.refinement.bit_allocation, self.codebook_weight).to(self.dtype) + HALF
         return torch.cat([latents, further * (rows[slots] == ids).unsqueeze(-1)], dim=-1)
@@ -251,6 +250,14 @@ class CompressedMatrix(nn.Module):
         if self.refined_rows_weight is not None and self.spec.refinement is not None:
             rank += f"+{self.spec.refinement.rank} for {len(self.refined_rows_weight)} rows"
         return f"{shape}, method={self.spec.method}, {rank}, bits_per_weight={self.bits_per_weight:.3g}"
+
+
+def _slots(refined_rows: Tensor, ids: Tensor, num_rows: int) -> Tensor:
+    """Where in the refinement the latents of rows are; any slot for a row that has none."""
+    if torch.compiler.is_compiling():  # exporters to ONNX know no searchsorted
+        numbers = torch.arange(len(refined_rows), dtype=torch.int32, device=ids.device)
+        return numbers.new_zeros(num_rows).scatter(0, refined_rows.long(), numbers)[ids].long()
+    return torch.searchsorted(refined_rows, ids.to(refined_rows.dtype)).clamp(max=len(refined_rows) - 1)
 
 
 def _narrower(name: str, dtype: torch.dtype) -> torch.dtype:

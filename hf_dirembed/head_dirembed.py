@@ -117,7 +117,7 @@ class CompressedLMHead(CompressedMatrix):
                 self.spec.refinement.bit_allocation,
                 self._expanded_refinement,
             )
-            logits = logits.index_add(-1, self.refined_rows_weight, refinement)
+            logits = logits.index_add(-1, self.refined_rows_weight.long(), refinement)  # int64 is what ONNX has
         if self.decoder_bias_weight is not None:
             logits = logits + (hidden_states @ self.decoder_bias_weight).unsqueeze(-1)
         return logits if self.bias is None else logits + self.bias.to(logits.dtype)

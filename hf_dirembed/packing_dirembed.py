@@ -62,18 +62,19 @@ def sections(packed: Tensor, bit_allocation: tuple[int, ...]) -> Iterator[tuple[
         bit_allocation: How many latents have 8, 4, 2 and 1 bits.
 
     Yields:
-        The width, and (..., count) uint8 symbols, for each width that has any.
+        The width, and (..., count) int32 symbols, for each width that has any.
     """
     first = 0
     for count, width in zip(bit_allocation, BIT_WIDTHS, strict=True):
         num_bytes = math.ceil(count * width / 8)
         section, first = packed[..., first : first + num_bytes], first + num_bytes
         if width < 8 and count:
-            mask = (1 << width) - 1
-            planes = [(section >> shift) & mask for shift in range(0, 8, width)]
+            # In 32 bits, as exporters to ONNX have no shifts of bytes.
+            wide, mask = section.int(), (1 << width) - 1
+            planes = [(wide >> shift) & mask for shift in range(0, 8, width)]
             section = torch.cat(planes, dim=-1)[..., :count]
         if count:
-            yield width, section
+            yield width, section.int()
 
 
 def trellis_states(symbols: Tensor, width: int) -> Tensor:
@@ -82,17 +83,17 @@ def trellis_states(symbols: Tensor, width: int) -> Tensor:
     The stream runs from the weakest latent to the strongest, as its first symbols have least to choose from.
 
     Args:
-        symbols: (..., count) uint8, each below 2^width.
+        symbols: (..., count) integers, each below 2^width.
         width: Bits of a symbol.
 
     Returns:
-        (..., count) uint8.
+        (..., count) int32, below 256.
 
     Example:
         >>> trellis_states(torch.tensor([1, 2, 3], dtype=torch.uint8), width=2).tolist()
         [57, 14, 3]
     """
-    states, known = symbols, 1
+    states, known = symbols.int(), 1
     while known * width < STATE_BITS:  # doubles how many symbols each state knows
         behind = F.pad(states[..., known:], (0, min(known, states.shape[-1])))
         states = states | (behind << (known * width))
@@ -119,9 +120,9 @@ def unpack(packed: Tensor, bit_allocation: tuple[int, ...], codebook: Tensor) ->
     latents = []
     for width, symbols in sections(packed, bit_allocation):
         if width == 8:
-            latents.append((symbols.to(torch.int16) - 128).to(torch.int8))
+            latents.append((symbols - 128).to(torch.int8))
         else:
-            latents.append(codebook[BIT_WIDTHS.index(width) - 1][trellis_states(symbols, width).int()])
+            latents.append(codebook[BIT_WIDTHS.index(width) - 1][trellis_states(symbols, width)])
     return torch.cat(latents, dim=-1)
 
 

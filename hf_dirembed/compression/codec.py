@@ -92,7 +92,7 @@ class Codec:
             return (levels + 127.5).to(torch.uint8), levels
         book = self.codebooks.levels[BIT_WIDTHS.index(width) - 1]
         symbols = encode(targets, gains, book, width)
-        return symbols, book[trellis_states(symbols, width).int()]
+        return symbols, book[trellis_states(symbols, width)]
 
     def _sections(self) -> Iterator[tuple[slice, int, bool]]:
         first = 0

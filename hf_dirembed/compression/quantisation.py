@@ -51,7 +51,7 @@ class Quantisers:
         for index, width in enumerate(BIT_WIDTHS[1:]):
             levels, unit = codebooks.levels[index], codebooks.units[index]
             symbols = encode(normalised, importance, levels * unit, width)
-            found.append(_regression(normalised, levels[trellis_states(symbols, width).int()]))
+            found.append(_regression(normalised, levels[trellis_states(symbols, width)]))
         errors, steps = (torch.stack(each) for each in zip(*found, strict=True))
         errors = torch.cat([torch.ones_like(errors[:1]), errors.clamp_min(0)])
         return cls(errors * variances, steps * torch.where(variances > 0, variances.sqrt(), 1), codebooks)

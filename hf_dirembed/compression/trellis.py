@@ -38,7 +38,7 @@ def encode(targets: Tensor, importance: Tensor, levels: Tensor, width: int) -> T
         >>> generator = torch.Generator().manual_seed(0)
         >>> targets, levels = torch.randn(64, 100, generator=generator), torch.randn(256, generator=generator)
         >>> symbols = encode(targets, torch.ones(100), levels, width=2)
-        >>> error = (levels[trellis_states(symbols, 2).int()] - targets).square().mean()
+        >>> error = (levels[trellis_states(symbols, 2)] - targets).square().mean()
         >>> bool(error < 0.1175)  # the least of a scalar quantiser of 2 bits (Max 1960); the bound is 1/16
         True
     """

@@ -63,7 +63,7 @@ def test_the_trellis_against_all_sequences(width: int, count: int, seed: int) ->
     every = torch.tensor(list(itertools.product(range(1 << width), repeat=count)), dtype=torch.uint8)
 
     def errors(symbols: Tensor) -> Tensor:
-        return (targets - levels[trellis_states(symbols, width).int()]).square() @ importance
+        return (targets - levels[trellis_states(symbols, width)]).square() @ importance
 
     least = torch.stack([errors(symbols.expand(30, -1)) for symbols in every]).min(dim=0).values
     found = encode(targets, importance, levels, width)

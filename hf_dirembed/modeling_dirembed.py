@@ -164,20 +164,25 @@ class DirEmbedModelMixin(PreTrainedModel):
         """Like the base class's; the decoder goes into the file in its narrow dtype, where that loses nothing.
 
         Raises:
-            ModelError: If a compressed head is no longer tied to the embedding, which a file cannot say.
+            ModelError: If the embedding was replaced by a dense one, or a compressed head is no longer tied to it,
+                which a file cannot say.
         """
         embedding = embedding_of(self)
+        if not isinstance(embedding, CompressedEmbedding):
+            raise ModelError(
+                "the compressed embedding was replaced by a dense one (set_input_embeddings): make a stock model "
+                "with hf_dirembed.expand, and compress that again if it should be"
+            )
         if untied := sorted(compressed_modules(self) - tied_modules(self)):
             raise ModelError(
                 f"{untied} are compressed, but no longer tied to the input embedding: set "
                 "config.tie_word_embeddings and call tie_weights(), or expand the model with hf_dirembed.expand"
             )
-        if isinstance(embedding, CompressedEmbedding):  # else replaced by hand, with set_input_embeddings
-            self.config.dirembed = embedding.current_spec().to_dict()
-            if len(args) < 3 and kwargs.get("state_dict") is None:
-                decoder = embedding.stored_decoder()  # one tensor for all names, which saving finds tied
-                narrow = {f"{name}.decoder_weight": decoder for name in tied_modules(self)}
-                kwargs["state_dict"] = {**self.state_dict(), **narrow}
+        self.config.dirembed = embedding.current_spec().to_dict()
+        if len(args) < 3 and kwargs.get("state_dict") is None:
+            decoder = embedding.stored_decoder()  # one tensor for all names, which saving finds tied
+            narrow = {f"{name}.decoder_weight": decoder for name in tied_modules(self)}
+            kwargs["state_dict"] = {**self.state_dict(), **narrow}
         super().save_pretrained(*args, **kwargs)
 
     def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..configuration_dirembed import FLOAT_CODES, BudgetError, CompressionSpec, ModelError, TableError
 from ..embedding_dirembed import CompressedEmbedding
 from ..metadata import hub_id
-from ..modeling_dirembed import convert, embedding_of, restore, tied_modules
+from ..modeling_dirembed import DirEmbedModelMixin, convert, embedding_of, restore, tied_modules
 from .autoencoder import AutoencoderSettings, train_autoencoder
 from .budget import Budget, TableSize
 from .calibration import calibrate
@@ -293,6 +293,6 @@ def expand(model: PreTrainedModel) -> PreTrainedModel:
         >>> type(model).__name__, model.get_input_embeddings()
         ('BertModel', Embedding(500, 32, padding_idx=0))
     """
-    if not isinstance(embedding_of(model), CompressedEmbedding):
+    if not isinstance(model, DirEmbedModelMixin):
         raise ModelError(f"{type(model).__name__} is not compressed: there is nothing to expand")
     return restore(model)

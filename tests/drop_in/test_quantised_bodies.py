@@ -1,0 +1,86 @@
+"""A body that torchao or bitsandbytes quantises around a compressed table: loads, saves, reloads."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, VOCAB
+from tiny import BUDGETS
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    TorchAoConfig,
+)
+
+import hf_dirembed
+from hf_dirembed.embedding_dirembed import CompressedMatrix
+
+
+IDS = FAMILIES["llama-tied"].inputs()["input_ids"]
+CASES = [(tied, method) for tied in (True, False) for method in BUDGETS]
+
+
+def int8_of_torchao() -> TorchAoConfig:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+QUANTISERS = {
+    "bitsandbytes": {
+        "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
+        "nf4": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    },
+    "torchao": {"int8": int8_of_torchao},
+}
+FORMATS = [(package, kind) for package, kinds in QUANTISERS.items() for kind in kinds]
+
+
+def make(tied: bool, method: str) -> PreTrainedModel:
+    """Wider than the other tiny models: a group of nf4 is 64 weights of a row."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    config = LlamaConfig(**sizes, num_attention_heads=4, tie_word_embeddings=tied)
+    return hf_dirembed.compress(LlamaForCausalLM(config).eval(), method=method, **BUDGETS[method])
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> Tensor:
+    return model(input_ids=IDS).logits
+
+
+@pytest.mark.filterwarnings("ignore")  # theirs, of CPUs
+@pytest.mark.parametrize(("package", "kind"), FORMATS, ids=["-".join(case) for case in FORMATS])
+@pytest.mark.parametrize(("tied", "method"), CASES)
+def test_quantised_body(tied: bool, method: str, package: str, kind: str, tmp_path: Path) -> None:
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    dense_body = make(tied, method)
+    dense_body.save_pretrained(tmp_path / "one")
+    quantisation = QUANTISERS[package][kind]()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "one", quantization_config=quantisation, dtype="float32")
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert type(weight) is not type(dense_body.model.layers[0].mlp.up_proj.weight)
+    for module, twin in zip(model.modules(), dense_body.modules(), strict=False):
+        if isinstance(module, CompressedMatrix):
+            assert type(module) is type(twin)
+            for key, tensor in twin.code_tensors().items():
+                assert torch.equal(module.code_tensors()[key], tensor), key
+    # Before it runs: on CPU, bitsandbytes then repacks its four-bit weights, and rounds their scales.
+    model.save_pretrained(tmp_path / "two")
+    expected = logits(model)
+    scale = logits(dense_body).abs().max()
+    assert 0 < (expected - logits(dense_body)).abs().max() < scale
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+    assert again.config.quantization_config.quant_method == package
+    assert isinstance(again.get_input_embeddings(), CompressedMatrix)
+    assert torch.equal(logits(again), expected)
+    with pytest.raises(RuntimeError, match="mismatch"):  # one quantiser has the config's place: AutoModels load it
+        LlamaForCausalLM.from_pretrained(tmp_path / "two")

@@ -234,10 +234,8 @@ def report(outcomes: dict[tuple[str, str], Outcome]) -> str:
         lines.append(f"| `{auto}` | {len(found)} | {built} | {works} ({100 * works / max(built, 1):.0f} %) |")
     lines += ["", "## What works", ""]
     for auto in TASKS:
-        names = ", ".join(
-            f"`{t}`{o.reason and ' ¹'}" for (t, name), o in sorted(outcomes.items()) if name == auto and o.works
-        )
-        lines += [f"`{auto}`: {names}.", ""]
+        working = [(t, o) for (t, name), o in sorted(outcomes.items()) if name == auto and o.works]
+        lines += [f"`{auto}`: {', '.join(f'`{t}`' + (o.reason and ' ¹') for t, o in working)}.", ""]
     lines += ["¹ With float latents only: the model casts its hidden states to the dtype of its head's weight.", ""]
     for title, built in (("What does not", True), ("What could not be built, the stock model neither", False)):
         rest = [(key, o) for key, o in sorted(outcomes.items()) if not o.works and o.built == built]
@@ -261,12 +259,8 @@ def main() -> None:
             if arguments.only and model_type not in arguments.only:
                 continue
             found = outcomes[model_type, auto] = outcome(model_type, auto)
-            print(
-                model_type,
-                auto,
-                f"works {found.reason}" if found.works else f"{found.built=} {found.reason}",
-                flush=True,
-            )
+            verdict = "works" if found.works else "fails" if found.built else "cannot be built"
+            print(f"{auto} {model_type}: {verdict} {found.reason}".rstrip(), flush=True)
     if arguments.out:
         arguments.out.parent.mkdir(exist_ok=True)
         arguments.out.write_text(report(outcomes), encoding="utf-8")

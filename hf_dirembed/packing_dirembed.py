@@ -122,7 +122,7 @@ def unpack(packed: Tensor, bit_allocation: tuple[int, ...], codebook: Tensor) ->
         if width == 8:
             latents.append((symbols - 128).to(torch.int8))
         else:
-            latents.append(codebook[BIT_WIDTHS.index(width) - 1][trellis_states(symbols, width)])
+            latents.append(codebook[BIT_WIDTHS.index(width) - 1][trellis_states(symbols, width).long()])
     return torch.cat(latents, dim=-1)
 
 

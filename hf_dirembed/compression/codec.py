@@ -210,6 +210,7 @@ class PackedSymbols:
         first = 0
         for packed, allocation, rows in layers:
             of_layer = slice(first, first := first + allocation.rank)
-            symbols[rows, of_layer] = torch.cat([each for _, each in sections(packed, allocation.counts)], dim=1)
+            found = torch.cat([each for _, each in sections(packed, allocation.counts)], dim=1)
+            symbols[rows, of_layer] = found.to(torch.uint8)
             latents[rows, of_layer] = unpack(packed, allocation.counts, codec.codebooks.stored()).float() + 0.5
         return Symbols(symbols, latents, refined)

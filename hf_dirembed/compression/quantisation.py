@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import combinations, permutations
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from .trellis import Codebooks, encode, round_to_levels
 # Steps of 8 bits to try, in standard deviations: around the best uniform mid-rise quantiser of a Gaussian (Max 1960),
 # on the wide side, as latents have heavier tails.
 _STEPS = tuple(0.031 * stretch for stretch in (0.7, 0.8, 0.9, 1.0, 1.12, 1.25, 1.4, 1.6, 1.85))
+
+_STARTS = 3  # that allocations are improved from
 
 
 @dataclass(frozen=True)
@@ -136,30 +138,35 @@ class BitAllocator:
 
     def allocate(self, num_bytes: int, max_rank: int) -> Allocation | None:
         """The best allocation of exactly `num_bytes` to at most `max_rank` latents; None if there is none."""
-        best = min(self._starts(num_bytes, max_rank), default=None)
-        if best is None:
+        starts = sorted(self._starts(num_bytes, max_rank))[:_STARTS]
+        if not starts:
             return None
-        error, spent = best
+        error, spent = min(self._descend(start, max_rank) for start in starts)
+        counts = tuple(number * (8 // width) for number, width in zip(spent, BIT_WIDTHS, strict=True))
+        return Allocation(counts, error)
+
+    def _descend(self, start: tuple[float, tuple[int, ...]], max_rank: int) -> tuple[float, tuple[int, ...]]:
+        """Moves bytes between widths while that lowers the error."""
+        error, spent = start
         while True:
             single = list(_moves(spent))
             found = self._least(single, max_rank)
             if found is None or found[0] >= error:  # two moves at once, of which one alone may be impossible
                 found = self._least([twice for once in single for twice in _moves(once)], max_rank)
             if found is None or found[0] >= error:
-                break
+                return error, spent
             error, spent = found
-        counts = tuple(number * (8 // width) for number, width in zip(spent, BIT_WIDTHS, strict=True))
-        return Allocation(counts, error)
 
-    def _starts(self, num_bytes: int, max_rank: int) -> list[tuple[float, tuple[int, ...]]]:
-        starts = []
-        for wide in range(len(BIT_WIDTHS) - 1):
+    def _starts(self, num_bytes: int, max_rank: int) -> set[tuple[float, tuple[int, ...]]]:
+        """All bytes on one or two widths."""
+        starts = set()
+        for first, second in combinations(range(len(BIT_WIDTHS)), 2):
             for share in range(17):
                 spent = [0] * len(BIT_WIDTHS)
-                spent[wide] = num_bytes * share // 16
-                spent[wide + 1] = num_bytes - spent[wide]
-                starts.append(tuple(spent))
-        return [(self.error(s), s) for s in starts if _rank_of(s) <= max_rank and self.error(s) < torch.inf]
+                spent[first] = num_bytes * share // 16
+                spent[second] = num_bytes - spent[first]
+                starts.add(tuple(spent))
+        return {(self.error(s), s) for s in starts if _rank_of(s) <= max_rank and self.error(s) < torch.inf}
 
     def _least(self, spent: list[tuple[int, ...]], max_rank: int) -> tuple[float, tuple[int, ...]] | None:
         return min(((self.error(each), each) for each in spent if _rank_of(each) <= max_rank), default=None)

@@ -27,6 +27,7 @@ CODE_TENSORS = (
     "weight",
     "codebook_weight",
     "decoder_weight",
+    "exponent_weight",
     "decoder_bias_weight",
     "refinement_weight",
     "refined_rows_weight",

@@ -26,8 +26,9 @@ class CompressedMatrix(nn.Module):
     """A (num_rows, dim) matrix held as codes and an affine decoder: row i is zᵢ D + b.
 
     The latents zᵢ are the floats of row i of the code matrix or, where it is packed, the integers that it stands for
-    plus ½ (a mid-rise quantiser). Rows that a refinement names have further latents, which follow in D. Training
-    changes the decoder alone; float latents too, once they are unfrozen.
+    plus ½ (a mid-rise quantiser), times a power of two for each latent: these exponents keep D at the size that
+    optimisers expect of weights and that float16 holds well. Rows that a refinement names have further latents, which
+    follow in D. Training changes the decoder alone; float latents too, once they are unfrozen.
 
     The code matrix is the parameter named `weight`: native tying of an LM head's `weight` then works unchanged, and a
     stock class that is given this checkpoint fails on its shape instead of loading it for a table. The float
@@ -47,6 +48,7 @@ class CompressedMatrix(nn.Module):
     """
 
     codebook_weight: nn.Parameter | None
+    exponent_weight: nn.Parameter | None
     decoder_bias_weight: nn.Parameter | None
     refinement_weight: nn.Parameter | None
     refined_rows_weight: nn.Parameter | None
@@ -74,7 +76,9 @@ class CompressedMatrix(nn.Module):
         self.decoder_bias_weight = parameter(dim, dtype=dtype, trained=True) if spec.bias else None
         self.decoder_weight = parameter(spec.decoder_rows, dim, dtype=dtype, trained=True)
         self.weight = parameter(num_rows, spec.code_width, dtype=code_dtype)
-        self.codebook_weight = parameter(*CODEBOOK_SHAPE, dtype=torch.int8) if spec.codes == PACKED_CODES else None
+        packed = spec.codes == PACKED_CODES
+        self.codebook_weight = parameter(*CODEBOOK_SHAPE, dtype=torch.int8) if packed else None
+        self.exponent_weight = parameter(spec.decoder_rows, dtype=torch.int8) if packed else None
         self.refinement_weight = parameter(refined.rows, refined.code_width, dtype=torch.uint8) if refined else None
         self.refined_rows_weight = parameter(refined.rows, dtype=torch.int32) if refined else None
         self.reset_parameters()
@@ -92,6 +96,8 @@ class CompressedMatrix(nn.Module):
         for codes in (self.weight, self.refinement_weight, self.codebook_weight):
             if codes is not None and not codes.is_floating_point():
                 codes.random_(torch.iinfo(codes.dtype).min, torch.iinfo(codes.dtype).max + 1)
+        if self.exponent_weight is not None:
+            self.exponent_weight.fill_(-7)  # as levels go up to 127.5
         if self.refined_rows_weight is not None:
             torch.arange(len(self.refined_rows_weight), out=self.refined_rows_weight)
 
@@ -107,12 +113,22 @@ class CompressedMatrix(nn.Module):
         if self.spec.bit_allocation is None or self.codebook_weight is None:
             return codes.to(self.dtype)
         latents = unpack(codes, self.spec.bit_allocation, self.codebook_weight).to(self.dtype) + HALF
-        if self.refinement_weight is None or self.refined_rows_weight is None or self.spec.refinement is None:
+        if (
+            self.refinement_weight is not None
+            and self.refined_rows_weight is not None
+            and self.spec.refinement is not None
+        ):
+            rows, slots = self.refined_rows_weight, _slots(self.refined_rows_weight, ids, len(self.weight))
+            codes = F.embedding(slots, self.refinement_weight)
+            further = unpack(codes, self.spec.refinement.bit_allocation, self.codebook_weight).to(self.dtype) + HALF
+            latents = torch.cat([latents, further * (rows[slots] == ids).unsqueeze(-1)], dim=-1)
+        return self.scaled(latents)
+
+    def scaled(self, latents: Tensor) -> Tensor:
+        """Half-integers, (..., decoder rows), times the powers of two that belong to them; floats as they are."""
+        if self.exponent_weight is None:
             return latents
-        rows, slots = self.refined_rows_weight, _slots(self.refined_rows_weight, ids, len(self.weight))
-        codes = F.embedding(slots, self.refinement_weight)
-        further = unpack(codes, self.spec.refinement.bit_allocation, self.codebook_weight).to(self.dtype) + HALF
-        return torch.cat([latents, further * (rows[slots] == ids).unsqueeze(-1)], dim=-1)
+        return latents * torch.exp2(self.exponent_weight.to(latents.dtype))
 
     def decode(self, ids: Tensor) -> Tensor:
         """Rows of the matrix: (...,) row numbers to (..., dim)."""

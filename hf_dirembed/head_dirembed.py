@@ -102,7 +102,7 @@ class CompressedLMHead(CompressedMatrix):
                 "integers: compress it with method='direction', whose codes are floats"
             )
         self.check_gradients()
-        latents = F.linear(hidden_states, self.decoder_weight)
+        latents = self.scaled(F.linear(hidden_states, self.decoder_weight))
         logits = self._code_product(
             latents[..., : self.spec.rank], self.weight, self.spec.bit_allocation, self._expanded
         )

@@ -59,6 +59,7 @@ def draw_tensors(seed: int = 0) -> dict[str, Tensor]:
         "weight": draw_codes(NUM_ROWS, SPEC.bit_allocation, seed)[0].packed,
         "codebook_weight": draw_codebook(seed),
         "decoder_weight": torch.randn(SPEC.decoder_rows, DIM).half(),
+        "exponent_weight": torch.randint(-9, -4, (SPEC.decoder_rows,)).to(torch.int8),
         "decoder_bias_weight": torch.randn(DIM),
         "refinement_weight": draw_codes(NUM_REFINED, SPEC.refinement.bit_allocation, seed)[0].packed,
         "refined_rows_weight": torch.randperm(NUM_ROWS)[:NUM_REFINED].sort().values.int(),
@@ -87,4 +88,5 @@ def brute_force_rows(module: CompressedMatrix) -> tuple[Tensor, Tensor]:
     further = draw_codes(NUM_REFINED, SPEC.refinement.bit_allocation)[1].double() + 0.5
     for slot, row in enumerate(module.refined_rows_weight.tolist()):
         latents[row, SPEC.rank :] = further[slot]
+    latents = latents * 2.0 ** module.exponent_weight.double()
     return latents @ decoder + bias, latents.abs() @ decoder.abs() + bias.abs()

@@ -26,10 +26,12 @@ class CodedTable:
     dtype: torch.dtype
 
     def to_matrix(self) -> CompressedMatrix:
-        """The module that decodes it, over the same storage."""
+        """The module that decodes it in float32, its codes in the same storage."""
         num_rows, dim = len(self.tensors["weight"]), self.tensors["decoder_weight"].shape[1]
-        matrix = CompressedMatrix(num_rows, dim, self.spec, dtype=self.dtype, device="meta")
-        matrix.load_state_dict(self.tensors, assign=True)
+        matrix = CompressedMatrix(num_rows, dim, self.spec, dtype=torch.float32, device="meta")
+        names = {"decoder_weight", "decoder_bias_weight"} & self.tensors.keys()
+        wide = {name: self.tensors[name].float() for name in names}
+        matrix.load_state_dict({**self.tensors, **wide}, assign=True)
         return matrix
 
     @torch.no_grad()

@@ -11,7 +11,6 @@ from ..configuration_dirembed import BudgetError
 from .quantisation import Allocation, BitAllocator
 
 
-DECODER_ITEMSIZE = 2  # float16
 ROW_NUMBER_ITEMSIZE = 4  # int32
 # The first layer's share of the bytes that a row could have, and the second's bytes relative to the first's.
 # No split and one split: what the quantisers promise is good enough to choose between these, not to tune the split.
@@ -22,6 +21,11 @@ _REFINEMENT_SHARES = (0.25, 1.0)
 _ONE_LAYER_BELOW = 0.8
 _TRIED_SIZES = 100
 _CLEARLY_WORSE = 1.2
+
+
+def decoder_bytes(rank: int, dim: int) -> int:
+    """Bytes of a decoder: float16, and an exponent for each latent."""
+    return rank * (2 * dim + 1)
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,12 @@ class LayerPlan:
 
 def affordable_rows(left: int, refinement_bytes: int, refinement_rank: int, dim: int) -> int:
     """How many rows can be refined with `left` bytes, of which the second layer's decoder takes its part."""
-    return max(0, left - refinement_rank * dim * DECODER_ITEMSIZE) // (refinement_bytes + ROW_NUMBER_ITEMSIZE)
+    return max(0, left - decoder_bytes(refinement_rank, dim)) // (refinement_bytes + ROW_NUMBER_ITEMSIZE)
 
 
 def left_for_refinement(plan: LayerPlan, num_rows: int, dim: int, room: int) -> int:
     """The bytes that the first layer leaves, its decoder counted."""
-    return room - num_rows * plan.base.num_bytes - plan.base.rank * dim * DECODER_ITEMSIZE
+    return room - num_rows * plan.base.num_bytes - decoder_bytes(plan.base.rank, dim)
 
 
 def plan_layers(allocator: BitAllocator, shares: Tensor, dim: int, room: int, base_share: float) -> LayerPlan:
@@ -83,7 +87,7 @@ def plan_layers(allocator: BitAllocator, shares: Tensor, dim: int, room: int, ba
                 if error < least_error:
                     best, least_error = LayerPlan(base, further), error
     if best is None:
-        least = num_rows + dim * DECODER_ITEMSIZE  # one byte a row, spent on its strongest latent
+        least = num_rows + decoder_bytes(1, dim)  # one byte a row, spent on its strongest latent
         raise BudgetError(
             f"{room} bytes do not hold the codes of a {num_rows} x {dim} table and their decoder: "
             f"ask for at least bits={8.2 * least / (num_rows * dim):.3g}"
@@ -100,7 +104,7 @@ def _first_layer(allocator: BitAllocator, num_rows: int, dim: int, room: int, ba
     best: Allocation | None = None
     most = int(base_share * room / num_rows)
     for num_bytes in range(most, 0, -max(1, most // _TRIED_SIZES)):
-        decoder_rows = (room - num_rows * num_bytes) // (dim * DECODER_ITEMSIZE)
+        decoder_rows = (room - num_rows * num_bytes) // decoder_bytes(1, dim)
         found = allocator.allocate(num_bytes, min(dim, decoder_rows)) if num_bytes != dim else None
         if found is not None and (best is None or found.error < best.error):
             best = found

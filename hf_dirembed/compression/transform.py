@@ -108,8 +108,12 @@ def transform(
     if factor is not None:
         inverse = torch.linalg.inv(factor).to(decoder)
         decoder, bias = decoder @ inverse, bias @ inverse
-    decoder_dtype = _decoder_dtype(decoder)
-    tensors |= {"decoder_bias_weight": bias.to(dtype), "decoder_weight": decoder.to(decoder_dtype)}
+    decoder, exponents = _normalised(decoder)
+    tensors |= {
+        "decoder_bias_weight": bias.to(dtype),
+        "decoder_weight": decoder.to(torch.float16),
+        "exponent_weight": exponents,
+    }
     refinement = None
     if codec.refinement is not None:
         tensors["refined_rows_weight"] = refined.nonzero().squeeze(1).to(torch.int32)
@@ -118,7 +122,7 @@ def transform(
         method="transform",
         rank=codec.base.rank,
         codes=PACKED_CODES,
-        decoder=str(decoder_dtype).removeprefix("torch."),
+        decoder="float16",
         bias=True,
         bit_allocation=codec.base.counts,
         refinement=refinement,
@@ -136,9 +140,11 @@ def _factor(metric: Tensor, dim: int) -> Tensor:
     return factor
 
 
-def _decoder_dtype(decoder: Tensor) -> torch.dtype:
-    """float16, unless its range would cost more precision than bfloat16 does."""
-    return torch.float16 if 2**-8 < float(decoder.abs().max()) < 2**15 else torch.bfloat16
+def _normalised(decoder: Tensor) -> tuple[Tensor, Tensor]:
+    """The decoder with rows whose largest magnitude is from ½ to 1, and the exponents that this takes, int8."""
+    _, exponents = torch.frexp(decoder.abs().amax(dim=1))
+    exponents = exponents.clamp(-100, 100)
+    return torch.ldexp(decoder, -exponents.unsqueeze(1)), exponents.to(torch.int8)
 
 
 def _plan(rows: Table, importance: Importance, sample: Sample, room: int, base_share: float) -> tuple[Codec, Tensor]:

@@ -98,13 +98,14 @@ def test_figures_are_what_a_dense_computation_gives(with_metric: bool) -> None:
     assert coded.spec.figures["bound_bits"] == pytest.approx(bound.rate(distortion), abs=1e-4)
 
 
-@pytest.mark.parametrize(("bits", "loss"), [(1, 0.27), (2, 0.46), (4, 0.78)])
-def test_the_distance_of_a_gaussian_table_is_that_of_scalar_quantisers(bits: float, loss: float) -> None:
+@pytest.mark.parametrize(("bits", "scalar"), [(1, 0.27), (2, 0.46), (4, 0.78)])
+def test_a_gaussian_table_is_nearer_to_its_bound_than_scalar_quantisers_are(bits: float, scalar: float) -> None:
     """Max (1960): the best uniform quantisers of 1, 2 and 4 bits leave .3634, .1188 and .0115 of the variance."""
-    rows = torch.randn(20_000, 16, generator=torch.Generator().manual_seed(0))
-    coded = compress_table(rows, bits=bits + 0.02)  # the decoder's
-    distance = coded.to_matrix().bits_per_weight - coded.spec.figures["bound_bits"]
-    assert distance == pytest.approx(loss, abs=0.08)
+    rows = torch.randn(5000, 64, generator=torch.Generator().manual_seed(0))
+    overhead = 8 * (64 * 129 + 64 * 4 + 768) / rows.numel()  # decoder, bias and codebook
+    coded = compress_table(rows, bits=bits + overhead + 0.01)
+    distance = coded.to_matrix().bits_per_weight - overhead - coded.spec.figures["bound_bits"]
+    assert 0 < distance < 0.55 * scalar
 
 
 def test_a_constant_table_has_no_bound() -> None:

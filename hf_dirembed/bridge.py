@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .configuration_dirembed import MODEL_TYPE, CheckpointError, ModelError, derive_config_class, read_spec
 from .embedding_dirembed import CompressedMatrix
+from .loading_dirembed import AGAIN, check_files, check_table
 from .modeling_dirembed import derive_model_class, settle, swap_modules
 
 
@@ -38,6 +39,7 @@ class DirEmbedQuantizer(HfQuantizer):
             raise CheckpointError("compressed models load from safetensors only: drop use_safetensors=False")
         config = model.config
         base_model_type, spec = read_spec(vars(config))
+        check_files(spec, map(str, files))
         config_class = derive_config_class(base_model_type)
         base_config = config_class.base_class  # type: ignore[attr-defined]
         if type(config) is not base_config:
@@ -60,9 +62,8 @@ class DirEmbedQuantizer(HfQuantizer):
             for name, tensor in module.code_tensors().items():
                 # The mark that transformers leaves on what it read; without it, this would be a random tensor.
                 if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
-                    raise CheckpointError(
-                        f"the checkpoint lacks {prefix}.{name}: save or download the compressed model again"
-                    )
+                    raise CheckpointError(f"the checkpoint lacks {prefix}.{name}: {AGAIN}")
+            check_table(module)
         settle(model)
         return model
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from math import isfinite, prod
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,14 @@ import huggingface_hub
 import transformers
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from . import modeling_dirembed
@@ -30,10 +37,12 @@ from .configuration_dirembed import (
     CompressionSpec,
     DirEmbedError,
     ModelError,
+    first_line,
     read_spec,
 )
 from .hub import Source, write_card
 from .kernels_dirembed import expanded_bytes
+from .loading_dirembed import check_stored_dtypes, shards_of
 from .metadata import hub_id
 
 
@@ -57,6 +66,19 @@ LEFT_OUT = (
     "coreml",
 )
 _BITS = {"U8": 8, "I8": 8, "I32": 32, "F16": 16, "BF16": 16, "F32": 32, "F64": 64}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What a safetensors header says of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Its bytes in the file."""
+        return prod(self.shape) * _BITS.get(self.dtype, 32) // 8
 
 
 @dataclass(frozen=True)
@@ -156,13 +178,21 @@ def load_model(folder: Path, auto_class: Any = None, **options: Any) -> PreTrain
         config = AutoConfig.from_pretrained(folder)
         if auto_class is not None and type(config) not in auto_class._model_mapping:
             raise ModelError(f"{folder} is of an architecture without {auto_class.__name__}: choose another model")
-        home = modeling_dirembed if hasattr(config, MODEL_TYPE) else transformers
-        model_class = getattr(home, (config.architectures or [""])[0], AutoModel)
         options = {"dtype": "auto", "use_safetensors": True, **options}
         if auto_class is not None:
             return auto_class.from_pretrained(folder, **options)
         # A derived class would read the config again, and warn of the model type that only the file has.
-        return model_class.from_pretrained(folder, config=config, **options)
+        return _model_class(config).from_pretrained(folder, config=config, **options)
+
+
+def _model_class(config: PreTrainedConfig) -> Any:
+    """The class that a checkpoint was saved with, where it is one for its config; else AutoModel."""
+    home = modeling_dirembed if hasattr(config, MODEL_TYPE) else transformers
+    named = config.architectures[0] if isinstance(config.architectures, list) and config.architectures else None
+    found = getattr(home, named, None) if isinstance(named, str) else None
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        return AutoModel
+    return found if isinstance(config, found.config_class or ()) else AutoModel
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
@@ -184,9 +214,10 @@ def _as_checkpoint_error(folder: Path) -> Iterator[None]:
         yield
     except DirEmbedError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:  # TypeError: a tokenizer in parts
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{folder} does not load ({reason}): it must be a safetensors checkpoint") from error
+    except (AttributeError, KeyError, OSError, RecursionError, SafetensorError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder} does not load ({first_line(error)}): it must be a safetensors checkpoint"
+        ) from error
 
 
 @contextmanager
@@ -204,6 +235,8 @@ def staged_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
         staging.mkdir(parents=True)
         yield staging
         staging.rename(final)
+    except DirEmbedError:
+        raise
     except OSError as error:
         raise CheckpointError(f"{final} cannot be written ({error.strerror or error}): name another folder") from error
     finally:
@@ -281,12 +314,13 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSummary:
             raise ModelError(f"{folder} is not a compressed checkpoint: compress it first")
         base_model_type, spec = read_spec(config)
         tensors = _read_headers(folder)
-    (num_rows, _), (_, dim), sizes = _table_tensors(folder, spec, tensors)
-    num_bytes, decoder_bytes = sum(sizes.values()), sizes["decoder_weight"] + sizes["decoder_bias_weight"]
-    dense_bytes = int(_figure(spec, "dense_bytes") or num_rows * dim * 4)
+    num_rows, dim, sizes = _table_tensors(folder, spec, tensors)
+    num_bytes = sum(sizes.values())
+    decoder_bytes = sizes["decoder_weight"] + sizes.get("decoder_bias_weight", 0)
+    dense_bytes = int(spec.figure("dense_bytes") or num_rows * dim * 4)
     return CheckpointSummary(
         method=spec.method,
-        base_model_type=str(base_model_type),
+        base_model_type=base_model_type,
         num_embeddings=num_rows,
         embedding_dim=dim,
         rank=spec.rank,
@@ -300,42 +334,35 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSummary:
         decoder_bytes=decoder_bytes,
         expanded_bytes=expanded_bytes(num_rows, spec),
         dense_bytes=dense_bytes,
-        **{name: _figure(spec, name) for name in ("mean_cosine", "token_cosine", "distortion", "bound_bits")},
+        **{name: spec.figure(name) for name in ("mean_cosine", "token_cosine", "distortion", "bound_bits")},
     )
 
 
-def _figure(spec: CompressionSpec, name: str) -> float | None:
-    """A figure that the config states, if it is one: the code that runs never depends on them."""
-    value = spec.figures.get(name)
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value) else None
-
-
-def _read_headers(folder: Path) -> dict[str, tuple[list[int], int]]:
-    """The shape and the bytes of every tensor of a checkpoint, its shards' headers read and nothing else."""
+def _read_headers(folder: Path) -> dict[str, StoredTensor]:
+    """What the headers of a checkpoint's shards say of every tensor; nothing else is read."""
     index = folder / SAFE_WEIGHTS_INDEX_NAME
-    shards = {SAFE_WEIGHTS_NAME}
-    if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     tensors = {}
-    for shard in sorted(shards):
-        if Path(shard).name != shard:
-            raise CheckpointError(f"the index of {folder} points outside of it, to {shard!r}: download it again")
+    for shard in sorted(shards_of(index) if index.is_file() else {SAFE_WEIGHTS_NAME}):
         with safe_open(folder / shard, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (no dict: it has keys() alone)
                 tensor = file.get_slice(name)
-                shape = tensor.get_shape()
-                tensors[name] = (shape, prod(shape) * _BITS.get(tensor.get_dtype(), 32) // 8)
+                tensors[name] = StoredTensor(tuple(tensor.get_shape()), tensor.get_dtype())
     return tensors
 
 
 def _table_tensors(
-    folder: Path, spec: CompressionSpec, tensors: dict[str, tuple[list[int], int]]
-) -> tuple[list[int], list[int], dict[str, int]]:
-    """Shapes of code matrix and decoder, and the bytes of each tensor that replaces the table, 0 where it is not."""
-    for name, (shape, _) in tensors.items():
+    folder: Path, spec: CompressionSpec, tensors: dict[str, StoredTensor]
+) -> tuple[int, int, dict[str, int]]:
+    """V, d, and the bytes of each tensor that replaces the table."""
+    check_stored_dtypes(spec, {name: tensor.dtype for name, tensor in tensors.items()})
+    for name, decoder in tensors.items():
         prefix = name.removesuffix("decoder_weight")
-        codes, _ = tensors.get(f"{prefix}weight", ([], 0))
-        if prefix == name or len(codes) != 2 or codes[1] != spec.code_width or shape[:1] != [spec.decoder_rows]:
+        codes = tensors.get(f"{prefix}weight")
+        if prefix == name or codes is None or len(codes.shape) != 2 or len(decoder.shape) != 2:
             continue
-        return codes, shape, {tensor: tensors.get(prefix + tensor, ([], 0))[1] for tensor in CODE_TENSORS}
+        (num_rows, _), (_, dim) = codes.shape, decoder.shape
+        found = {tensor: tensors[prefix + tensor] for tensor in CODE_TENSORS if prefix + tensor in tensors}
+        if spec.stored_shapes(num_rows, dim) == {tensor: stored.shape for tensor, stored in found.items()}:
+            spec.check_table(num_rows, dim)
+            return num_rows, dim, {tensor: stored.num_bytes for tensor, stored in found.items()}
     raise CheckpointError(f"no tensors of {folder} fit its dirembed config: save or download the model again")

@@ -23,6 +23,22 @@ BIT_WIDTHS = (8, 4, 2, 1)  # the order of a packed row; powers of two, so that n
 STATE_BITS = 8  # of the trellis that latents of fewer bits are read through
 CODEBOOK_SHAPE = (len(BIT_WIDTHS) - 1, 1 << STATE_BITS)
 MAX_RANK = 65_536
+MAX_LAYERS = 1_024
+# Of a config, what would have transformers fetch or run code that the caller did not ask for. What the caller passes
+# to `from_pretrained` comes by another way; `auto_map` is rewritten on every save.
+CODE_KEYS = frozenset(
+    {
+        "auto_map",
+        "trust_remote_code",
+        "custom_pipelines",
+        "attn_implementation",
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "experts_implementation",
+        "_experts_implementation",
+        "_experts_implementation_internal",
+    }
+)
 CODE_TENSORS = (
     "weight",
     "codebook_weight",
@@ -46,6 +62,10 @@ class CheckpointError(DirEmbedError):
     """A checkpoint's tensors do not fit its config."""
 
 
+class UnreadableCheckpointError(CheckpointError, OSError):
+    """A checkpoint's file is missing or cannot be read; an OSError too, as transformers raises there."""
+
+
 class ModelError(DirEmbedError):
     """The model cannot be compressed or expanded: it has no token embedding, or is compressed already."""
 
@@ -56,6 +76,11 @@ class TableError(DirEmbedError):
 
 class BudgetError(DirEmbedError):
     """The asked budget (bits, ratio or rank) or a method's setting cannot be met."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def code_bytes(bit_allocation: tuple[int, ...]) -> int:
@@ -165,13 +190,15 @@ class CompressionSpec:
         if type(self.bias) is not bool:
             raise SpecError(f"dirembed bias {self.bias!r} is not true or false: compress the model again")
         if self.decoder not in FLOAT_CODES:
-            raise SpecError(f"dirembed decoder {self.decoder!r} is not one of {', '.join(FLOAT_CODES)}")
+            known = ", ".join(FLOAT_CODES)
+            raise SpecError(f"dirembed decoder {self.decoder!r} is not one of {known}: compress the model again")
         if self.codes == PACKED_CODES:
             _check_bit_allocation(self.bit_allocation, self.rank)
             if not self.bias:
                 raise SpecError("dirembed packed codes come with a bias: compress the model again")
         elif self.codes not in FLOAT_CODES:
-            raise SpecError(f"dirembed codes {self.codes!r} are not one of {', '.join((*FLOAT_CODES, PACKED_CODES))}")
+            known = ", ".join((*FLOAT_CODES, PACKED_CODES))
+            raise SpecError(f"dirembed codes {self.codes!r} are not one of {known}: compress the model again")
         elif self.bit_allocation is not None or self.refinement is not None:
             raise SpecError("dirembed bit_allocation and refinement go with packed codes only: compress again")
         if not isinstance(self.refinement, (Refinement, type(None))):
@@ -185,10 +212,40 @@ class CompressionSpec:
         """Columns of the code matrix: latents for float codes, bytes for packed ones."""
         return self.rank if self.bit_allocation is None else code_bytes(self.bit_allocation)
 
+    def figure(self, name: str) -> Any:
+        """One of `figures`, if it is there and a finite number."""
+        value = self.figures.get(name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return value if number else None
+
     @property
     def decoder_rows(self) -> int:
         """Rows of the decoder: the latents of both layers."""
         return self.rank + (self.refinement.rank if self.refinement else 0)
+
+    def stored_shapes(self, num_rows: int, dim: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of those of `CODE_TENSORS` that a (num_rows, dim) table has."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "weight": (num_rows, self.code_width),
+            "decoder_weight": (self.decoder_rows, dim),
+        }
+        if self.codes == PACKED_CODES:
+            shapes["codebook_weight"] = CODEBOOK_SHAPE
+        if self.bias:
+            shapes["decoder_bias_weight"] = (dim,)
+        if self.refinement is not None:
+            shapes["refinement_weight"] = (self.refinement.rows, self.refinement.code_width)
+            shapes["refined_rows_weight"] = (self.refinement.rows,)
+        return shapes
+
+    def stored_dtypes(self, tensor: str) -> tuple[str, ...]:
+        """The dtypes that one of `CODE_TENSORS` may have in a file, as safetensors calls them."""
+        if tensor == "refined_rows_weight":
+            return ("I32",)
+        if tensor == "codebook_weight":
+            return ("I8",)
+        packed = tensor == "refinement_weight" or (tensor == "weight" and self.codes == PACKED_CODES)
+        return ("U8",) if packed else ("F16", "BF16", "F32", "F64")
 
     def check_table(self, num_rows: int, dim: int) -> None:
         """Refuses a layout that does not fit a table, or that a stock class would take for the table itself.
@@ -242,16 +299,41 @@ def _fields_of(cls: type, values: Any, required: set[str] = frozenset()) -> dict
     return {**values, "bit_allocation": tuple(counts)} if isinstance(counts, list) else dict(values)
 
 
-def read_spec(config_dict: dict[str, Any]) -> tuple[Any, CompressionSpec]:
+def read_spec(config_dict: dict[str, Any]) -> tuple[str, CompressionSpec]:
     """The base model's type and the spec out of the contents of a `config.json`.
 
     Raises:
-        SpecError: If the `dirembed` object is missing or malformed.
+        SpecError: If the `dirembed` object is missing or malformed, or names a base that transformers lacks.
     """
     values = config_dict.get(MODEL_TYPE)
     values = dict(values) if isinstance(values, dict) else values
     base_model_type = values.pop("base_model_type", None) if isinstance(values, dict) else None
-    return base_model_type, CompressionSpec.from_dict(values)
+    spec = CompressionSpec.from_dict(values)
+    return _checked_base(base_model_type), spec
+
+
+def _checked_base(base_model_type: Any) -> str:
+    if not isinstance(base_model_type, str) or base_model_type == MODEL_TYPE or base_model_type not in CONFIG_MAPPING:
+        raise SpecError(
+            f"base_model_type {base_model_type!r} is not an architecture that this transformers has: "
+            "update transformers, or compress the model again"
+        )
+    return base_model_type
+
+
+def _harmless(values: dict[str, Any]) -> dict[str, Any]:
+    """A config's values without those that would have transformers fetch or run code, in nested configs too.
+
+    Raises:
+        SpecError: If it claims more layers than any model has: building it would take forever.
+    """
+    kept = {}
+    for name, value in values.items():
+        if name.endswith(("layer", "layers")) and type(value) is int and value > MAX_LAYERS:
+            raise SpecError(f"the config's {name} {value} is above {MAX_LAYERS}: download the model again")
+        if name not in CODE_KEYS:
+            kept[name] = _harmless(value) if name.endswith("_config") and isinstance(value, dict) else value
+    return kept
 
 
 class DirEmbedConfigMixin:
@@ -300,16 +382,22 @@ class DirEmbedConfig(PreTrainedConfig):
         """Reads the config of a compressed model.
 
         Raises:
-            SpecError: If the `dirembed` object is missing or malformed, or names a base that transformers lacks.
+            SpecError: If the `dirembed` object is missing or malformed, names a base that transformers lacks, or
+                stands beside values that the base's config refuses.
         """
         base_model_type, spec = read_spec(config_dict)
         derived = derive_config_class(base_model_type)
-        # auto_map is rewritten on every save; what a repo puts there must not reach the loaders of other classes.
-        kept = {name: value for name, value in config_dict.items() if name != "auto_map"}
-        quantization = kept.get("quantization_config")
+        values = {**_harmless(config_dict), "model_type": base_model_type, MODEL_TYPE: spec.to_dict()}
+        quantization = values.get("quantization_config")
         if isinstance(quantization, dict) and quantization.get("quant_method") == MODEL_TYPE:
-            del kept["quantization_config"]  # for stock classes only
-        return derived.from_dict({**kept, "model_type": base_model_type, MODEL_TYPE: spec.to_dict()}, **kwargs)
+            del values["quantization_config"]  # for stock classes only
+        try:
+            return derived.from_dict(values, **kwargs)
+        except Exception as error:  # hundreds of config classes, each with its own way to fail on a bad value
+            reason = " ".join(str(error).split())
+            raise SpecError(
+                f"the config does not make one of {base_model_type} ({reason}): download or compress the model again"
+            ) from error
 
 
 _config_classes: dict[type, type[PreTrainedConfig]] = {}
@@ -324,12 +412,7 @@ def derive_config_class(base_model_type: Any) -> type[PreTrainedConfig]:
     Raises:
         SpecError: If transformers does not know it.
     """
-    if not isinstance(base_model_type, str) or base_model_type == MODEL_TYPE or base_model_type not in CONFIG_MAPPING:
-        raise SpecError(
-            f"base_model_type {base_model_type!r} is not an architecture that this transformers has: "
-            "update transformers, or compress the model again"
-        )
-    base = CONFIG_MAPPING[base_model_type]
+    base = CONFIG_MAPPING[_checked_base(base_model_type)]
     if base not in _config_classes:
         from .modeling_dirembed import register_model_classes
 

@@ -5,10 +5,13 @@ This file travels with every compressed model, so it imports nothing of the pack
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -21,10 +24,13 @@ from .configuration_dirembed import (
     CompressionSpec,
     DirEmbedConfigMixin,
     ModelError,
+    SpecError,
     derive_config_class,
+    first_line,
 )
 from .embedding_dirembed import CompressedEmbedding, CompressedMatrix
 from .head_dirembed import CompressedLMHead
+from .loading_dirembed import as_checkpoint_error, check_files, check_index, check_keys, check_table
 
 
 # Called with model, folder and repo before `push_to_hub` uploads the folder: the package writes a card there. Empty
@@ -134,26 +140,50 @@ class DirEmbedModelMixin(PreTrainedModel):
     base_class: ClassVar[type[PreTrainedModel]]
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        try:
+            super().__init__(config, *args, **kwargs)
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+            if args or kwargs or not torch.empty(0).is_meta:
+                raise
+            # While loading: nothing is allocated and the caller passed nothing, so it is the config's fault.
+            raise SpecError(
+                f"the config makes no {self.base_class.__name__} ({first_line(error)}): download the model again"
+            ) from error
         swap_modules(self, CompressionSpec.from_dict(config.dirembed))
         self.tie_weights()
 
     @classmethod
-    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Like the base class's, from safetensors only; refuses a checkpoint whose codes or decoder do not fit.
 
         Raises:
-            CheckpointError: If a tensor of the compressed table is missing, or any tensor has the wrong shape.
+            CheckpointError: If a file is missing or damaged, a tensor of the compressed table is missing or holds what
+                no table does, or any tensor has the wrong shape.
+            SpecError: If the config makes no model.
         """
         if not kwargs.setdefault("use_safetensors", True):
             raise CheckpointError("compressed models load from safetensors only: drop use_safetensors=False")
-        ignore_mismatched = kwargs.pop("ignore_mismatched_sizes", False)
-        # Mismatches are collected, not raised, so that they end in this package's error.
-        loaded: Any = super().from_pretrained(*args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
-        model, info = loaded
-        _check_loaded(model, info, ignore_mismatched)
-        settle(model)
-        return (model, info) if output_loading_info else model
+        name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        with as_checkpoint_error(name):
+            if isinstance(name, (str, os.PathLike)):
+                check_index(Path(name, kwargs.get("subfolder") or ""))
+            loaded: Any = super().from_pretrained(*args, **kwargs)
+        settle(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+    @staticmethod
+    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:
+        if state_dict is None and checkpoint_files:
+            check_files(CompressionSpec.from_dict(model.config.dirembed), checkpoint_files)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+
+    @staticmethod
+    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+        check_keys(model, loading_info, load_config.ignore_mismatched_sizes)
+        for module in model.modules():
+            if isinstance(module, CompressedMatrix):
+                check_table(module)
+        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -234,27 +264,6 @@ def settle(model: PreTrainedModel) -> None:
         if isinstance(module, CompressedMatrix):
             module.align()
             module.weight.requires_grad_(False)  # transformers makes a parameter that learns of every float tensor
-
-
-def _check_loaded(model: PreTrainedModel, info: dict[str, Any], ignore_mismatched: bool) -> None:
-    compressed = compressed_modules(model)
-
-    def of_table(key: str) -> bool:
-        module, _, tensor = key.rpartition(".")
-        return module in compressed and tensor != "bias"
-
-    missing = sorted(key for key in info["missing_keys"] if of_table(key))
-    if missing:
-        raise CheckpointError(f"the checkpoint lacks {missing}: save or download the compressed model again")
-    mismatched = sorted(
-        f"{key} is {list(found)}, not {list(expected)}"
-        for key, found, expected in info["mismatched_keys"]
-        if of_table(key) or not ignore_mismatched
-    )
-    if mismatched:
-        raise CheckpointError(
-            f"the checkpoint does not fit its config: {'; '.join(mismatched)}: save or download the model again"
-        )
 
 
 _model_classes: dict[tuple[type, type], type] = {}
@@ -359,8 +368,7 @@ def compression_line(embedding: nn.Embedding | CompressedEmbedding) -> str:
     dense_bytes = rows * dim * embedding.weight.element_size()
     if not isinstance(embedding, CompressedEmbedding):  # replaced by hand, with set_input_embeddings
         return f"token embeddings {rows:,} x {dim:,}: {dense_bytes:,} bytes, dense"
-    stated = embedding.spec.figures.get("dense_bytes")
-    dense_bytes = stated if type(stated) is int else rows * dim * embedding.dtype.itemsize
+    dense_bytes = int(embedding.spec.figure("dense_bytes") or rows * dim * embedding.dtype.itemsize)
     smaller = f"{dense_bytes / embedding.num_bytes:.1f}x smaller than dense"
     size = f"token embeddings {rows:,} x {dim:,}: {embedding.num_bytes:,} bytes, {smaller}"
     return f"{size}, {embedding.bits_per_weight:.2f} bits per weight ({embedding.spec.method})"

@@ -1,0 +1,160 @@
+"""What is checked while a compressed checkpoint loads, before anything of the size it claims is allocated.
+
+This file travels with every compressed model, so it imports nothing of the package but its travelling neighbours.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from .configuration_dirembed import (
+    CODE_TENSORS,
+    CheckpointError,
+    CompressionSpec,
+    DirEmbedError,
+    UnreadableCheckpointError,
+    first_line,
+)
+from .embedding_dirembed import CompressedMatrix
+
+
+AGAIN = "save or download the compressed model again"
+
+
+@contextmanager
+def as_checkpoint_error(name: Any) -> Iterator[None]:
+    """Turns what reading a missing or damaged file raises into this package's errors."""
+    try:
+        yield
+    except DirEmbedError:
+        raise
+    except SafetensorError as error:
+        raise CheckpointError(f"{name} holds no intact safetensors ({first_line(error)}): {AGAIN}") from error
+    except OSError as error:
+        raise UnreadableCheckpointError(
+            f"{name} does not load from safetensors ({first_line(error)}): {AGAIN}"
+        ) from error
+
+
+def check_index(folder: Path) -> None:
+    """Refuses a malformed index of shards in a local folder, if there is one.
+
+    Raises:
+        CheckpointError: If it is no JSON, lacks its map, or points outside of the folder.
+    """
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        shards_of(index)
+
+
+def shards_of(index: Path) -> set[str]:
+    """The names of the shards that an index file lists.
+
+    Raises:
+        CheckpointError: If it is no JSON, lacks its map, or points outside of its folder.
+    """
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = set(weight_map.values())
+        outside = sorted(shard for shard in shards if Path(shard).name != shard)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index} is no index of shards ({first_line(error)}): {AGAIN}") from error
+    if outside:
+        raise CheckpointError(f"{index} points outside of its folder, to {outside[0]!r}: {AGAIN}")
+    return shards
+
+
+def check_stored_dtypes(spec: CompressionSpec, dtypes: Mapping[str, str]) -> None:
+    """Refuses integers for floats and floats for integers: transformers would cast one to the other.
+
+    Args:
+        spec: The layout that the config states.
+        dtypes: Of every tensor of the checkpoint, by its name, as safetensors calls them.
+
+    Raises:
+        CheckpointError: If a tensor of a compressed table is of another kind than the layout says.
+    """
+    for name in dtypes:
+        prefix = name.removesuffix("decoder_weight")
+        if not name.endswith(".decoder_weight") or f"{prefix}weight" not in dtypes:
+            continue
+        for tensor in CODE_TENSORS:
+            found, expected = dtypes.get(prefix + tensor), spec.stored_dtypes(tensor)
+            if found is not None and found not in expected:
+                raise CheckpointError(f"{prefix}{tensor} is of dtype {found}, not {' or '.join(expected)}: {AGAIN}")
+
+
+def check_files(spec: CompressionSpec, files: Iterable[str]) -> None:
+    """Checks the headers of the files that are about to be loaded.
+
+    Raises:
+        CheckpointError: If a tensor of a compressed table is of another kind than the layout says.
+    """
+    dtypes: dict[str, str] = {}
+    for path in files:
+        if path.endswith(".safetensors"):
+            with safe_open(path, framework="pt") as file:
+                dtypes |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no dict)
+    check_stored_dtypes(spec, dtypes)
+
+
+def check_keys(model: PreTrainedModel, info: Any, ignore_mismatched: bool) -> None:
+    """Refuses a checkpoint that lacks tensors, before room is made for them.
+
+    Args:
+        model: What the tensors were loaded into; the missing ones are still on the meta device.
+        info: What transformers found, with `missing_keys` and `mismatched_keys`.
+        ignore_mismatched: Whether tensors of the wrong shape may stay random, as long as they are not the table's.
+
+    Raises:
+        CheckpointError: If a tensor of the compressed table is missing, any has the wrong shape, or most of the model
+            is missing.
+    """
+    modules = model.named_modules(remove_duplicate=False)
+    compressed = {name for name, module in modules if isinstance(module, CompressedMatrix)}
+
+    def of_table(key: str) -> bool:
+        module, _, tensor = key.rpartition(".")
+        return module in compressed and tensor != "bias"
+
+    tied = set(model.all_tied_weights_keys)  # they come with what they are tied to
+    missing = set(info.missing_keys) - tied
+    lacking = sorted(filter(of_table, missing))
+    if lacking:
+        raise CheckpointError(f"the checkpoint lacks {lacking}: {AGAIN}")
+    mismatched = sorted(
+        f"{key} is {list(found)}, not {list(expected)}"
+        for key, found, expected in info.mismatched_keys
+        if of_table(key) or not ignore_mismatched
+    )
+    if mismatched:
+        raise CheckpointError(f"the checkpoint does not fit its config: {'; '.join(mismatched)}: {AGAIN}")
+    held = {name: tensor.nbytes for name, tensor in model.state_dict().items() if name not in tied}
+    if 2 * sum(held[name] for name in missing & held.keys()) > sum(held.values()):
+        raise CheckpointError(f"the checkpoint lacks most of the model that its config describes: {AGAIN}")
+
+
+def check_table(matrix: CompressedMatrix) -> None:
+    """Refuses values that no compressed table has.
+
+    Raises:
+        CheckpointError: If a float is not finite, or the refined rows are not distinct rows in ascending order.
+    """
+    for name, tensor in matrix.code_tensors().items():
+        if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
+            raise CheckpointError(f"{name} of the compressed table holds a NaN or an infinity: {AGAIN}")
+    rows = matrix.refined_rows_weight
+    if rows is None or rows.is_meta:
+        return
+    if int(rows[0]) < 0 or int(rows[-1]) >= len(matrix.weight) or not (rows[1:] > rows[:-1]).all():
+        raise CheckpointError(
+            f"refined_rows_weight does not name rows of {len(matrix.weight)} in ascending order: {AGAIN}"
+        )

@@ -1,0 +1,121 @@
+"""Random specs and configs: each is read, or refused with a typed error; nothing else happens."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, BertConfig
+
+from hf_dirembed import CompressionSpec, DirEmbedConfig, DirEmbedError, SpecError
+from hf_dirembed.configuration_dirembed import CODE_KEYS, read_spec
+
+
+GOOD = {
+    "format": 1,
+    "base_model_type": "bert",
+    "method": "transform",
+    "rank": 16,
+    "codes": "packed",
+    "decoder": "float16",
+    "bias": True,
+    "bit_allocation": [4, 4, 4, 4],
+    "refinement": {"rows": 100, "rank": 8, "bit_allocation": [0, 4, 4, 0]},
+    "settings": {},
+    "figures": {},
+}
+FIELDS = sorted(GOOD)
+NUMBERS = (
+    st.integers(-3, 40)
+    | st.sampled_from([2**16, 2**16 + 1, 2**31, 2**63, 2**70, -(2**63), 10**30])
+    | st.floats()
+    | st.booleans()
+)
+WORDS = st.sampled_from(["", "bert", "packed", "float16", "svd", "../x", "/etc/passwd", "bert\x00", "a" * 9999])
+LEAVES = st.none() | NUMBERS | WORDS | st.text(max_size=20)
+KEYS = WORDS | st.text(max_size=9)
+JSON = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=5) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=12
+)
+ALLOCATIONS = st.lists(st.integers(-2, 17), min_size=3, max_size=5)
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> Any:
+    """Mostly a good spec with a few fields gone, replaced or added; at times anything."""
+    if draw(st.integers(0, 9)) == 0:
+        return draw(JSON)
+    spec = copy.deepcopy(GOOD)
+    for _ in range(draw(st.integers(1, 3))):
+        target = spec["refinement"] if isinstance(spec.get("refinement"), dict) and draw(st.booleans()) else spec
+        name = draw(st.sampled_from(sorted(target) or ["rank"]) | st.text(max_size=9))
+        change = draw(st.sampled_from(["drop", "replace", "replace", "allocation"]))
+        if change == "drop":
+            target.pop(name, None)
+        else:
+            target[name] = draw(ALLOCATIONS if change == "allocation" else JSON)
+    return spec
+
+
+def as_read(spec: Any) -> Any:
+    """As a JSON file gives it."""
+    return json.loads(json.dumps(spec))
+
+
+@settings(max_examples=600, deadline=None)
+@given(specs())
+def test_a_spec_is_read_back_or_refused(spec: Any) -> None:
+    try:
+        base, read = read_spec({"dirembed": as_read(spec)})
+    except SpecError:
+        return
+    assert (base, CompressionSpec.from_dict(as_read(read.to_dict()))) == (spec["base_model_type"], read)
+    assert 1 <= read.code_width <= 2**16
+    assert 1 <= read.decoder_rows <= 2**17
+
+
+@settings(max_examples=400, deadline=None)
+@given(specs())
+def test_a_config_of_any_spec_is_made_or_refused(spec: Any) -> None:
+    values = {**BertConfig(vocab_size=200).to_dict(), "model_type": "dirembed", "dirembed": as_read(spec)}
+    try:
+        config = DirEmbedConfig.from_dict(values)
+    except SpecError:
+        return
+    assert config.to_dict()["dirembed"] == read_spec(values)[1].to_dict()
+
+
+# A malformed auto_map fails in transformers, before it asks this package.
+BASE_FIELDS = sorted({*BertConfig().to_dict(), *CODE_KEYS, "text_config", "pruned_heads"} - {"model_type", "auto_map"})
+
+
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.sampled_from(BASE_FIELDS) | st.text(max_size=12), JSON, min_size=1, max_size=3))
+def test_a_config_file_is_read_or_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Through `AutoConfig`, from a file, with a good spec and any other values."""
+    assume(not {"model_type", "auto_map"} & changes.keys())
+    values = {**BertConfig(vocab_size=200).to_dict(), "dirembed": GOOD, **changes, "model_type": "dirembed"}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    try:
+        config = AutoConfig.from_pretrained(tmp_path)
+    except DirEmbedError:
+        return
+    assert type(config).__name__ == "DirEmbedBertConfig"
+    assert not CODE_KEYS & {name for name, value in vars(config).items() if value is not None}
+
+
+@pytest.mark.parametrize("key", sorted(CODE_KEYS))
+def test_what_runs_code_is_dropped_from_nested_configs(key: str) -> None:
+    values = {
+        "model_type": "dirembed",
+        "dirembed": {**GOOD, "base_model_type": "llava"},
+        "text_config": {"model_type": "llama", key: "evil/kernel"},
+        "vision_config": {"model_type": "clip_vision_model"},
+    }
+    text = DirEmbedConfig.from_dict(values).text_config
+    assert getattr(text, key, None) is None

@@ -155,6 +155,8 @@ class CompressionSpec:
         bias: Whether the decoder is affine. Over packed codes it is.
         bit_allocation: For packed codes, how many latents have 8, 4, 2 and 1 bits; they sum to the rank.
         refinement: For packed codes, a second layer that only some rows have.
+        zero_row: The row that is exactly zero, whatever its codes stand for: that of the padding token, where it was
+            zero in the table.
         settings: What the codes were made with (budget, seed, versions): for people, never read by the code.
         figures: What came of it (dense bytes, mean cosine): shown by `hf-dirembed inspect`.
         format: The version of this layout.
@@ -177,6 +179,7 @@ class CompressionSpec:
     bias: bool = False
     bit_allocation: tuple[int, ...] | None = None
     refinement: Refinement | None = None
+    zero_row: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
@@ -203,6 +206,8 @@ class CompressionSpec:
             raise SpecError("dirembed bit_allocation and refinement go with packed codes only: compress again")
         if not isinstance(self.refinement, (Refinement, type(None))):
             raise SpecError(f"dirembed refinement {self.refinement!r} is not an object: compress the model again")
+        if self.zero_row is not None and (type(self.zero_row) is not int or self.zero_row < 0):
+            raise SpecError(f"dirembed zero_row {self.zero_row!r} is no row's number: compress the model again")
         for name in ("settings", "figures"):
             if not isinstance(getattr(self, name), dict):
                 raise SpecError(f"dirembed {name} {getattr(self, name)!r} is not an object: compress the model again")
@@ -251,10 +256,11 @@ class CompressionSpec:
         """Refuses a layout that does not fit a table, or that a stock class would take for the table itself.
 
         Raises:
-            SpecError: If the code matrix is as wide as the table, or ranks or refined rows exceed the table's.
+            SpecError: If the code matrix is as wide as the table, or ranks, refined rows or the zero row exceed it.
         """
-        layers = [self.rank, self.refinement.rank if self.refinement else 1]
-        if max(layers) > dim or (self.refinement and self.refinement.rows > num_rows):
+        ranks = [self.rank, self.refinement.rank if self.refinement else 1]
+        rows = [self.refinement.rows if self.refinement else 1, 1 + (self.zero_row or 0)]
+        if max(ranks) > dim or max(rows) > num_rows:
             raise SpecError(f"the dirembed layout exceeds a table of {num_rows} x {dim}: compress the model again")
         if self.code_width == dim:
             raise SpecError(

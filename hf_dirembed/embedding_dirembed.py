@@ -133,7 +133,11 @@ class CompressedMatrix(nn.Module):
     def decode(self, ids: Tensor) -> Tensor:
         """Rows of the matrix: (...,) row numbers to (..., dim)."""
         rows = self.latents(ids) @ self.decoder_weight
-        return rows if self.decoder_bias_weight is None else rows + self.decoder_bias_weight
+        if self.decoder_bias_weight is not None:
+            rows = rows + self.decoder_bias_weight
+        if self.spec.zero_row is not None:
+            rows = rows.masked_fill((ids == self.spec.zero_row).unsqueeze(-1), 0)
+        return rows
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
@@ -148,6 +152,8 @@ class CompressedMatrix(nn.Module):
         if (added := num_rows - len(kept)) > 0:
             kept = torch.cat([kept, self._mean_codes().expand(added, -1)])
         self.weight = nn.Parameter(kept.clone(), requires_grad=self.weight.requires_grad)
+        if self.spec.zero_row is not None and self.spec.zero_row >= num_rows:
+            self.spec = replace(self.spec, zero_row=None)
         if self.refined_rows_weight is not None and self.refinement_weight is not None:
             # One refined row stays in any case: a layer without rows would be another layout.
             number = max(1, int((self.refined_rows_weight < num_rows).sum()))
@@ -160,6 +166,8 @@ class CompressedMatrix(nn.Module):
         chunks = torch.arange(len(self.weight), device=self.weight.device).split(DENSE_CHUNK)
         mean = torch.stack([self.decode(ids).double().sum(dim=0) for ids in chunks]).sum(dim=0) / len(self.weight)
         distances = torch.cat([(self.decode(ids) - mean).square().sum(dim=1) for ids in chunks])
+        if self.spec.zero_row is not None:
+            distances[self.spec.zero_row] = torch.inf  # its codes stand for another row
         return self.weight[distances.argmin()].unsqueeze(0)
 
     def code_tensors(self) -> dict[str, Tensor]:
@@ -289,7 +297,7 @@ class CompressedEmbedding(CompressedMatrix):
         num_embeddings: V.
         embedding_dim: d.
         spec: The layout of the codes.
-        padding_idx: Kept for those who read it; lookups do not depend on it.
+        padding_idx: Kept for those who read it; lookups depend on the spec's `zero_row` alone.
         embed_scale: What looked-up rows are multiplied by, as Gemma's and BART's embeddings do.
         round_scale: Whether the scale is first rounded to the dtype of the rows, as Gemma's is.
         dense_class: The class of `nn.Embedding` that this module stands for.
@@ -374,7 +382,7 @@ class CompressedEmbedding(CompressedMatrix):
             from hf_dirembed.compression import compress_table
         except ImportError as error:
             raise ModelError("compressing needs the package itself: pip install hf_dirembed") from error
-        coded = compress_table(embedding.weight, **options)
+        coded = compress_table(embedding.weight, padding_idx=embedding.padding_idx, **options)
         module = cls.like(embedding, coded.spec)
         module.load_state_dict(coded.tensors)
         return module

@@ -252,6 +252,7 @@ class DirEmbedModelMixin(PreTrainedModel):
         embedding.resize_rows(num_tokens)
         head = self.get_output_embeddings()
         if isinstance(head, CompressedLMHead):
+            head.spec = embedding.spec
             head.out_features = num_tokens  # its codes and its bias follow when the weights are tied again
         elif head is not None:
             self.set_output_embeddings(self._get_resized_lm_head(head, num_tokens, mean_resizing=mean_resizing))

@@ -165,12 +165,14 @@ def test_resize_token_embeddings(name: str, num_tokens: int, tmp_path: Path) -> 
     auto = family.autos[1]
     model = hf_dirembed.compress(family.make(auto), method="direction", rank=6)
     before = model.get_input_embeddings().dense_weight()
+    mean_codes = model.get_input_embeddings().weight.detach().mean(dim=0)
     embedding = model.resize_token_embeddings(num_tokens)
     assert embedding is model.get_input_embeddings()
     after = embedding.dense_weight()
     kept = min(num_tokens, VOCAB)
     torch.testing.assert_close(after[:kept], before[:kept])
-    torch.testing.assert_close(after[VOCAB:], before.mean(dim=0).expand(max(num_tokens - VOCAB, 0), -1))
+    mean = (mean_codes @ embedding.decoder_weight + embedding.decoder_bias_weight).detach()
+    torch.testing.assert_close(after[VOCAB:], mean.expand(max(num_tokens - VOCAB, 0), -1))
     assert_tied(model)
     inputs = {key: value.clamp(max=num_tokens - 1) for key, value in family.inputs().items()}
     with torch.no_grad():

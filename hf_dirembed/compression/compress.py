@@ -48,6 +48,7 @@ def compress_table(
     weights: Tensor | None = None,
     metric: Tensor | None = None,
     settings: Settings | None = None,
+    padding_idx: int | None = None,
     device: torch.device | str | None = None,
 ) -> CodedTable:
     """Compresses a table of any torch model: [`compress`] without the model.
@@ -62,6 +63,7 @@ def compress_table(
         weights: (V,) non-negative: how much each row counts, for `transform` and `direction`. Uniform by default.
         metric: (d, d) what errors are measured in, for `transform`; the identity by default.
         settings: How `transform` or `autoencoder` fit; by default as their classes say.
+        padding_idx: The row of the padding token; where it is zero, it stays exactly so.
         device: Where to fit; by default a GPU where there is one.
 
     Raises:
@@ -92,7 +94,9 @@ def compress_table(
     made_with["versions"] = {name: version(name) for name in ("hf_dirembed", "torch")}
     tempering = settings.tempering if isinstance(settings, TransformSettings) else None
     figures = {"dense_bytes": size.dense_bytes, **table_figures(table, coded, weights, metric, tempering)}
-    return replace(coded, spec=replace(coded.spec, settings=made_with, figures=figures))
+    is_zero = padding_idx is not None and not table.rows[padding_idx : padding_idx + 1].any()
+    zero_row = padding_idx if is_zero else None
+    return replace(coded, spec=replace(coded.spec, zero_row=zero_row, settings=made_with, figures=figures))
 
 
 def _check_options(method: str, settings: Settings | None, metric: Tensor | None) -> None:
@@ -214,7 +218,9 @@ def compress(
             options["metric"] = used.metric
     elif weights is None and tokenizer is not None and weighs:
         weights = token_weights(tokenizer, embedding.num_embeddings, languages=languages)
-    coded = compress_table(embedding.weight.data, method=method, weights=weights, **options)
+    coded = compress_table(
+        embedding.weight.data, method=method, weights=weights, padding_idx=embedding.padding_idx, **options
+    )
     record = {
         "base_model": base_model or hub_id(model.name_or_path),
         "languages": [languages] if isinstance(languages, str) else list(languages or ()),

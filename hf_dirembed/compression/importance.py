@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..configuration_dirembed import TableError
 from .subspace import check_weights
 from .table import Table
 
@@ -38,10 +39,14 @@ class Importance:
 
         Raises:
             BudgetError: If the weights are of the wrong shape, negative, not finite or all zero.
+            TableError: If the square of a row's length exceeds float32.
         """
         tempered = check_weights(weights, rows)
         tempered = torch.where(tempered > 0, tempered.pow(tempering), 0)
         norms = torch.cat([chunk.norm(dim=1) for _, chunk in rows.chunks()]).to(tempered)
+        if not norms.isfinite().all():
+            row = int((~norms.isfinite()).nonzero()[0])
+            raise TableError(f"row {row} of the embedding table is too long to measure: scale the table down")
         typical = norms[norms > 0].median() if norms.any() else norms.new_ones(())
         omega = torch.where(norms > 0, tempered, 0)
         if relative:

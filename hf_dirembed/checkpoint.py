@@ -44,6 +44,7 @@ from .hub import Source, write_card
 from .kernels_dirembed import expanded_bytes
 from .loading_dirembed import check_stored_dtypes, shards_of
 from .metadata import hub_id
+from .staging import staged_folder
 
 
 # Of a source folder, what is not carried over: its weights in any format (new ones are written), its card (it speaks
@@ -218,29 +219,6 @@ def _as_checkpoint_error(folder: Path) -> Iterator[None]:
         raise CheckpointError(
             f"{folder} does not load ({first_line(error)}): it must be a safetensors checkpoint"
         ) from error
-
-
-@contextmanager
-def staged_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
-    """A sibling of `out` to write into, renamed to `out` when all of it is written, removed when anything fails.
-
-    Raises:
-        CheckpointError: If `out` exists, or cannot be written to.
-    """
-    final = Path(out)
-    if final.exists() or final.is_symlink():
-        raise CheckpointError(f"{final} exists already: remove it, or name another folder")
-    staging = final.with_name(f".{final.name}.{os.getpid()}.part")
-    try:
-        staging.mkdir(parents=True)
-        yield staging
-        staging.rename(final)
-    except DirEmbedError:
-        raise
-    except OSError as error:
-        raise CheckpointError(f"{final} cannot be written ({error.strerror or error}): name another folder") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def compress_checkpoint(

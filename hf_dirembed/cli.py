@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from hf_dirembed_command import INTERRUPTED
+
 from .checkpoint import (
     CheckpointSummary,
     compress_checkpoint,
@@ -27,7 +29,7 @@ from .publishing import upload_checkpoint, write_checkpoint_card
 
 
 class ErrorReportingGroup(click.Group):
-    """Ends a user's mistake in one line on stderr and exit code 2, without a traceback."""
+    """Ends a user's mistake in one line on stderr and exit code 2, Ctrl-C in one and 130, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs a command."""
@@ -36,6 +38,9 @@ class ErrorReportingGroup(click.Group):
         except DirEmbedError as error:
             click.echo(f"hf-dirembed: {error}", err=True)
             ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo(f"\n{INTERRUPTED}", err=True)
+            ctx.exit(130)
 
 
 def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -45,6 +45,7 @@ from .kernels_dirembed import expanded_bytes
 from .loading_dirembed import check_stored_dtypes, shards_of
 from .metadata import hub_id
 from .staging import staged_folder
+from .streaming import StoredTable
 
 
 # Of a source folder, what is not carried over: its weights in any format (new ones are written), its card (it speaks
@@ -186,6 +187,18 @@ def load_model(folder: Path, auto_class: Any = None, **options: Any) -> PreTrain
         return _model_class(config).from_pretrained(folder, config=config, **options)
 
 
+def find_table(folder: Path) -> StoredTable | None:
+    """Where a checkpoint has its table, if that can be read without loading the model.
+
+    Raises:
+        CheckpointError: If transformers cannot read its config.
+        ModelError: If the model has no token embedding.
+    """
+    with _as_checkpoint_error(folder):
+        config = AutoConfig.from_pretrained(folder)
+        return StoredTable.find(folder, config, _model_class(config))
+
+
 def _model_class(config: PreTrainedConfig) -> Any:
     """The class that a checkpoint was saved with, where it is one for its config; else AutoModel."""
     home = modeling_dirembed if hasattr(config, MODEL_TYPE) else transformers
@@ -230,6 +243,9 @@ def compress_checkpoint(
 ) -> CheckpointSummary:
     """Compresses a checkpoint into another: weights, config, tokenizer, SentenceTransformer modules, and a card.
 
+    Without calibration the model is not loaded, if its file can be read row by row: memory is then a chunk of rows,
+    the codes, a few (d, d) matrices and the shard that holds the table, whatever the model's size.
+
     Args:
         source: A local folder or a Hub id.
         out: A folder that does not exist yet; it appears when it is complete.
@@ -242,13 +258,15 @@ def compress_checkpoint(
     """
     with staged_folder(out) as staging:
         folder = find_checkpoint(source)
-        model = load_model(folder)
-        languages = options.pop("languages", None) or card_languages(folder)
+        options["languages"] = options.get("languages") or card_languages(folder)
         card_source = Source.of_folder(folder, base_model or hub_id(os.fspath(source)))
-        base_model = card_source.base_model
-        compress(model, load_tokenizer(folder), languages=languages, base_model=base_model, **options)
+        options["base_model"] = card_source.base_model
         _copy_companions(folder, staging)
-        model.save_pretrained(staging)
+        stored = find_table(folder) if options.get("calibration") is None else None
+        if stored is not None:
+            stored.compress(staging, load_tokenizer(folder), **options)
+        else:
+            compress(load_model(folder), load_tokenizer(folder), **options).save_pretrained(staging)
         summary = inspect_checkpoint(staging)
         write_card(staging, summary, card_source, model_id=Path(out).name)
         return summary

@@ -325,6 +325,7 @@ def convert(model: PreTrainedModel, spec: CompressionSpec, tensors: dict[str, Te
     if base_config.model_type in TABLE_READERS:
         raise ModelError(f"{type(model).__name__} reads its table's rows past the embedding: it is not supported")
     device = embedding_of(model).weight.device
+    device = tensors["weight"].device if device.type == "meta" else device
     for name in swap_modules(model, spec, device="meta"):
         module = model.get_submodule(name)
         assert isinstance(module, CompressedMatrix)

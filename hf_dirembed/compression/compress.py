@@ -26,7 +26,7 @@ from .figures import table_figures
 from .statistics import CalibrationError, Statistics, usage
 from .statistics import metric as metric_of
 from .subspace import direction, svd
-from .table import Table
+from .table import RowSource, Table
 from .transform import TransformSettings, transform
 from .weights import token_weights
 
@@ -38,7 +38,7 @@ Settings = TransformSettings | AutoencoderSettings
 
 
 def compress_table(
-    rows: Tensor,
+    rows: Tensor | RowSource,
     *,
     method: str = "transform",
     bits: float | None = None,
@@ -54,7 +54,7 @@ def compress_table(
     """Compresses a table of any torch model: [`compress`] without the model.
 
     Args:
-        rows: (V, d) table of a floating dtype; left as it is.
+        rows: (V, d) table of a floating dtype, or anything that gives its row slices; left as it is.
         method: One of `METHODS`.
         bits: Budget in bits per weight, all tensors that replace the table counted.
         ratio: Budget as the table's bytes over the bytes that replace it.
@@ -76,16 +76,17 @@ def compress_table(
         (7, {'decoder_weight': (7, 32), 'weight': (500, 7)})
     """
     _check_options(method, settings, metric)
-    if not rows.is_floating_point():
-        raise TableError(f"the embedding table is of dtype {rows.dtype}: load the model unquantised")
+    dtype = rows.dtype
+    if dtype is None or not dtype.is_floating_point:
+        raise TableError(f"the embedding table is of dtype {dtype}: load the model unquantised")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     table = Table(rows, device=device)
-    size = TableSize(table.num_rows, table.dim, rows.element_size())
+    size = TableSize(table.num_rows, table.dim, dtype.itemsize)
     budget = Budget(bits, ratio, rank)
     if method == "transform":
-        coded = _transform(table, size, budget, rows.dtype, codes, weights, metric, settings)
+        coded = _transform(table, size, budget, dtype, codes, weights, metric, settings)
     else:
-        coded = _factorize(table, size, budget, rows.dtype, codes, method, weights, settings)
+        coded = _factorize(table, size, budget, dtype, codes, method, weights, settings)
     made_with: dict[str, Any] = {"budget": str(budget), "token_weights": weights is not None}
     if method == "transform":
         made_with["metric"] = metric is not None
@@ -168,6 +169,7 @@ def compress(
     calibration: Texts | Statistics | None = None,
     weights: Tensor | None = None,
     base_model: str | None = None,
+    rows: RowSource | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """Compresses the token embedding of a pretrained model, and the head that is tied to it, in place.
@@ -184,6 +186,7 @@ def compress(
             model generates itself.
         weights: (V,) token weights, instead of those that tokenizer, languages and calibration give.
         base_model: The model's Hub id, for the record; by default the one that it was loaded by.
+        rows: The table, where the model is on the meta device and so does not hold it.
         **options: Those of [`compress_table`]: exactly one of `bits`, `ratio` and `rank`; `codes`, `settings`,
             `metric`, `device`.
 
@@ -218,9 +221,8 @@ def compress(
             options["metric"] = used.metric
     elif weights is None and tokenizer is not None and weighs:
         weights = token_weights(tokenizer, embedding.num_embeddings, languages=languages)
-    coded = compress_table(
-        embedding.weight.data, method=method, weights=weights, padding_idx=embedding.padding_idx, **options
-    )
+    rows = embedding.weight.data if rows is None else rows
+    coded = compress_table(rows, method=method, weights=weights, padding_idx=embedding.padding_idx, **options)
     record = {
         "base_model": base_model or hub_id(model.name_or_path),
         "languages": [languages] if isinstance(languages, str) else list(languages or ()),

@@ -15,7 +15,15 @@ CHUNK_ELEMENTS = 1 << 22  # 16 MiB of float32: large enough for BLAS, small besi
 
 
 class RowSource(Protocol):
-    """Anything with the shape of a matrix whose row slices are tensors: a `Tensor`, a safetensors slice."""
+    """A matrix whose row slices are tensors: a `Tensor`, or rows that stay in a file until they are asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`(num_rows, dim)`."""
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the slices; None for one that torch has no name for."""
 
     def __getitem__(self, rows: slice, /) -> Tensor: ...
 
@@ -49,11 +57,11 @@ class Table:
         chunk_rows: int | None = None,
         factor: Tensor | None = None,
     ) -> None:
-        shape = tuple(rows.shape) if shape is None else shape  # type: ignore[union-attr]
-        if len(shape) != 2 or min(shape) < 1:
-            raise TableError(f"an embedding table is a matrix with at least one row and one column, not {shape}")
+        size = tuple(rows.shape) if shape is None else shape
+        if len(size) != 2 or min(size) < 1:
+            raise TableError(f"an embedding table is a matrix with at least one row and one column, not {size}")
         self.rows = rows
-        self.num_rows, self.dim = shape
+        self.num_rows, self.dim = size
         self.device = torch.device(device)
         self.chunk_rows = chunk_rows or max(1, CHUNK_ELEMENTS // self.dim)
         self.factor = None if factor is None else factor.to(device=self.device, dtype=torch.float32)

@@ -1,0 +1,166 @@
+"""Compressing a checkpoint whose model does not fit into memory: only the table is read, chunk by chunk.
+
+The model is built on the meta device, to learn from its class which tensor is the table and what is tied to it. The
+table's rows come from the memory-mapped file, the shard that holds the table is written anew, and all others are
+copied as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from .compression import compress
+from .configuration_dirembed import MODEL_TYPE, CheckpointError
+from .embedding_dirembed import CompressedMatrix
+from .loading_dirembed import shards_of
+from .modeling_dirembed import embedding_of, tied_modules
+
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class StoredRows:
+    """The rows of a matrix in a safetensors file: a memory map, of which slices become tensors.
+
+    Args:
+        file: An open safetensors file.
+        name: Of the matrix in it.
+    """
+
+    def __init__(self, file: Any, name: str) -> None:
+        self._slice = file.get_slice(name)
+        self.shape = tuple(self._slice.get_shape())
+        self.dtype: torch.dtype | None = DTYPES.get(self._slice.get_dtype())
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self._slice[rows]
+
+
+@dataclass(frozen=True)
+class StoredTable:
+    """Where a checkpoint has its token-embedding table.
+
+    Attributes:
+        model: The checkpoint's model, on the meta device.
+        folder: The checkpoint's.
+        shards: All its files of weights.
+        shard: That which holds the table.
+        name: The table's in it.
+    """
+
+    model: PreTrainedModel
+    folder: Path
+    shards: tuple[str, ...]
+    shard: str
+    name: str
+
+    @classmethod
+    def find(cls, folder: Path, config: PreTrainedConfig, model_class: Any) -> StoredTable | None:
+        """Finds the table; None where only the loaded model tells what it is.
+
+        That is so where the weights are not safetensors, are quantised, are to be cast or renamed while they load, or
+        hold tied tensors more than once.
+
+        Args:
+            folder: A checkpoint's.
+            config: What its `config.json` says.
+            model_class: The class that it is loaded with.
+
+        Raises:
+            CheckpointError: If its index of shards is malformed.
+            ModelError: If the model has no token embedding.
+        """
+        index = folder / SAFE_WEIGHTS_INDEX_NAME
+        whole = (folder / SAFE_WEIGHTS_NAME).is_file()  # what transformers takes first
+        shards = (SAFE_WEIGHTS_NAME,) if whole else tuple(sorted(shards_of(index))) if index.is_file() else ()
+        special = (MODEL_TYPE, "quantization_config", "transformers_weights")
+        if not shards or any(getattr(config, name, None) is not None for name in special):
+            return None
+        model = _on_meta(model_class, config)
+        names = {f"{name}.weight" for name in tied_modules(model)}
+        found = [(shard, name) for shard in shards for name in _names(folder / shard) if name in names]
+        if len(found) != 1 or found[0][1] in model.all_tied_weights_keys:
+            return None
+        table = cls(model, folder, shards, *found[0])
+        embedding = embedding_of(model)
+        with table.rows() as rows:
+            fits = rows.dtype == embedding.weight.dtype and rows.shape == tuple(embedding.weight.shape)
+        return table if fits else None
+
+    @contextmanager
+    def rows(self) -> Iterator[StoredRows]:
+        """The table, while its file is open."""
+        with safe_open(self.folder / self.shard, framework="pt") as file:
+            yield StoredRows(file, self.name)
+
+    def compress(self, target: Path, tokenizer: PreTrainedTokenizerBase | None, **options: Any) -> None:
+        """Writes the compressed checkpoint: new codes and config, everything else as it was.
+
+        Args:
+            target: A folder.
+            tokenizer: Tells which tokens are frequent.
+            **options: Those of [`compress`] but calibration, for which the model must run.
+
+        Raises:
+            DirEmbedError: As [`compress`] does.
+        """
+        with self.rows() as rows:
+            model = compress(self.model, tokenizer, rows=rows, **options)
+        if model.can_generate() and (self.folder / GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(self.folder)
+        prefix = self.name.removesuffix("weight")
+        embedding = model.get_submodule(prefix.removesuffix("."))
+        assert isinstance(embedding, CompressedMatrix)
+        codes = {**embedding.code_tensors(), "decoder_weight": embedding.stored_decoder()}
+        model.save_pretrained(target, state_dict={f"{prefix}{name}": tensor for name, tensor in codes.items()})
+        written = load_file(target / SAFE_WEIGHTS_NAME)
+        if self.name not in written:
+            raise CheckpointError(
+                f"{self.name} is saved under another name, one of {sorted(written)}: load the model and compress that"
+            )
+        (target / SAFE_WEIGHTS_NAME).unlink()
+        for shard in self.shards:
+            if shard != self.shard:
+                shutil.copyfile(self.folder / shard, target / shard)
+        with safe_open(self.folder / self.shard, framework="pt") as file:
+            kept = {name: file.get_tensor(name) for name in file.keys() if name != self.name}  # noqa: SIM118 (no dict)
+            save_file({**kept, **written}, target / self.shard, metadata={"format": "pt"})
+        if self.shards != (SAFE_WEIGHTS_NAME,):
+            self._write_index(target, written)
+
+    def _write_index(self, target: Path, written: dict[str, Tensor]) -> None:
+        index = json.loads((self.folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
+        index["weight_map"] = {**index["weight_map"], **dict.fromkeys(written, self.shard)}
+        with self.rows() as rows:
+            dense = prod(rows.shape) * embedding_of(self.model).weight.element_size()
+        metadata = index.get("metadata")
+        if isinstance(metadata, dict) and isinstance(metadata.get("total_size"), int):
+            metadata["total_size"] += sum(tensor.nbytes for tensor in written.values()) - dense
+            metadata.pop("total_parameters", None)
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (target / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
+
+
+def _on_meta(model_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
+    build = getattr(model_class, "from_config", None) or model_class._from_config  # AutoModel's, or a class's own
+    with torch.device("meta"):
+        return build(config)
+
+
+def _names(shard: Path) -> list[str]:
+    with safe_open(shard, framework="pt") as file:
+        return list(file.keys())

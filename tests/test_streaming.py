@@ -1,0 +1,154 @@
+"""Compressing without loading the model gives what loading it gives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from families import FAMILIES
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
+
+from hf_dirembed import BudgetError, ModelError, checkpoint
+from hf_dirembed.checkpoint import compress_checkpoint, find_table, inspect_checkpoint
+from hf_dirembed.streaming import StoredTable
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "transform": {"bits": 6},
+    "direction": {"method": "direction", "rank": 6},
+    "svd": {"method": "svd", "rank": 6, "codes": "float16"},
+    "autoencoder": {"method": "autoencoder", "rank": 6},
+}
+# Of which the file has the table under another name than the model: they are loaded.
+RENAMED = {"llava", "gemma3-vision"}
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def make(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+    FAMILIES[name].make(FAMILIES[name].autos[1]).to(dtype).save_pretrained(folder, **options)
+    return folder
+
+
+def compress_both(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Path, Path]:
+    """Compresses without and with loading the model."""
+    assert isinstance(find_table(source), StoredTable)
+    streamed, loaded = tmp_path / "streamed" / "out", tmp_path / "loaded" / "out"  # of one name, which the card bears
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "load_model", lambda _: pytest.fail("the model was loaded"))
+        compress_checkpoint(source, streamed, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "find_table", lambda _: None)
+        compress_checkpoint(source, loaded, **options)
+    return streamed, loaded
+
+
+def assert_same(streamed: Path, loaded: Path) -> None:
+    found, expected = tensors_of(streamed), tensors_of(loaded)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert tensor.dtype == found[name].dtype, name
+        assert torch.equal(tensor, found[name]), name
+    names = {str(path.relative_to(loaded)) for path in loaded.rglob("*") if "safetensors" not in path.name}
+    assert names == {str(path.relative_to(streamed)) for path in streamed.rglob("*") if "safetensors" not in path.name}
+    for name in names:
+        assert (streamed / name).read_bytes() == (loaded / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - RENAMED))
+def test_every_family_comes_out_the_same(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make(name, tmp_path / "dense")
+    assert_same(*compress_both(source, tmp_path, monkeypatch, method="svd", rank=5))
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_method_comes_out_the_same(
+    method: str,
+    dtype: torch.dtype,
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = make("bert", tmp_path / "dense", dtype=dtype)
+    tokenizer.save_pretrained(source)
+    streamed, loaded = compress_both(source, tmp_path, monkeypatch, **OPTIONS[method])
+    assert_same(streamed, loaded)
+    # One file: byte for byte, header included.
+    assert (streamed / "model.safetensors").read_bytes() == (loaded / "model.safetensors").read_bytes()
+
+
+def test_shards_without_the_table_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make("llama-tied", tmp_path / "dense", max_shard_size="16KB")
+    shards = sorted(file.name for file in source.glob("*.safetensors"))
+    assert len(shards) > 3
+    streamed, loaded = compress_both(source, tmp_path, monkeypatch, method="svd", rank=5)
+    assert_same(streamed, loaded)
+    assert sorted(file.name for file in streamed.glob("*.safetensors")) == shards
+    changed = [name for name in shards if (source / name).read_bytes() != (streamed / name).read_bytes()]
+    assert len(changed) == 1
+    index = json.loads((streamed / "model.safetensors.index.json").read_text())
+    held = tensors_of(streamed)
+    assert index["weight_map"].keys() == held.keys()
+    for name, shard in index["weight_map"].items():
+        with safe_open(streamed / shard, framework="pt") as file:
+            assert name in file.keys()  # noqa: SIM118 (no dict)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in held.values())
+    model = transformers.AutoModelForCausalLM.from_pretrained(streamed)
+    again = transformers.AutoModelForCausalLM.from_pretrained(loaded)
+    inputs = FAMILIES["llama-tied"].inputs()
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, again(**inputs).logits)
+
+
+@pytest.mark.parametrize("name", sorted(RENAMED))
+def test_renamed_tables_are_left_to_loading(name: str, tmp_path: Path) -> None:
+    source = make(name, tmp_path / "dense")
+    assert find_table(source) is None
+    assert compress_checkpoint(source, tmp_path / "out", method="svd", rank=5).rank == 5
+
+
+def cast(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+
+
+def tied_twice(folder: Path) -> None:
+    held = load_file(folder / "model.safetensors")
+    held["lm_head.weight"] = held["model.embed_tokens.weight"].clone()
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("change", [cast, tied_twice])
+def test_what_loading_changes_is_loaded(change: Any, tmp_path: Path) -> None:
+    source = make("llama-tied", tmp_path / "dense")
+    change(source)
+    assert find_table(source) is None
+    compress_checkpoint(source, tmp_path / "out", method="svd", rank=5)
+    assert "lm_head.weight" not in tensors_of(tmp_path / "out")
+
+
+def test_the_generation_config_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make("llama-tied", tmp_path / "dense")
+    transformers.GenerationConfig(max_new_tokens=77, eos_token_id=2).save_pretrained(source)
+    streamed, loaded = compress_both(source, tmp_path, monkeypatch, method="svd", rank=5)
+    assert_same(streamed, loaded)
+    assert json.loads((streamed / "generation_config.json").read_text())["max_new_tokens"] == 77
+
+
+def test_mistakes_are_the_same_errors(tmp_path: Path) -> None:
+    source = make("bert", tmp_path / "dense")
+    with pytest.raises(BudgetError):
+        compress_checkpoint(source, tmp_path / "out", bits=0.001)
+    compress_checkpoint(source, tmp_path / "out", method="svd", rank=5)
+    with pytest.raises(ModelError, match="compressed already"):
+        compress_checkpoint(tmp_path / "out", tmp_path / "twice", method="svd", rank=3)
+    assert inspect_checkpoint(tmp_path / "out").rank == 5

@@ -92,7 +92,8 @@ def compress_table(
         made_with["metric"] = metric is not None
     if method in SETTINGS:
         made_with[method] = asdict(settings or SETTINGS[method]())
-    made_with["versions"] = {name: version(name) for name in ("hf_dirembed", "torch")}
+    made_with |= {"device": device.type, "threads": torch.get_num_threads()}  # sums round differently on others
+    made_with["versions"] = {name: version(name) for name in ("hf_dirembed", "torch", "transformers", "wordfreq")}
     tempering = settings.tempering if isinstance(settings, TransformSettings) else None
     figures = {"dense_bytes": size.dense_bytes, **table_figures(table, coded, weights, metric, tempering)}
     is_zero = padding_idx is not None and not table.rows[padding_idx : padding_idx + 1].any()
@@ -211,7 +212,7 @@ def compress(
         raise ModelError(f"the model is compressed already (method {embedding.spec.method!r}): expand it first")
     _check_options(method, options.get("settings"), options.get("metric"))
     Budget(*(options.get(name) for name in ("bits", "ratio", "rank")))  # refused before any text is read
-    weighs = method in ("transform", "direction")
+    weighs, used = method in ("transform", "direction"), None
     if calibration is not None:
         if not weighs:
             raise BudgetError(f"method {method!r} takes no calibration: leave it out, or choose transform")
@@ -227,6 +228,7 @@ def compress(
         "base_model": base_model or hub_id(model.name_or_path),
         "languages": [languages] if isinstance(languages, str) else list(languages or ()),
         "calibration": None if calibration is None else _describe(calibration),
+        "calibration_tokens": None if used is None else used.num_tokens,
     }
     settings = {**coded.spec.settings, **{name: value for name, value in record.items() if value}}
     return convert(model, replace(coded.spec, settings=settings), coded.tensors)
@@ -235,7 +237,7 @@ def compress(
 def _describe(calibration: Texts | Statistics) -> str:
     """What a model was calibrated on, for the record; of a file its name alone."""
     if isinstance(calibration, Statistics):
-        return f"statistics of {calibration.num_tokens:,} tokens"
+        return "given statistics"
     if isinstance(calibration, (str, os.PathLike)):
         return Path(calibration).name
     return "given texts"
@@ -249,10 +251,12 @@ class Calibration:
         weights: (V,) token weights.
         metric: (d, d) what errors are measured in; None for a model without a language-model head, whose sentence
             embeddings it was measured not to help.
+        num_tokens: Tokens of the text that it was made of.
     """
 
     weights: Tensor
     metric: Tensor | None
+    num_tokens: int
 
     @classmethod
     def of(
@@ -279,7 +283,8 @@ class Calibration:
         tied = any(model.get_submodule(name) is head for name in tied_modules(model))
         counts = usage(statistics, tied=tied)
         weights = token_weights(tokenizer, num_rows, languages=languages, counts=counts)
-        return cls(weights, None if head is None else metric_of(statistics, use_head=tied))
+        metric = None if head is None else metric_of(statistics, use_head=tied)
+        return cls(weights, metric, statistics.num_tokens)
 
 
 def expand(model: PreTrainedModel) -> PreTrainedModel:

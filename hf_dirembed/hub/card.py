@@ -35,6 +35,8 @@ _SETTINGS = {
     "metric": "errors measured in a calibrated metric",
     "calibration": "calibrated on",
     "base_model": None,  # stated elsewhere
+    "device": None,  # in config.json, for whoever repeats it to the byte
+    "threads": None,
 }
 
 

@@ -1,0 +1,50 @@
+"""The same input, seed and number of threads give the same bytes; the file says how it was made."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from families import FAMILIES
+from transformers import PreTrainedTokenizerFast
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def compress(source: Path, out: Path, *options: str, hash_seed: int) -> dict[str, bytes]:
+    """Compresses in a process of its own; the files' contents."""
+    code = "from hf_dirembed_command import main; main()"
+    command = [sys.executable, "-c", code, "compress", str(source), str(out), *options]
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONHASHSEED": str(hash_seed)}
+    environment = {**os.environ, **threads, "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+    return {str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("options", [("--bits", "5"), ("--method", "autoencoder", "--rank", "6")])
+def test_the_same_seed_gives_the_same_bytes(
+    options: tuple[str, ...], tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    source = tmp_path / "dense"
+    FAMILIES["bert"].make("AutoModelForMaskedLM").save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    options = (*options, "--languages", "en")
+    one, two = (  # in folders of one name, which the card bears
+        compress(source, tmp_path / str(number) / "out", *options, "--seed", "3", hash_seed=number)
+        for number in (1, 2)
+    )
+    assert one == two
+    settings = json.loads(one["config.json"])["dirembed"]["settings"]
+    assert settings["versions"].keys() == {"hf_dirembed", "torch", "transformers", "wordfreq"}
+    assert settings["threads"] == 1
+    assert settings["languages"] == ["en"]
+    method = "autoencoder" if "autoencoder" in options else "transform"
+    assert settings[method]["seed"] == 3
+    if method == "autoencoder":
+        other = compress(source, tmp_path / "other", *options, "--seed", "4", hash_seed=1)
+        assert other["model.safetensors"] != one["model.safetensors"]

@@ -392,6 +392,14 @@ def test_a_damaged_config_is_refused(folder: Path) -> None:
     assert "does not load" in done.stderr
 
 
+def test_the_package_is_preferred_to_the_code_of_a_repo_that_is_trusted(folder: Path) -> None:
+    for file in folder.glob("*_dirembed.py"):
+        file.write_text(EVIL)
+    model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)
+    assert type(model).__module__ == "hf_dirembed.modeling_dirembed"
+    assert not list(folder.parent.rglob("executed"))
+
+
 @pytest.mark.parametrize("auto_map", [None, 7, {"AutoConfig": 7}, {"AutoConfig": "a.b.c--d.e"}])
 def test_a_malformed_auto_map_ends_in_one_line_or_is_ignored(auto_map: Any, folder: Path, tmp_path: Path) -> None:
     base(auto_map=auto_map)(folder)

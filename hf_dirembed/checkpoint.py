@@ -15,7 +15,7 @@ from typing import Any
 
 import huggingface_hub
 import transformers
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -66,6 +66,19 @@ LEFT_OUT = (
     "onnx",
     "openvino",
     "coreml",
+)
+# What transformers raises, beside its own errors, on configs and weights that make no model.
+UNREADABLE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+    StrictDataclassError,
 )
 _BITS = {"U8": 8, "I8": 8, "I32": 32, "F16": 16, "BF16": 16, "F32": 32, "F64": 64}
 
@@ -228,7 +241,7 @@ def _as_checkpoint_error(folder: Path) -> Iterator[None]:
         yield
     except DirEmbedError:
         raise
-    except (AttributeError, KeyError, OSError, RecursionError, SafetensorError, TypeError, ValueError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(
             f"{folder} does not load ({first_line(error)}): it must be a safetensors checkpoint"
         ) from error

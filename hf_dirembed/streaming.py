@@ -24,7 +24,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .compression import compress
-from .configuration_dirembed import MODEL_TYPE, CheckpointError
+from .configuration_dirembed import MODEL_TYPE, CheckpointError, TableError
 from .embedding_dirembed import CompressedMatrix
 from .loading_dirembed import shards_of
 from .modeling_dirembed import embedding_of, tied_modules
@@ -83,6 +83,7 @@ class StoredTable:
         Raises:
             CheckpointError: If its index of shards is malformed.
             ModelError: If the model has no token embedding.
+            TableError: If the table is stored in integers, which loading would take for its floats.
         """
         index = folder / SAFE_WEIGHTS_INDEX_NAME
         whole = (folder / SAFE_WEIGHTS_NAME).is_file()  # what transformers takes first
@@ -98,6 +99,8 @@ class StoredTable:
         table = cls(model, folder, shards, *found[0])
         embedding = embedding_of(model)
         with table.rows() as rows:
+            if rows.dtype is None:
+                raise TableError(f"{table.name} of {folder} is quantised: give the unquantised checkpoint")
             fits = rows.dtype == embedding.weight.dtype and rows.shape == tuple(embedding.weight.shape)
         return table if fits else None
 

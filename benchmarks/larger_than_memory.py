@@ -1,6 +1,6 @@
 """Compresses a checkpoint that does not fit into memory, and says what it took.
 
-    python benchmarks/larger_than_memory.py [--folder FOLDER] [--gib 8] [--limit-gib 3]
+    python benchmarks/larger_than_memory.py [--folder FOLDER] [--method transform] [--bits 2] [--limit-gib 3]
 
 makes a Llama-like checkpoint of 8 shards with a 262,144 x 2,048 bfloat16 table in FOLDER (17 GiB of disk for both),
 compresses it in a process whose memory is limited, checks that every other tensor came through byte for byte, and
@@ -74,13 +74,13 @@ def make(folder: Path, gib: float) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def compress(source: Path, out: Path, bits: float, limit: float) -> None:
+def compress(source: Path, out: Path, method: str, bits: float, limit: float) -> None:
     """Runs in a process of its own: compresses within the limit, and prints what it took."""
     resource.setrlimit(resource.RLIMIT_DATA, (int(limit * GIB),) * 2)
     from hf_dirembed.checkpoint import compress_checkpoint
 
     start = time.perf_counter()
-    summary = compress_checkpoint(source, out, bits=bits)
+    summary = compress_checkpoint(source, out, method=method, bits=bits)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"{time.perf_counter() - start:.0f} s, {summary.bits_per_weight:.3f} bits per weight", end=", ")
     print(f"mean cosine {summary.mean_cosine}, peak of resident memory {peak / GIB:.2f} GiB")
@@ -112,18 +112,20 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--gib", type=float, default=8.2, help="size of the checkpoint")
     parser.add_argument("--limit-gib", type=float, default=3.0)
+    parser.add_argument("--method", default="transform")
     parser.add_argument("--bits", type=float, default=2.0)
     parser.add_argument("--compress", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.compress:
-        compress(*options.compress, options.bits, options.limit_gib)
+        compress(*options.compress, options.method, options.bits, options.limit_gib)
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         source, out = Path(name, "dense"), Path(name, "compressed")
         make(source, options.gib)
         size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
         print(f"{len(list(source.glob('*.safetensors')))} shards, {size / GIB:.2f} GiB", flush=True)
-        arguments = ["--compress", source, out, "--bits", options.bits, "--limit-gib", options.limit_gib]
+        arguments = ["--method", options.method, "--bits", options.bits, "--limit-gib", options.limit_gib]
+        arguments += ["--compress", source, out]
         subprocess.run([sys.executable, __file__, *map(str, arguments)], check=True)
         check(source, out)
         print(f"transformers calls it {AutoConfig.from_pretrained(out).model_type}, compressed")

@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +59,7 @@ class StoredTable:
         shards: All its files of weights.
         shard: That which holds the table.
         name: The table's in it.
+        num_bytes: Of the table.
     """
 
     model: PreTrainedModel
@@ -67,6 +67,7 @@ class StoredTable:
     shards: tuple[str, ...]
     shard: str
     name: str
+    num_bytes: int
 
     @classmethod
     def find(cls, folder: Path, config: PreTrainedConfig, model_class: Any) -> StoredTable | None:
@@ -96,12 +97,12 @@ class StoredTable:
         found = [(shard, name) for shard in shards for name in _names(folder / shard) if name in names]
         if len(found) != 1 or found[0][1] in model.all_tied_weights_keys:
             return None
-        table = cls(model, folder, shards, *found[0])
-        embedding = embedding_of(model)
+        weight = embedding_of(model).weight
+        table = cls(model, folder, shards, *found[0], num_bytes=weight.nbytes)
         with table.rows() as rows:
             if rows.dtype is None:
                 raise TableError(f"{table.name} of {folder} is quantised: give the unquantised checkpoint")
-            fits = rows.dtype == embedding.weight.dtype and rows.shape == tuple(embedding.weight.shape)
+            fits = rows.dtype == weight.dtype and rows.shape == tuple(weight.shape)
         return table if fits else None
 
     @contextmanager
@@ -121,8 +122,7 @@ class StoredTable:
         Raises:
             DirEmbedError: As [`compress`] does.
         """
-        with self.rows() as rows:
-            model = compress(self.model, tokenizer, rows=rows, **options)
+        model = self._fit(tokenizer, options)
         if model.can_generate() and (self.folder / GENERATION_CONFIG_NAME).is_file():
             model.generation_config = GenerationConfig.from_pretrained(self.folder)
         prefix = self.name.removesuffix("weight")
@@ -145,14 +145,17 @@ class StoredTable:
         if self.shards != (SAFE_WEIGHTS_NAME,):
             self._write_index(target, written)
 
+    def _fit(self, tokenizer: PreTrainedTokenizerBase | None, options: dict[str, Any]) -> PreTrainedModel:
+        # A function of its own: the file stays mapped for as long as anything refers to its rows.
+        with self.rows() as rows:
+            return compress(self.model, tokenizer, rows=rows, **options)
+
     def _write_index(self, target: Path, written: dict[str, Tensor]) -> None:
         index = json.loads((self.folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
         index["weight_map"] = {**index["weight_map"], **dict.fromkeys(written, self.shard)}
-        with self.rows() as rows:
-            dense = prod(rows.shape) * embedding_of(self.model).weight.element_size()
         metadata = index.get("metadata")
         if isinstance(metadata, dict) and isinstance(metadata.get("total_size"), int):
-            metadata["total_size"] += sum(tensor.nbytes for tensor in written.values()) - dense
+            metadata["total_size"] += sum(tensor.nbytes for tensor in written.values()) - self.num_bytes
             metadata.pop("total_parameters", None)
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (target / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")

@@ -33,7 +33,7 @@ needs_fork = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="fo
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     folder = tmp_path_factory.mktemp("source") / "dense"
-    FAMILIES["bert"].make("AutoModelForMaskedLM").save_pretrained(folder, max_shard_size="20KB")
+    FAMILIES["bert"].make("AutoModelForMaskedLM").save_pretrained(folder, max_shard_size="60KB")
     tokenizer.save_pretrained(folder)
     return folder
 

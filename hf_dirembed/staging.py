@@ -1,4 +1,4 @@
-"""Folders that appear when they are complete, or not at all."""
+"""Folders and files that appear when they are complete, or not at all."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,6 @@ def staged_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
         CheckpointError: If `out` exists, or cannot be written to.
 
     Example:
-        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     with staged_folder(f"{folder}/out") as staging:
         ...         _ = (staging / "config.json").write_text("{}")
@@ -55,6 +55,34 @@ def staged_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
             for folder in made:  # the deepest first
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
+
+
+@contextmanager
+def staged_file(file: str | os.PathLike[str]) -> Iterator[Path]:
+    """A sibling of `file` to write into, which takes its place when it is whole, and is removed when anything fails.
+
+    Readers see the old file or the new one, never a part of it. Errors of writing are left to the caller, who knows
+    what the file is.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with staged_file(f"{folder}/README.md") as sibling:
+        ...         _ = sibling.write_text("# A card")
+        ...     [(file.name, file.read_text()) for file in Path(folder).iterdir()]
+        [('README.md', '# A card')]
+    """
+    final = Path(file)
+    # In the same folder, because os.replace is atomic within a file system only.
+    descriptor, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".part", dir=final.parent)
+    os.close(descriptor)
+    try:
+        yield Path(name)
+        with open(name, "rb+") as written:
+            os.fsync(written.fileno())
+        os.chmod(name, 0o644)  # a temporary file is its owner's alone
+        os.replace(name, final)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def _stem(final: Path) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..configuration_dirembed import DirEmbedError
+from ..staging import staged_file
 
 
 FORMAT = "dirembed-statistics-2"
@@ -79,20 +78,12 @@ class Statistics:
             path: The file; its folder must exist.
             metadata: Anything JSON holds, to be had back by `read_metadata`.
         """
-        path = Path(path)
         tensors = {name: getattr(self, name) for name in TENSORS}
         numbers = {name: str(getattr(self, name)) for name in NUMBERS}
         header = {"format": FORMAT, "settings": json.dumps(dict(metadata or {})), **numbers}
-        # in the same folder, because os.replace is atomic within a file system only
-        descriptor, temporary = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
-        os.close(descriptor)
-        try:
-            kept = {name: value.cpu().contiguous() for name, value in tensors.items() if value is not None}
-            save_file(kept, temporary, metadata=header)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        kept = {name: value.cpu().contiguous() for name, value in tensors.items() if value is not None}
+        with staged_file(path) as sibling:
+            save_file(kept, sibling, metadata=header)
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..staging import staged_file
 from .data import DatasetSource, EvaluationError
 
 
@@ -143,6 +143,7 @@ def load_results(folder: str | os.PathLike[str]) -> list[Result]:
         EvaluationError: If the file is there but cannot be read, or was written by a newer version.
 
     Example:
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_result(folder, Result("sts", DatasetSource("pairs.csv"), {"spearman": 0.5}))
         ...     [result.metrics for result in load_results(folder)]
@@ -177,7 +178,14 @@ def save_result(folder: str | os.PathLike[str], result: Result) -> None:
     merged = {each.key: each for each in load_results(folder)}
     merged[result.key] = result
     content = {"format": RESULTS_FORMAT, "results": [each.to_dict() for each in merged.values()]}
-    _replace(Path(folder) / RESULTS_NAME, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    file, text = Path(folder) / RESULTS_NAME, json.dumps(content, indent=2, allow_nan=False) + "\n"
+    try:
+        with staged_file(file) as sibling:
+            sibling.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise EvaluationError(
+            f"{file} cannot be written ({error.strerror}): check the folder's permissions"
+        ) from error
 
 
 def portable_arguments(arguments: Sequence[str]) -> tuple[str, ...]:
@@ -188,25 +196,6 @@ def portable_arguments(arguments: Sequence[str]) -> tuple[str, ...]:
         ('evaluate', 'me/model', '--data', 'pairs.csv', '--limit', '5')
     """
     return tuple(Path(each).name if os.path.isabs(each) or os.path.exists(each) else each for each in arguments)
-
-
-def _replace(file: Path, content: str) -> None:
-    """Writes a temporary sibling and renames it."""
-    try:
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, delete=False) as sibling:
-            try:
-                sibling.write(content)
-                sibling.flush()
-                os.fsync(sibling.fileno())
-                os.chmod(sibling.name, 0o644)  # a temporary file is its owner's alone
-                os.replace(sibling.name, file)
-            except BaseException:
-                os.unlink(sibling.name)
-                raise
-    except OSError as error:
-        raise EvaluationError(
-            f"{file} cannot be written ({error.strerror}): check the folder's permissions"
-        ) from error
 
 
 def _finite(value: Any) -> Any:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData, eval_result_entries_to_yam
 from transformers.utils import CONFIG_NAME
 
 from ..configuration_dirembed import BIT_WIDTHS, CheckpointError, CompressionSpec, Refinement, read_spec
+from ..staging import staged_file
 from .figures import Figures
 from .source import Source
 from .usage import Usage
@@ -81,11 +80,13 @@ def write_card(
     card = render_card(folder, summary, source, figures, model_id=model_id, tags=tags)
     results = folder / RESULTS_FILE
     try:
-        _replace(file, f"{card}\n")
+        with staged_file(file) as sibling:
+            sibling.write_text(f"{card}\n", encoding="utf-8", newline="\n")
         if entries := figures.for_leaderboards():
             results.parent.mkdir(exist_ok=True)
             content = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
-            _replace(results, content)
+            with staged_file(results) as sibling:
+                sibling.write_text(content, encoding="utf-8", newline="\n")
         else:
             results.unlink(missing_ok=True)
     except OSError as error:
@@ -201,16 +202,3 @@ def describe_settings(settings: dict[str, Any]) -> list[tuple[str, str]]:
             said = f"`{', '.join(map(str, value)) if isinstance(value, list) else value}`"
         lines.append((label, said))
     return lines
-
-
-def _replace(file: Path, content: str) -> None:
-    """Writes a temporary sibling and renames it: readers see the old file or the new one, never a part of it."""
-    descriptor, sibling = tempfile.mkstemp(prefix=f".{file.name}", suffix=".part", dir=file.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as stream:
-            stream.write(content)
-        os.chmod(sibling, 0o644)  # a temporary file is its owner's alone
-        os.replace(sibling, file)
-    except BaseException:
-        Path(sibling).unlink(missing_ok=True)
-        raise

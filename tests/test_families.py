@@ -81,9 +81,7 @@ def test_round_trip(family: Family, auto: str, method: str, tmp_path: Path) -> N
     before, after = saved(tmp_path / "dense"), saved(tmp_path / "one")
     (table,) = {name for name, shape in before.items() if name in after and after[name] != shape}
     prefix, spec = table.removesuffix("weight"), model.get_input_embeddings().spec
-    new = {f"{prefix}decoder_weight": (spec.rank, dim), table: (VOCAB, spec.code_width)}
-    if spec.bias:
-        new[f"{prefix}decoder_bias_weight"] = (dim,)
+    new = {f"{prefix}{name}": shape for name, shape in spec.stored_shapes(VOCAB, dim).items()}
     assert after == {**before, **new}
 
     again = auto_class.from_pretrained(tmp_path / "one").eval()

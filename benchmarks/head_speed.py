@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_dirembed.configuration_dirembed import CODEBOOK_SHAPE, code_bytes
 from hf_dirembed.kernels_dirembed import ExpandedCodes, packed_linear, padded_rank
+from hf_dirembed.layout_dirembed import CODEBOOK_SHAPE, code_bytes
 from hf_dirembed.packing_dirembed import PackedCodes
 
 

@@ -4,19 +4,18 @@ from transformers import AutoConfig
 
 from . import bridge, modeling_dirembed  # noqa: F401 (bridge registers a quantiser)
 from .compression import AutoencoderSettings, Statistics, TransformSettings, calibrate, compress, expand
-from .configuration_dirembed import (
-    MODEL_TYPE,
+from .configuration_dirembed import MODEL_TYPE, DirEmbedConfig
+from .embedding_dirembed import CompressedEmbedding
+from .head_dirembed import CompressedLMHead
+from .layout_dirembed import (
     BudgetError,
     CheckpointError,
     CompressionSpec,
-    DirEmbedConfig,
     DirEmbedError,
     ModelError,
     SpecError,
     TableError,
 )
-from .embedding_dirembed import CompressedEmbedding
-from .head_dirembed import CompressedLMHead
 from .publishing import write_upload_card
 
 

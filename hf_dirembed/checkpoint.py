@@ -30,18 +30,10 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 from . import modeling_dirembed
 from .compression import compress, expand
 from .compression.languages import card_languages
-from .configuration_dirembed import (
-    CODE_TENSORS,
-    MODEL_TYPE,
-    CheckpointError,
-    CompressionSpec,
-    DirEmbedError,
-    ModelError,
-    first_line,
-    read_spec,
-)
+from .configuration_dirembed import MODEL_TYPE, read_spec
 from .hub import Source, write_card
 from .kernels_dirembed import expanded_bytes
+from .layout_dirembed import CODE_TENSORS, CheckpointError, CompressionSpec, DirEmbedError, ModelError, first_line
 from .loading_dirembed import check_stored_dtypes, shards_of
 from .metadata import hub_id
 from .staging import staged_folder

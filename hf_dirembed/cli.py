@@ -22,8 +22,8 @@ from .checkpoint import (
 )
 from .cli_evaluate import evaluate_command
 from .compression.compress import METHODS, SETTINGS
-from .configuration_dirembed import CheckpointError, DirEmbedError
 from .demo import PAIRS, SENTENCES, DemoResult, run_demo
+from .layout_dirembed import CheckpointError, DirEmbedError
 from .picture import TableProfile, require_matplotlib, save_picture
 from .publishing import upload_checkpoint, write_checkpoint_card
 

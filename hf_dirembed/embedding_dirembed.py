@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .configuration_dirembed import CODE_TENSORS, CODEBOOK_SHAPE, PACKED_CODES, CompressionSpec, ModelError
+from .layout_dirembed import CODE_TENSORS, CODEBOOK_SHAPE, PACKED_CODES, CompressionSpec, ModelError
 from .packing_dirembed import unpack
 
 

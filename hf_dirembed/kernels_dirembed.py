@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from .configuration_dirembed import CompressionSpec, TableError
+from .layout_dirembed import CompressionSpec, TableError
 from .packing_dirembed import PackedCodes
 from .triton_dirembed import triton_linear, triton_works
 

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from .configuration_dirembed import (
+from .embedding_dirembed import CompressedMatrix
+from .layout_dirembed import (
     CODE_TENSORS,
     CheckpointError,
     CompressionSpec,
@@ -23,7 +24,6 @@ from .configuration_dirembed import (
     UnreadableCheckpointError,
     first_line,
 )
-from .embedding_dirembed import CompressedMatrix
 
 
 AGAIN = "save or download the compressed model again"

@@ -18,18 +18,10 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
 
-from .configuration_dirembed import (
-    CODE_TENSORS,
-    CheckpointError,
-    CompressionSpec,
-    DirEmbedConfigMixin,
-    ModelError,
-    SpecError,
-    derive_config_class,
-    first_line,
-)
+from .configuration_dirembed import DirEmbedConfigMixin, derive_config_class
 from .embedding_dirembed import CompressedEmbedding, CompressedMatrix
 from .head_dirembed import CompressedLMHead
+from .layout_dirembed import CODE_TENSORS, CheckpointError, CompressionSpec, ModelError, SpecError, first_line
 from .loading_dirembed import as_checkpoint_error, check_files, check_index, check_keys, check_table
 
 

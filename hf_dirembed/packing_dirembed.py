@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .configuration_dirembed import BIT_WIDTHS, CODEBOOK_SHAPE, STATE_BITS, TableError, code_bytes
+from .layout_dirembed import BIT_WIDTHS, CODEBOOK_SHAPE, STATE_BITS, TableError, code_bytes
 
 
 def pack(symbols: Tensor, bit_allocation: tuple[int, ...]) -> Tensor:

@@ -16,8 +16,8 @@ from .compression.languages import card_languages
 from .compression.subspace import eigenbasis, row_cosines, second_moment
 from .compression.table import Table
 from .compression.weights import token_weights
-from .configuration_dirembed import BIT_WIDTHS, CheckpointError, CompressionSpec, ModelError
 from .embedding_dirembed import CompressedEmbedding
+from .layout_dirembed import BIT_WIDTHS, CheckpointError, CompressionSpec, ModelError
 from .modeling_dirembed import embedding_of
 
 

@@ -10,8 +10,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import PreTrainedModel
 
 from .checkpoint import inspect_checkpoint
-from .configuration_dirembed import CheckpointError
 from .hub import CARD_NAME, Source, find_source, is_generated, write_card
+from .layout_dirembed import CheckpointError
 from .metadata import card_metadata
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 from safetensors import SafetensorError
 
-from .configuration_dirembed import CheckpointError, DirEmbedError, first_line
+from .layout_dirembed import CheckpointError, DirEmbedError, first_line
 
 
 @contextmanager

@@ -23,8 +23,9 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .compression import compress
-from .configuration_dirembed import MODEL_TYPE, CheckpointError, TableError
+from .configuration_dirembed import MODEL_TYPE
 from .embedding_dirembed import CompressedMatrix
+from .layout_dirembed import CheckpointError, TableError
 from .loading_dirembed import shards_of
 from .modeling_dirembed import embedding_of, tied_modules
 

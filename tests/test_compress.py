@@ -16,7 +16,7 @@ from hf_dirembed import AutoencoderSettings, CompressedEmbedding, TransformSetti
 from hf_dirembed.checkpoint import inspect_checkpoint
 from hf_dirembed.compression.compress import Calibration
 from hf_dirembed.compression.statistics import CalibrationError
-from hf_dirembed.configuration_dirembed import CODE_TENSORS
+from hf_dirembed.layout_dirembed import CODE_TENSORS
 
 
 TEXTS = ["the cat sat on the mat and the dog ran to the house .", "a green tree , a blue house of the cat ."] * 20

@@ -95,6 +95,7 @@ def test_trust_remote_code_without_plugin(repos: Path, tmp_path: Path) -> None:
                 "embedding_dirembed.py",
                 "head_dirembed.py",
                 "kernels_dirembed.py",
+                "layout_dirembed.py",
                 "loading_dirembed.py",
                 "modeling_dirembed.py",
                 "packing_dirembed.py",

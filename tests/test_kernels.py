@@ -14,8 +14,8 @@ from packed import DTYPES, TOLERANCE, draw_codes
 from torch import Tensor, nn
 
 from hf_dirembed import kernels_dirembed, triton_dirembed
-from hf_dirembed.configuration_dirembed import TableError
 from hf_dirembed.kernels_dirembed import ExpandedCodes, int8_linear, packed_linear, padded_rank
+from hf_dirembed.layout_dirembed import TableError
 from hf_dirembed.packing_dirembed import PackedCodes
 from hf_dirembed.triton_dirembed import triton_linear, triton_works
 

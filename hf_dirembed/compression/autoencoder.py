@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from ..configuration_dirembed import BudgetError
+from ..layout_dirembed import BudgetError
 from .factorization import Factorization
 from .subspace import check_rank, svd
 from .table import Table
@@ -58,7 +58,7 @@ class AutoencoderSettings:
         >>> AutoencoderSettings(batch_size=0)
         Traceback (most recent call last):
         ...
-        hf_dirembed.configuration_dirembed.BudgetError: autoencoder setting batch_size=0: give an integer of at least 1
+        hf_dirembed.layout_dirembed.BudgetError: autoencoder setting batch_size=0: give an integer of at least 1
     """
 
     cosine_weight: float = 0.9975 / 5

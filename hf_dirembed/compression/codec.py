@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..configuration_dirembed import BIT_WIDTHS
+from ..layout_dirembed import BIT_WIDTHS
 from ..packing_dirembed import pack, sections, trellis_states, unpack
 from .decoder import DecoderFit
 from .importance import Sample

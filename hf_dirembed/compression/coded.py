@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..configuration_dirembed import CompressionSpec
 from ..embedding_dirembed import CompressedMatrix
+from ..layout_dirembed import CompressionSpec
 
 
 @dataclass(frozen=True)

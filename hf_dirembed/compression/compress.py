@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..configuration_dirembed import FLOAT_CODES, BudgetError, CompressionSpec, ModelError, TableError
 from ..embedding_dirembed import CompressedEmbedding
+from ..layout_dirembed import FLOAT_CODES, BudgetError, CompressionSpec, ModelError, TableError
 from ..metadata import hub_id
 from ..modeling_dirembed import DirEmbedModelMixin, convert, embedding_of, restore, tied_modules
 from .autoencoder import AutoencoderSettings, train_autoencoder

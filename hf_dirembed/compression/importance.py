@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..configuration_dirembed import TableError
+from ..layout_dirembed import TableError
 from .subspace import check_weights
 from .table import Table
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..configuration_dirembed import DirEmbedError
+from ..layout_dirembed import DirEmbedError
 from ..metadata import card_metadata
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..configuration_dirembed import BudgetError
+from ..layout_dirembed import BudgetError
 from .quantisation import Allocation, BitAllocator
 
 

@@ -9,7 +9,7 @@ from itertools import combinations, permutations
 import torch
 from torch import Tensor
 
-from ..configuration_dirembed import BIT_WIDTHS
+from ..layout_dirembed import BIT_WIDTHS
 from ..packing_dirembed import trellis_states
 from .trellis import Codebooks, encode, round_to_levels
 

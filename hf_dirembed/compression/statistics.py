@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..configuration_dirembed import DirEmbedError
+from ..layout_dirembed import DirEmbedError
 from ..staging import staged_file
 
 

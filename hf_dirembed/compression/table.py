@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..configuration_dirembed import TableError
+from ..layout_dirembed import TableError
 
 
 CHUNK_ELEMENTS = 1 << 22  # 16 MiB of float32: large enough for BLAS, small beside any model

@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..configuration_dirembed import CODEBOOK_SHAPE, PACKED_CODES, BudgetError, CompressionSpec, Refinement
+from ..layout_dirembed import CODEBOOK_SHAPE, PACKED_CODES, BudgetError, CompressionSpec, Refinement
 from .codec import Codec
 from .coded import CodedTable
 from .importance import Importance, Sample

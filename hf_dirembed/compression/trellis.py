@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..configuration_dirembed import BIT_WIDTHS, STATE_BITS
+from ..layout_dirembed import BIT_WIDTHS, STATE_BITS
 from ..packing_dirembed import trellis_states
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ..configuration_dirembed import DirEmbedError
+from ..layout_dirembed import DirEmbedError
 
 
 if TYPE_CHECKING:

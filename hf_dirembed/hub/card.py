@@ -11,7 +11,8 @@ import yaml  # type: ignore[import-untyped]
 from huggingface_hub import ModelCard, ModelCardData, eval_result_entries_to_yaml
 from transformers.utils import CONFIG_NAME
 
-from ..configuration_dirembed import BIT_WIDTHS, CheckpointError, CompressionSpec, Refinement, read_spec
+from ..configuration_dirembed import read_spec
+from ..layout_dirembed import BIT_WIDTHS, CheckpointError, CompressionSpec, Refinement
 from ..staging import staged_file
 from .figures import Figures
 from .source import Source

@@ -9,7 +9,7 @@ import torch
 from hf_dirembed.compression.autoencoder import AutoencoderSettings, autoencoder_loss, train_autoencoder
 from hf_dirembed.compression.subspace import mean_cosine, svd
 from hf_dirembed.compression.table import Table
-from hf_dirembed.configuration_dirembed import BudgetError
+from hf_dirembed.layout_dirembed import BudgetError
 
 
 QUICK = AutoencoderSettings(epochs=3, alpha_epochs=2, batch_size=64, initialisation="random", seed=5)

@@ -17,7 +17,7 @@ from hf_dirembed.compression.subspace import (
     svd,
 )
 from hf_dirembed.compression.table import Table
-from hf_dirembed.configuration_dirembed import BudgetError, TableError
+from hf_dirembed.layout_dirembed import BudgetError, TableError
 
 
 def random_rows(num_rows: int, dim: int, seed: int = 0, decay: float = 0.3, mean: float = 0.0) -> torch.Tensor:

@@ -21,7 +21,7 @@ from hf_dirembed.compression.subspace import mean_cosine
 from hf_dirembed.compression.table import Table
 from hf_dirembed.compression.transform import TransformSettings, transform
 from hf_dirembed.compression.trellis import Codebooks, encode
-from hf_dirembed.configuration_dirembed import BIT_WIDTHS, BudgetError, TableError
+from hf_dirembed.layout_dirembed import BIT_WIDTHS, BudgetError, TableError
 from hf_dirembed.packing_dirembed import trellis_states
 
 

@@ -59,8 +59,7 @@ class Codec:
         """
         latents = rows.new_zeros(len(rows), len(self.decoder))
         symbols = torch.zeros_like(latents, dtype=torch.uint8)
-        nothing = Symbols(symbols, latents, refined)
-        return self.improve(rows, self._sweep(rows, nothing, keep_better=False))
+        return self._sweep(rows, Symbols(symbols, latents, refined), keep_better=False)
 
     def improve(self, rows: Tensor, coded: Symbols) -> Symbols:
         """Codes rows anew for the decoder there is, from the symbols they have; no row's error rises."""

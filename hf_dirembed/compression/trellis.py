@@ -81,23 +81,23 @@ def _search(targets: Tensor, importance: list[float], levels: Tensor, width: int
     fan, pasts = 1 << width, NUM_STATES >> width
     num_rows = targets.shape[1]
     factors = torch.stack([levels.square(), -2 * levels, torch.ones_like(levels)], dim=1)
-    powers = torch.empty(3, num_rows, device=targets.device)
+    # The squared error of each state is a product of these and the powers of the target.
+    weights = torch.tensor(importance, device=targets.device).unsqueeze(1)
+    powers = torch.stack(
+        [weights.expand_as(targets), weights * targets, weights * targets.square() + _POSITIVE], dim=1
+    )
     cost = torch.empty(NUM_STATES, num_rows, device=targets.device)
     by_oldest = cost.view(torch.int32).view(fan, pasts, num_rows)
     by_newest = cost.view(pasts, fan, num_rows)
     oldest = torch.arange(fan, dtype=torch.int32, device=targets.device).view(fan, 1, 1)
     best = torch.full((pasts, num_rows), torch.finfo(torch.float32).max / 4, device=targets.device)
     best[0] = 0  # the stream starts on zeros
-    for step, (target, weight) in enumerate(zip(targets, importance, strict=True)):
+    for step, power in enumerate(powers):
         if step:
             by_oldest.bitwise_and_(-fan).bitwise_or_(oldest)
             torch.amin(by_oldest, dim=0, out=best.view(torch.int32))
             survivors[step] = best.view(torch.int32) & (fan - 1)
-        powers[0] = weight
-        torch.mul(target, weight, out=powers[1])
-        torch.mul(powers[1], target, out=powers[2])
-        powers[2] += _POSITIVE
-        torch.mm(factors, powers, out=cost)
+        torch.mm(factors, power, out=cost)
         by_newest += best.unsqueeze(1)
     survivors[0] = 0
     return cost.argmin(dim=0)

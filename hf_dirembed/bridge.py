@@ -15,9 +15,9 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .configuration_dirembed import MODEL_TYPE, derive_config_class, read_spec
-from .embedding_dirembed import CompressedMatrix
 from .layout_dirembed import CheckpointError, ModelError
 from .loading_dirembed import AGAIN, check_files, check_table
+from .matrix_dirembed import CompressedMatrix
 from .modeling_dirembed import derive_model_class, settle, swap_modules
 
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .embedding_dirembed import HALF, CompressedMatrix
 from .kernels_dirembed import ExpandedCodes, packed_linear
 from .layout_dirembed import CompressionSpec, ModelError
+from .matrix_dirembed import HALF, CompressedMatrix
 from .packing_dirembed import PackedCodes
 
 

@@ -15,7 +15,6 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from .embedding_dirembed import CompressedMatrix
 from .layout_dirembed import (
     CODE_TENSORS,
     CheckpointError,
@@ -24,6 +23,7 @@ from .layout_dirembed import (
     UnreadableCheckpointError,
     first_line,
 )
+from .matrix_dirembed import CompressedMatrix
 
 
 AGAIN = "save or download the compressed model again"

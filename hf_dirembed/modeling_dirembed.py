@@ -19,10 +19,11 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.models.auto import modeling_auto
 
 from .configuration_dirembed import DirEmbedConfigMixin, derive_config_class
-from .embedding_dirembed import CompressedEmbedding, CompressedMatrix
+from .embedding_dirembed import CompressedEmbedding
 from .head_dirembed import CompressedLMHead
 from .layout_dirembed import CODE_TENSORS, CheckpointError, CompressionSpec, ModelError, SpecError, first_line
 from .loading_dirembed import as_checkpoint_error, check_files, check_index, check_keys, check_table
+from .matrix_dirembed import CompressedMatrix
 
 
 # Called with model, folder and repo before `push_to_hub` uploads the folder: the package writes a card there. Empty

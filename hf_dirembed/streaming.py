@@ -24,9 +24,9 @@ from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, 
 
 from .compression import compress
 from .configuration_dirembed import MODEL_TYPE
-from .embedding_dirembed import CompressedMatrix
 from .layout_dirembed import CheckpointError, TableError
 from .loading_dirembed import shards_of
+from .matrix_dirembed import CompressedMatrix
 from .modeling_dirembed import embedding_of, tied_modules
 
 

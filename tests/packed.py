@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hf_dirembed.embedding_dirembed import CompressedEmbedding, CompressedMatrix
+from hf_dirembed.embedding_dirembed import CompressedEmbedding
 from hf_dirembed.head_dirembed import CompressedLMHead
 from hf_dirembed.layout_dirembed import BIT_WIDTHS, CODEBOOK_SHAPE, CompressionSpec, Refinement
+from hf_dirembed.matrix_dirembed import CompressedMatrix
 from hf_dirembed.packing_dirembed import PackedCodes, pack
 
 

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 import hf_dirembed
 from hf_dirembed import AutoencoderSettings, CompressedEmbedding, CompressedLMHead
-from hf_dirembed.embedding_dirembed import CompressedMatrix
 from hf_dirembed.layout_dirembed import CODE_TENSORS
+from hf_dirembed.matrix_dirembed import CompressedMatrix
 from hf_dirembed.modeling_dirembed import tied_modules
 
 

@@ -96,6 +96,7 @@ def test_trust_remote_code_without_plugin(repos: Path, tmp_path: Path) -> None:
                 "head_dirembed.py",
                 "kernels_dirembed.py",
                 "layout_dirembed.py",
+                "matrix_dirembed.py",
                 "loading_dirembed.py",
                 "modeling_dirembed.py",
                 "packing_dirembed.py",

@@ -21,9 +21,9 @@ from packed import (
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hf_dirembed.embedding_dirembed import CACHE_LINE
 from hf_dirembed.head_dirembed import CompressedLMHead
 from hf_dirembed.kernels_dirembed import padded_rank
+from hf_dirembed.matrix_dirembed import CACHE_LINE
 from hf_dirembed.modeling_dirembed import convert
 
 

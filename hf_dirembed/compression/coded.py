@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..embedding_dirembed import CompressedMatrix
 from ..layout_dirembed import CompressionSpec
+from ..matrix_dirembed import CompressedMatrix
 
 
 @dataclass(frozen=True)

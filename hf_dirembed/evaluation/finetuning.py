@@ -19,7 +19,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTok
 from transformers.utils import logging
 
 from ..checkpoint import find_checkpoint, load_model, load_tokenizer
-from ..embedding_dirembed import CompressedMatrix
+from ..matrix_dirembed import CompressedMatrix
 from .data import DatasetSource, EvaluationError
 from .running import check_counts, find_device
 

@@ -18,8 +18,8 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 
 from hf_dirembed import CompressionSpec, DirEmbedError
 from hf_dirembed.cli import main
-from hf_dirembed.embedding_dirembed import CompressedMatrix
 from hf_dirembed.layout_dirembed import CODE_TENSORS, Refinement
+from hf_dirembed.matrix_dirembed import CompressedMatrix
 from hf_dirembed.modeling_dirembed import convert
 
 

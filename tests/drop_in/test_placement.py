@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_dirembed.checkpoint import inspect_checkpoint
-from hf_dirembed.embedding_dirembed import CompressedMatrix
+from hf_dirembed.matrix_dirembed import CompressedMatrix
 
 
 AUTOS = {"bert": "AutoModelForMaskedLM", "llama-tied": "AutoModelForCausalLM", "t5": "AutoModelForSeq2SeqLM"}

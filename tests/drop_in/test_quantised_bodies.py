@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import hf_dirembed
-from hf_dirembed.embedding_dirembed import CompressedMatrix
+from hf_dirembed.matrix_dirembed import CompressedMatrix
 
 
 IDS = FAMILIES["llama-tied"].inputs()["input_ids"]

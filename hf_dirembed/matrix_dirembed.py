@@ -1,0 +1,289 @@
+"""What runs: a matrix held as codes and a decoder.
+
+This file travels with every compressed model, so it imports nothing of the package but its travelling neighbours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layout_dirembed import CODE_TENSORS, CODEBOOK_SHAPE, PACKED_CODES, CompressionSpec, ModelError
+from .packing_dirembed import unpack
+
+
+HALF = 0.5  # what a mid-rise quantiser's integer stands for is half a step above it
+CACHE_LINE = 64  # bytes; what torch's own allocations are aligned to
+DENSE_CHUNK = 1 << 14  # rows decoded at a time when the whole table is asked for
+
+
+class CompressedMatrix(nn.Module):
+    """A (num_rows, dim) matrix held as codes and an affine decoder: row i is zᵢ D + b.
+
+    The latents zᵢ are the floats of row i of the code matrix or, where it is packed, the integers that it stands for
+    plus ½ (a mid-rise quantiser), times a power of two for each latent: these exponents keep D at the size that
+    optimisers expect of weights and that float16 holds well. Rows that a refinement names have further latents, which
+    follow in D. Training changes the decoder alone; float latents too, once they are unfrozen.
+
+    The code matrix is the parameter named `weight`: native tying of an LM head's `weight` then works unchanged, and a
+    stock class that is given this checkpoint fails on its shape instead of loading it for a table. The float
+    parameters come first, in the model's dtype, so that `next(model.parameters()).dtype` stays what it was; in the
+    narrower dtype that files have the decoder in, optimisers would fail on it. Every tensor's name ends in `weight`,
+    which keeps transformers' tie maps on their fast path.
+
+    Args:
+        num_rows: V.
+        dim: d.
+        spec: The layout of the codes.
+        dtype: Of the rows and of the decoder, and the widest that float codes are held in.
+        device: Where the tensors are made.
+
+    Raises:
+        SpecError: If the layout does not fit the matrix.
+    """
+
+    codebook_weight: nn.Parameter | None
+    exponent_weight: nn.Parameter | None
+    decoder_bias_weight: nn.Parameter | None
+    refinement_weight: nn.Parameter | None
+    refined_rows_weight: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_rows: int,
+        dim: int,
+        spec: CompressionSpec,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        spec.check_table(num_rows, dim)
+        super().__init__()
+        dtype = dtype or torch.get_default_dtype()
+        self.spec = spec
+
+        def parameter(*shape: int, dtype: torch.dtype, trained: bool = False) -> nn.Parameter:
+            # Codes are parameters too, not buffers: transformers looks tied tensors up by `get_parameter`.
+            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=trained)
+
+        code_dtype = torch.uint8 if spec.codes == PACKED_CODES else _narrower(spec.codes, dtype)
+        refined = spec.refinement
+        self.decoder_bias_weight = parameter(dim, dtype=dtype, trained=True) if spec.bias else None
+        self.decoder_weight = parameter(spec.decoder_rows, dim, dtype=dtype, trained=True)
+        self.weight = parameter(num_rows, spec.code_width, dtype=code_dtype)
+        packed = spec.codes == PACKED_CODES
+        self.codebook_weight = parameter(*CODEBOOK_SHAPE, dtype=torch.int8) if packed else None
+        self.exponent_weight = parameter(spec.decoder_rows, dtype=torch.int8) if packed else None
+        self.refinement_weight = parameter(refined.rows, refined.code_width, dtype=torch.uint8) if refined else None
+        self.refined_rows_weight = parameter(refined.rows, dtype=torch.int32) if refined else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws random codes and decoder, as building a model from its config alone does."""
+        if self.weight.is_meta:
+            return
+        nn.init.normal_(self.decoder_weight, std=0.02)
+        if self.decoder_bias_weight is not None:
+            nn.init.zeros_(self.decoder_bias_weight)
+        if self.weight.is_floating_point():
+            nn.init.normal_(self.weight)
+        for codes in (self.weight, self.refinement_weight, self.codebook_weight):
+            if codes is not None and not codes.is_floating_point():
+                codes.random_(torch.iinfo(codes.dtype).min, torch.iinfo(codes.dtype).max + 1)
+        if self.exponent_weight is not None:
+            self.exponent_weight.fill_(-7)  # as levels go up to 127.5
+        if self.refined_rows_weight is not None:
+            torch.arange(len(self.refined_rows_weight), out=self.refined_rows_weight)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows."""
+        return self.decoder_weight.dtype
+
+    def latents(self, ids: Tensor) -> Tensor:
+        """The latents of rows, (..., decoder rows); zero where a row has no refinement."""
+        self.check_gradients()
+        codes = F.embedding(ids, self.weight)
+        if self.spec.bit_allocation is None or self.codebook_weight is None:
+            return codes.to(self.dtype)
+        latents = unpack(codes, self.spec.bit_allocation, self.codebook_weight).to(self.dtype) + HALF
+        if (
+            self.refinement_weight is not None
+            and self.refined_rows_weight is not None
+            and self.spec.refinement is not None
+        ):
+            rows, slots = self.refined_rows_weight, _slots(self.refined_rows_weight, ids, len(self.weight))
+            codes = F.embedding(slots, self.refinement_weight)
+            further = unpack(codes, self.spec.refinement.bit_allocation, self.codebook_weight).to(self.dtype) + HALF
+            latents = torch.cat([latents, further * (rows[slots] == ids).unsqueeze(-1)], dim=-1)
+        return self.scaled(latents)
+
+    def scaled(self, latents: Tensor) -> Tensor:
+        """Half-integers, (..., decoder rows), times the powers of two that belong to them; floats as they are."""
+        if self.exponent_weight is None:
+            return latents
+        return latents * torch.exp2(self.exponent_weight.to(latents.dtype))
+
+    def decode(self, ids: Tensor) -> Tensor:
+        """Rows of the matrix: (...,) row numbers to (..., dim)."""
+        rows = self.latents(ids) @ self.decoder_weight
+        if self.decoder_bias_weight is not None:
+            rows = rows + self.decoder_bias_weight
+        if self.spec.zero_row is not None:
+            rows = rows.masked_fill((ids == self.spec.zero_row).unsqueeze(-1), 0)
+        return rows
+
+    @torch.no_grad()
+    def dense_weight(self) -> Tensor:
+        """The whole matrix, (num_rows, dim)."""
+        ids = torch.arange(len(self.weight), device=self.weight.device)
+        return torch.cat([self.decode(chunk) for chunk in ids.split(DENSE_CHUNK)])
+
+    @torch.no_grad()
+    def resize_rows(self, num_rows: int) -> None:
+        """Drops rows from the end, or adds rows: the mean latents or, if packed, those of the row nearest to it."""
+        kept = self.weight[:num_rows]
+        if (added := num_rows - len(kept)) > 0:
+            kept = torch.cat([kept, self._mean_codes().expand(added, -1)])
+        self.weight = nn.Parameter(kept.clone(), requires_grad=self.weight.requires_grad)
+        if self.spec.zero_row is not None and self.spec.zero_row >= num_rows:
+            self.spec = replace(self.spec, zero_row=None)
+        if self.refined_rows_weight is not None and self.refinement_weight is not None:
+            # One refined row stays in any case: a layer without rows would be another layout.
+            number = max(1, int((self.refined_rows_weight < num_rows).sum()))
+            for name in ("refined_rows_weight", "refinement_weight"):
+                setattr(self, name, nn.Parameter(getattr(self, name)[:number].clone(), requires_grad=False))
+
+    def _mean_codes(self) -> Tensor:
+        if self.weight.is_floating_point():
+            return self.weight.float().mean(dim=0, keepdim=True).to(self.weight.dtype)
+        chunks = torch.arange(len(self.weight), device=self.weight.device).split(DENSE_CHUNK)
+        mean = torch.stack([self.decode(ids).double().sum(dim=0) for ids in chunks]).sum(dim=0) / len(self.weight)
+        distances = torch.cat([(self.decode(ids) - mean).square().sum(dim=1) for ids in chunks])
+        if self.spec.zero_row is not None:
+            distances[self.spec.zero_row] = torch.inf  # its codes stand for another row
+        return self.weight[distances.argmin()].unsqueeze(0)
+
+    def code_tensors(self) -> dict[str, Tensor]:
+        """The tensors that stand for the matrix, by name: what a tied module shares."""
+        return {name: tensor for name in CODE_TENSORS if (tensor := getattr(self, name)) is not None}
+
+    @torch.no_grad()
+    def stored_decoder(self) -> Tensor:
+        """The decoder as files have it: in the dtype that the spec names, where that loses nothing."""
+        narrow = self.decoder_weight.detach().to(_narrower(self.spec.decoder, self.dtype))
+        exact = not narrow.is_meta and torch.equal(narrow.to(self.dtype), self.decoder_weight)
+        return narrow if exact else self.decoder_weight.detach()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all that stands for the matrix in a file."""
+        stored = {**self.code_tensors(), "decoder_weight": self.stored_decoder()}
+        return sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8 x `num_bytes` / (num_rows x dim)."""
+        return 8 * self.num_bytes / (self.weight.shape[0] * self.decoder_weight.shape[1])
+
+    def current_spec(self) -> CompressionSpec:
+        """The spec with the dtypes and the number of refined rows as training, casts and resizing left them."""
+        changes: dict[str, Any] = {"decoder": str(self.stored_decoder().dtype).removeprefix("torch.")}
+        if self.spec.bit_allocation is None:
+            changes["codes"] = str(self.weight.dtype).removeprefix("torch.")
+        if self.spec.refinement is not None and self.refined_rows_weight is not None:
+            changes["refinement"] = replace(self.spec.refinement, rows=len(self.refined_rows_weight))
+        return replace(self.spec, **changes)
+
+    def align(self) -> None:
+        """Moves float tensors that a file's memory map placed off a cache line.
+
+        With a rank that is no multiple of a vector register, BLAS rounds differently there, and a reloaded model's
+        logits would differ in the last bit from those of the model that was saved.
+        """
+        for tensor in self.code_tensors().values():
+            if tensor.device.type == "cpu" and tensor.is_floating_point() and tensor.data_ptr() % CACHE_LINE:
+                tensor.data = tensor.data.clone()
+
+    def requires_grad_(self, requires_grad: bool = True) -> CompressedMatrix:
+        """Like torch's, but does not unfreeze the codes; see [`unfreeze_codes`]."""
+        frozen = self.frozen_tensors()
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(requires_grad and name not in frozen)
+        return self
+
+    def frozen_tensors(self) -> dict[str, Tensor]:
+        """The codes, by name, as far as training leaves them alone."""
+        decoder = ("decoder_weight", "decoder_bias_weight")
+        codes = self.code_tensors().items()
+        return {name: tensor for name, tensor in codes if name not in decoder and not tensor.requires_grad}
+
+    def unfreeze_codes(self) -> CompressedMatrix:
+        """Makes float latents trainable, as the decoder is, and widens them to its dtype, which optimisers need.
+
+        Modules that are tied to this one follow. Saving keeps the wider dtype, until `freeze_codes` narrows it.
+
+        Raises:
+            ModelError: If the codes are packed integers, which have no gradient.
+
+        Example:
+            >>> import torch, hf_dirembed
+            >>> table = torch.nn.Embedding(1000, 64)
+            >>> embedding = hf_dirembed.CompressedEmbedding.from_embedding(table, method="direction", rank=16)
+            >>> embedding.weight.requires_grad, embedding.unfreeze_codes().weight.requires_grad
+            (False, True)
+        """
+        if self.spec.bit_allocation is not None:
+            raise ModelError(
+                "packed codes are integers, which no optimiser trains: train the decoder alone, or compress with "
+                "method='direction', or expand the model, train it, and compress it again"
+            )
+        self.weight.data = self.weight.data.to(self.dtype)
+        self.weight.requires_grad_(True)
+        return self
+
+    def check_gradients(self) -> None:
+        """Refuses to train latents in a dtype that is narrower than the decoder's.
+
+        Raises:
+            ModelError: If they were unfrozen by other means than `unfreeze_codes`.
+        """
+        if self.weight.requires_grad and self.weight.dtype != self.dtype:
+            raise ModelError(
+                f"latents in {self.weight.dtype} cannot be trained, optimisers make NaNs of them: call "
+                "unfreeze_codes() on the model's input embedding first, or freeze_codes() to leave them as they are"
+            )
+
+    def freeze_codes(self) -> CompressedMatrix:
+        """Undoes `unfreeze_codes`: the latents are rounded to the dtype that they were compressed to."""
+        self.weight.requires_grad_(False)
+        if self.spec.bit_allocation is None:
+            self.weight.data = self.weight.data.to(_narrower(self.spec.codes, self.dtype))
+        return self
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows of it."""
+        shape = f"{self.weight.shape[0]}, {self.decoder_weight.shape[1]}"
+        rank = f"rank={self.spec.rank}"
+        if self.refined_rows_weight is not None and self.spec.refinement is not None:
+            rank += f"+{self.spec.refinement.rank} for {len(self.refined_rows_weight)} rows"
+        return f"{shape}, method={self.spec.method}, {rank}, bits_per_weight={self.bits_per_weight:.3g}"
+
+
+def _slots(refined_rows: Tensor, ids: Tensor, num_rows: int) -> Tensor:
+    """Where in the refinement the latents of rows are; any slot for a row that has none."""
+    if torch.compiler.is_compiling():  # exporters to ONNX know no searchsorted
+        numbers = torch.arange(len(refined_rows), dtype=torch.int32, device=ids.device)
+        return numbers.new_zeros(num_rows).scatter(0, refined_rows.long(), numbers)[ids].long()
+    return torch.searchsorted(refined_rows, ids.to(refined_rows.dtype)).clamp(max=len(refined_rows) - 1)
+
+
+def _narrower(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of that name, or `dtype` where that takes less room."""
+    named: torch.dtype = getattr(torch, name)
+    return named if named.itemsize <= dtype.itemsize else dtype

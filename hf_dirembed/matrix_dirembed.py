@@ -146,7 +146,7 @@ class CompressedMatrix(nn.Module):
 
     @torch.no_grad()
     def resize_rows(self, num_rows: int) -> None:
-        """Drops rows from the end, or adds rows: the mean latents or, if packed, those of the row nearest to it."""
+        """Drops rows from the end, or adds rows: the mean latents or, packed, the codes of the row nearest to it."""
         kept = self.weight[:num_rows]
         if (added := num_rows - len(kept)) > 0:
             kept = torch.cat([kept, self._mean_codes().expand(added, -1)])
@@ -165,8 +165,11 @@ class CompressedMatrix(nn.Module):
         chunks = torch.arange(len(self.weight), device=self.weight.device).split(DENSE_CHUNK)
         mean = torch.stack([self.decode(ids).double().sum(dim=0) for ids in chunks]).sum(dim=0) / len(self.weight)
         distances = torch.cat([(self.decode(ids) - mean).square().sum(dim=1) for ids in chunks])
+        # Not those whose codes alone stand for another row; a row that is added is neither zero nor refined.
+        if self.refined_rows_weight is not None:
+            distances[self.refined_rows_weight.long()] += distances.max()
         if self.spec.zero_row is not None:
-            distances[self.spec.zero_row] = torch.inf  # its codes stand for another row
+            distances[self.spec.zero_row] = torch.inf
         return self.weight[distances.argmin()].unsqueeze(0)
 
     def code_tensors(self) -> dict[str, Tensor]:

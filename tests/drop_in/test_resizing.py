@@ -23,7 +23,7 @@ AUTOS = {"bert": "AutoModelForMaskedLM", "llama-tied": "AutoModelForCausalLM", "
 @pytest.mark.parametrize("method", BUDGETS)
 @pytest.mark.parametrize("name", AUTOS)
 def test_added_tokens(name: str, method: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """A new token starts at the mean of the others; the old ones stay, in the table and in the logits."""
+    """A new token starts at the mean of the others, or at the row nearest to it; the old ones stay as they were."""
     tokenizer = copy.deepcopy(tokenizer)
     model = make(name, AUTOS[name], method)
     ids = FAMILIES[name].inputs()["input_ids"]
@@ -38,7 +38,16 @@ def test_added_tokens(name: str, method: str, tokenizer: PreTrainedTokenizerFast
         torch.testing.assert_close(after[..., :VOCAB], before)
         new = torch.tensor([[len(tokenizer) - 1]])
         rows = table.dense_weight()
-        torch.testing.assert_close(rows[VOCAB:], rows[:VOCAB].mean(dim=0).expand(8, -1), rtol=0.5, atol=0.02)
+        mean = rows[:VOCAB].mean(dim=0)
+        if table.spec.codes == "packed":  # of those that have no second layer
+            alone = torch.ones(VOCAB, dtype=torch.bool)
+            if table.refined_rows_weight is not None:
+                alone[table.refined_rows_weight.long()] = False
+            if table.spec.zero_row is not None:
+                alone[table.spec.zero_row] = False
+            candidates = rows[:VOCAB][alone]
+            mean = candidates[(candidates - mean).square().sum(dim=1).argmin()]
+        torch.testing.assert_close(rows[VOCAB:], mean.expand(8, -1), rtol=1e-2, atol=1e-3)
         model.save_pretrained(tmp_path)
         again = getattr(transformers, AUTOS[name]).from_pretrained(tmp_path)
         assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in again.state_dict().items())

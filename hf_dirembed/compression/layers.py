@@ -87,10 +87,8 @@ def plan_layers(allocator: BitAllocator, shares: Tensor, dim: int, room: int, ba
                 if error < least_error:
                     best, least_error = LayerPlan(base, further), error
     if best is None:
-        least = num_rows + decoder_bytes(1, dim)  # one byte a row, spent on its strongest latent
         raise BudgetError(
-            f"{room} bytes do not hold the codes of a {num_rows} x {dim} table and their decoder: "
-            f"ask for at least bits={8.2 * least / (num_rows * dim):.3g}"
+            f"{room} bytes do not hold the codes of a {num_rows} x {dim} table and their decoder: ask for more bits"
         )
     return best
 

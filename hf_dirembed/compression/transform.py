@@ -16,7 +16,7 @@ from ..layout_dirembed import CODEBOOK_SHAPE, PACKED_CODES, BudgetError, Compres
 from .codec import Codec
 from .coded import CodedTable
 from .importance import Importance, Sample
-from .layers import BASE_SHARE, METRIC_BASE_SHARE, affordable_rows, left_for_refinement, plan_layers
+from .layers import BASE_SHARE, METRIC_BASE_SHARE, affordable_rows, decoder_bytes, left_for_refinement, plan_layers
 from .quantisation import BitAllocator, Quantisers
 from .subspace import eigenbasis, second_moment
 from .table import Table
@@ -93,14 +93,20 @@ def transform(
         True
     """
     settings = settings or TransformSettings()
+    overhead = table.dim * dtype.itemsize + prod(CODEBOOK_SHAPE)
+    least = table.num_rows + decoder_bytes(1, table.dim) + overhead  # one byte a row, spent on its strongest latent
+    if max_bytes < least:
+        raise BudgetError(
+            f"{max_bytes} bytes do not hold the codes of a {table.num_rows} x {table.dim} table and their decoder: "
+            f"ask for at least bits={8.2 * least / (table.num_rows * table.dim):.3g}"
+        )
     factor = None if metric is None else _factor(metric, table.dim)
     rows = table if factor is None else table.in_metric(factor)
     tempering, base_share = (TEMPERING, BASE_SHARE) if metric is None else (METRIC_TEMPERING, METRIC_BASE_SHARE)
     tempering = tempering if settings.tempering is None else settings.tempering
     importance = Importance.of(rows, weights, tempering, relative=metric is None)
     sample = Sample.draw(rows, importance, settings.sample_rows, settings.seed)
-    room = max_bytes - table.dim * dtype.itemsize - prod(CODEBOOK_SHAPE)
-    codec, refined = _plan(rows, importance, sample, room, base_share)
+    codec, refined = _plan(rows, importance, sample, max_bytes - overhead, base_share)
     codec.train(sample, refined[sample.numbers], settings.rounds)
     tensors = codec.encode_table(rows, importance.omega, refined)
 

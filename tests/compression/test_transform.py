@@ -264,8 +264,10 @@ def test_tables_at_the_edge() -> None:
 
 def test_mistakes() -> None:
     rows = table_of(100, 16)
-    with pytest.raises(BudgetError, match="at least bits="):
+    with pytest.raises(BudgetError, match="at least bits=") as refused:
         code(rows, 0.1)
+    least = float(str(refused.value).rsplit("=", 1)[1])
+    assert num_bytes(code(rows, least)) <= least * rows.numel() / 8
     with pytest.raises(BudgetError, match="positive definite"):
         code(rows, 6, metric=-torch.eye(16))
     with pytest.raises(BudgetError, match=r"\(16, 16\)"):

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ..layout_dirembed import BIT_WIDTHS
+from ..matrix_dirembed import HALF
 from ..packing_dirembed import pack, sections, trellis_states, unpack
 from .decoder import DecoderFit
 from .importance import Sample
 from .quantisation import Allocation, Quantisers
 from .table import Table
-from .trellis import Codebooks, encode, round_to_levels
+from .trellis import LARGEST_LEVEL, Codebooks, encode, round_to_levels
 
 
 _PASSES = 2  # over the whole table, after the training on a sample
@@ -88,7 +89,7 @@ class Codec:
         """The best symbols of a section and their levels, were its rows of the decoder orthogonal."""
         if width == 8:
             levels = round_to_levels(targets)
-            return (levels + 127.5).to(torch.uint8), levels
+            return (levels + LARGEST_LEVEL).to(torch.uint8), levels
         book = self.codebooks.levels[BIT_WIDTHS.index(width) - 1]
         symbols = encode(targets, gains, book, width)
         return symbols, book[trellis_states(symbols, width)]
@@ -211,5 +212,5 @@ class PackedSymbols:
             of_layer = slice(first, first := first + allocation.rank)
             found = torch.cat([each for _, each in sections(packed, allocation.counts)], dim=1)
             symbols[rows, of_layer] = found.to(torch.uint8)
-            latents[rows, of_layer] = unpack(packed, allocation.counts, codec.codebooks.stored()).float() + 0.5
+            latents[rows, of_layer] = unpack(packed, allocation.counts, codec.codebooks.stored()).float() + HALF
         return Symbols(symbols, latents, refined)

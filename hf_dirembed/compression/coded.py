@@ -18,12 +18,10 @@ class CodedTable:
     Attributes:
         spec: The layout, with the settings that it was made with and the figures that came of it.
         tensors: Those of `CompressedMatrix.code_tensors`, by name.
-        dtype: Of the table.
     """
 
     spec: CompressionSpec
     tensors: dict[str, Tensor]
-    dtype: torch.dtype
 
     def to_matrix(self) -> CompressedMatrix:
         """The module that decodes it in float32, its codes in the same storage."""

@@ -158,7 +158,7 @@ def _factorize(
     if found.bias is not None:
         tensors["decoder_bias_weight"] = found.bias.to(dtype)
     spec = CompressionSpec(method=method, rank=rank, codes=codes, decoder=decoder, bias=found.bias is not None)
-    return CodedTable(spec, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, dtype)
+    return CodedTable(spec, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
 
 
 def compress(

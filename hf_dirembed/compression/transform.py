@@ -133,7 +133,7 @@ def transform(
         bit_allocation=codec.base.counts,
         refinement=refinement,
     )
-    return CodedTable(spec, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, dtype)
+    return CodedTable(spec, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
 
 
 def _factor(metric: Tensor, dim: int) -> Tensor:

@@ -47,11 +47,11 @@ def encode(targets: Tensor, importance: Tensor, levels: Tensor, width: int) -> T
     # The stream runs from the last latent to the first.
     backwards = importance.flip(0) / importance.max().clamp_min(torch.finfo(importance.dtype).tiny)
     parts = targets.split(max(_ROWS, _SURVIVOR_BYTES // max(per_row, 1)))
-    found = [_best_paths(part.T.flip(0).contiguous(), backwards.tolist(), levels, width) for part in parts]
+    found = [_best_paths(part.T.flip(0).contiguous(), backwards, levels, width) for part in parts]
     return torch.cat([symbols.flip(0).T for symbols in found])
 
 
-def _best_paths(targets: Tensor, importance: list[float], levels: Tensor, width: int) -> Tensor:
+def _best_paths(targets: Tensor, importance: Tensor, levels: Tensor, width: int) -> Tensor:
     """Symbols, (steps, n) uint8, in the order of the stream."""
     steps, num_rows = targets.shape
     pasts = NUM_STATES >> width  # what of a state the next one still knows
@@ -72,7 +72,7 @@ def _best_paths(targets: Tensor, importance: list[float], levels: Tensor, width:
     return symbols
 
 
-def _search(targets: Tensor, importance: list[float], levels: Tensor, width: int, survivors: Tensor) -> Tensor:
+def _search(targets: Tensor, importance: Tensor, levels: Tensor, width: int, survivors: Tensor) -> Tensor:
     """Fills in which oldest symbol each past survived with, (steps, pasts, n); gives the best last state of each row.
 
     Of all states with the same past the cheapest survives. Costs are positive floats, whose order is that of their
@@ -82,7 +82,7 @@ def _search(targets: Tensor, importance: list[float], levels: Tensor, width: int
     num_rows = targets.shape[1]
     factors = torch.stack([levels.square(), -2 * levels, torch.ones_like(levels)], dim=1)
     # The squared error of each state is a product of these and the powers of the target.
-    weights = torch.tensor(importance, device=targets.device).unsqueeze(1)
+    weights = importance.unsqueeze(1)
     powers = torch.stack(
         [weights.expand_as(targets), weights * targets, weights * targets.square() + _POSITIVE], dim=1
     )

@@ -151,7 +151,7 @@ def find_checkpoint(source: str | os.PathLike[str]) -> Path:
         patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]
         return Path(huggingface_hub.snapshot_download(os.fspath(source), allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(
             f"{source} is neither a folder here nor a model that the Hub gives out ({reason}): check the name"
         ) from error
@@ -163,10 +163,14 @@ def is_compressed(source: str | os.PathLike[str]) -> bool:
     Raises:
         CheckpointError: If there is none.
     """
-    folder = find_checkpoint(source)
+    return _read_compressed_config(find_checkpoint(source)) is not None
+
+
+def _read_compressed_config(folder: Path) -> dict[str, Any] | None:
+    """What the `config.json` of a compressed checkpoint holds; None for another's."""
     with _as_checkpoint_error(folder):
         config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        return isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
+    return config if isinstance(config, dict) and config.get("model_type") == MODEL_TYPE else None
 
 
 def load_model(folder: Path, auto_class: Any = None, **options: Any) -> PreTrainedModel:
@@ -309,10 +313,10 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSummary:
         SpecError: If its `dirembed` object is malformed.
     """
     folder = find_checkpoint(folder)
+    config = _read_compressed_config(folder)
+    if config is None:
+        raise ModelError(f"{folder} is not a compressed checkpoint: compress it first")
     with _as_checkpoint_error(folder):
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
-            raise ModelError(f"{folder} is not a compressed checkpoint: compress it first")
         base_model_type, spec = read_spec(config)
         tensors = _read_headers(folder)
     num_rows, dim, sizes = _table_tensors(folder, spec, tensors)

@@ -17,7 +17,7 @@ from .compression.subspace import eigenbasis, row_cosines, second_moment
 from .compression.table import Table
 from .compression.weights import token_weights
 from .embedding_dirembed import CompressedEmbedding
-from .layout_dirembed import BIT_WIDTHS, CheckpointError, CompressionSpec, ModelError
+from .layout_dirembed import BIT_WIDTHS, CheckpointError, CompressionSpec, ModelError, first_line
 from .modeling_dirembed import embedding_of
 
 
@@ -119,7 +119,7 @@ def save_picture(profile: TableProfile, file: Path) -> None:
     except OSError as error:
         raise CheckpointError(f"{file} cannot be written ({error.strerror or error}): name another file") from error
     except ValueError as error:
-        raise CheckpointError(f"{file}: {str(error).splitlines()[0]}: name a .png, .svg or .pdf file") from error
+        raise CheckpointError(f"{file}: {first_line(error)}: name a .png, .svg or .pdf file") from error
 
 
 def _spectrum(rows: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from .checkpoint import inspect_checkpoint
 from .hub import CARD_NAME, Source, find_source, is_generated, write_card
-from .layout_dirembed import CheckpointError
+from .layout_dirembed import CheckpointError, first_line
 from .metadata import card_metadata
 
 
@@ -61,8 +61,9 @@ def upload_checkpoint(folder: str | os.PathLike[str], repo_id: str, *, private: 
             write_checkpoint_card(folder, model_id=repo.repo_id)  # which says what to load it by
         huggingface_hub.upload_folder(repo_id=repo.repo_id, folder_path=Path(folder))
     except (HFValidationError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{repo_id} takes no upload ({reason}): check its name and run hf auth login") from error
+        raise CheckpointError(
+            f"{repo_id} takes no upload ({first_line(error)}): check its name and run hf auth login"
+        ) from error
     return str(repo)
 
 

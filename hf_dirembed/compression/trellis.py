@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +16,7 @@ from ..packing_dirembed import trellis_states
 
 NUM_STATES = 1 << STATE_BITS
 LARGEST_LEVEL = 127.5  # of 8 bits
-_ROWS = 256  # searched side by side: their path costs stay in a core's cache
+_ROWS = 256  # searched in step: their path costs stay in a core's cache
 _SURVIVOR_BYTES = 1 << 25  # of the survivors' symbols that are held until the best path is known
 _TRAINING_SYMBOLS = 40_000
 _POSITIVE = 1e-3  # added to each squared error: path costs must stay positive, as their bits are compared
@@ -42,13 +44,28 @@ def encode(targets: Tensor, importance: Tensor, levels: Tensor, width: int) -> T
         >>> bool(error < 0.1175)  # the least of a scalar quantiser of 2 bits (Max 1960); the bound is 1/16
         True
     """
-    count = targets.shape[1]
-    per_row = count * (NUM_STATES >> width)
+    num_rows, count = targets.shape
     # The stream runs from the last latent to the first.
     backwards = importance.flip(0) / importance.max().clamp_min(torch.finfo(importance.dtype).tiny)
-    parts = targets.split(max(_ROWS, _SURVIVOR_BYTES // max(per_row, 1)))
-    found = [_best_paths(part.T.flip(0).contiguous(), backwards, levels, width) for part in parts]
-    return torch.cat([symbols.flip(0).T for symbols in found])
+    workers = torch.get_num_threads() if targets.device.type == "cpu" else 1
+    most = _SURVIVOR_BYTES // (workers * count * (NUM_STATES >> width))
+    parts = targets.split(max(_ROWS, min(most, -(-num_rows // workers))))
+
+    def search(part: Tensor) -> Tensor:
+        return _best_paths(part.T.flip(0).contiguous(), backwards, levels, width).flip(0).T
+
+    return torch.cat(_side_by_side(search, parts, workers))
+
+
+def _side_by_side(function: Callable[[Tensor], Tensor], parts: tuple[Tensor, ...], workers: int) -> list[Tensor]:
+    """Applies a function to parts, each on one thread: its operators are too small to be worth sharing."""
+    if workers == 1 or len(parts) == 1:
+        return [function(part) for part in parts]
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(function, parts))
+    finally:
+        torch.set_num_threads(workers)  # for threads to come; this one's never changed
 
 
 def _best_paths(targets: Tensor, importance: Tensor, levels: Tensor, width: int) -> Tensor:
@@ -56,12 +73,9 @@ def _best_paths(targets: Tensor, importance: Tensor, levels: Tensor, width: int)
     steps, num_rows = targets.shape
     pasts = NUM_STATES >> width  # what of a state the next one still knows
     survivors = torch.empty(steps, pasts, num_rows, dtype=torch.uint8, device=targets.device)
-    last = torch.cat(
-        [
-            _search(part, importance, levels, width, survivors[:, :, start : start + _ROWS])
-            for start, part in zip(range(0, num_rows, _ROWS), targets.split(_ROWS, dim=1), strict=True)
-        ]
-    )
+    block = _ROWS if targets.device.type == "cpu" else num_rows
+    blocks = zip(targets.split(block, dim=1), survivors.split(block, dim=2), strict=True)
+    last = torch.cat([_search(*each, importance, levels, width) for each in blocks])
     symbols = torch.empty(steps, num_rows, dtype=torch.uint8, device=targets.device)
     columns = torch.arange(num_rows, device=targets.device)
     for step in range(steps - 1, -1, -1):
@@ -72,7 +86,7 @@ def _best_paths(targets: Tensor, importance: Tensor, levels: Tensor, width: int)
     return symbols
 
 
-def _search(targets: Tensor, importance: Tensor, levels: Tensor, width: int, survivors: Tensor) -> Tensor:
+def _search(targets: Tensor, survivors: Tensor, importance: Tensor, levels: Tensor, width: int) -> Tensor:
     """Fills in which oldest symbol each past survived with, (steps, pasts, n); gives the best last state of each row.
 
     Of all states with the same past the cheapest survives. Costs are positive floats, whose order is that of their

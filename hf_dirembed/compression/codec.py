@@ -52,7 +52,7 @@ class Codec:
         return Codec(self.base, other.base, self.codebooks, decoder, self.bias + other.bias)
 
     def encode(self, rows: Tensor, refined: Tensor) -> Symbols:
-        """The symbols of rows, and the latents that they stand for.
+        """The symbols of rows, and the latents that they stand for, found in two sweeps over the sections.
 
         Args:
             rows: y, (n, dim).
@@ -60,7 +60,7 @@ class Codec:
         """
         latents = rows.new_zeros(len(rows), len(self.decoder))
         symbols = torch.zeros_like(latents, dtype=torch.uint8)
-        return self._sweep(rows, Symbols(symbols, latents, refined), keep_better=False)
+        return self.improve(rows, self._sweep(rows, Symbols(symbols, latents, refined), keep_better=False))
 
     def improve(self, rows: Tensor, coded: Symbols) -> Symbols:
         """Codes rows anew for the decoder there is, from the symbols they have; no row's error rises."""

@@ -193,11 +193,17 @@ def test_model_is_left_as_it_was(model, tokenizer):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_bfloat16_is_close(tokenizer):
-    exact = calibrate(build("causal"), tokenizer, TEXTS, sequence_length=LENGTH)
-    rounded = calibrate(build("causal").bfloat16(), tokenizer, TEXTS, sequence_length=LENGTH)
-    assert rounded.head_moment.dtype == torch.float64
-    torch.testing.assert_close(exact.head_moment, rounded.head_moment, rtol=0.05, atol=0.05)
+def test_half_precision_runs_in_float32_on_a_cpu(tokenizer):
+    model = build("causal").bfloat16()
+    before = {name: (value.data_ptr(), value.clone()) for name, value in model.state_dict().items()}
+    found = calibrate(model, tokenizer, TEXTS, sequence_length=LENGTH)
+    for name, value in model.state_dict().items():
+        assert value.dtype == torch.bfloat16
+        assert value.data_ptr() == before[name][0]
+        assert torch.equal(value, before[name][1])
+    exact = calibrate(model.float(), tokenizer, TEXTS, sequence_length=LENGTH)
+    assert torch.equal(found.head_moment, exact.head_moment)
+    assert torch.equal(found.gradient_moment, exact.gradient_moment)
 
 
 @pytest.mark.parametrize("name", ["causal", "masked", "encoder"])

@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_utils import str_to_torch_dtype
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from . import modeling_dirembed
@@ -72,7 +73,6 @@ UNREADABLE = (
     ValueError,
     StrictDataclassError,
 )
-_BITS = {"U8": 8, "I8": 8, "I32": 32, "F16": 16, "BF16": 16, "F32": 32, "F64": 64}
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class StoredTensor:
     @property
     def num_bytes(self) -> int:
         """Its bytes in the file."""
-        return prod(self.shape) * _BITS.get(self.dtype, 32) // 8
+        return prod(self.shape) * str_to_torch_dtype[self.dtype].itemsize
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 FORMAT = 1
 FLOAT_CODES = ("float32", "float16", "bfloat16")
+DECODERS = (*FLOAT_CODES, "float8_e4m3fn")
 PACKED_CODES = "packed"
 BIT_WIDTHS = (8, 4, 2, 1)  # the order of a packed row; powers of two, so that no latent straddles two bytes
 STATE_BITS = 8  # of the trellis that latents of fewer bits are read through
@@ -170,8 +171,8 @@ class CompressionSpec:
         _check_rank(self.rank)
         if type(self.bias) is not bool:
             raise SpecError(f"dirembed bias {self.bias!r} is not true or false: compress the model again")
-        if self.decoder not in FLOAT_CODES:
-            known = ", ".join(FLOAT_CODES)
+        if self.decoder not in DECODERS:
+            known = ", ".join(DECODERS)
             raise SpecError(f"dirembed decoder {self.decoder!r} is not one of {known}: compress the model again")
         if self.codes == PACKED_CODES:
             _check_bit_allocation(self.bit_allocation, self.rank)
@@ -229,7 +230,10 @@ class CompressionSpec:
         if tensor in ("codebook_weight", "exponent_weight"):
             return ("I8",)
         packed = tensor == "refinement_weight" or (tensor == "weight" and self.codes == PACKED_CODES)
-        return ("U8",) if packed else ("F16", "BF16", "F32", "F64")
+        floats = ("F16", "BF16", "F32", "F64")
+        if tensor == "decoder_weight":
+            return ("F8_E4M3", *floats)
+        return ("U8",) if packed else floats
 
     def check_table(self, num_rows: int, dim: int) -> None:
         """Refuses a layout that does not fit a table, or that a stock class would take for the table itself.

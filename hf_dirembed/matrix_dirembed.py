@@ -26,8 +26,8 @@ class CompressedMatrix(nn.Module):
 
     The latents zᵢ are the floats of row i of the code matrix or, where it is packed, the integers that it stands for
     plus ½ (a mid-rise quantiser), times a power of two for each latent: these exponents keep D at the size that
-    optimisers expect of weights and that float16 holds well. Rows that a refinement names have further latents, which
-    follow in D. Training changes the decoder alone; float latents too, once they are unfrozen.
+    optimisers expect of weights and that narrow floats hold well. Rows that a refinement names have further latents,
+    which follow in D. Training changes the decoder alone; float latents too, once they are unfrozen.
 
     The code matrix is the parameter named `weight`: native tying of an LM head's `weight` then works unchanged, and a
     stock class that is given this checkpoint fails on its shape instead of loading it for a table. The float

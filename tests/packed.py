@@ -21,7 +21,7 @@ SPEC = CompressionSpec(
     method="transform",
     rank=25,
     codes="packed",
-    decoder="float16",
+    decoder="float8_e4m3fn",
     bias=True,
     bit_allocation=(1, 3, 10, 11),
     refinement=Refinement(rows=NUM_REFINED, rank=13, bit_allocation=(0, 0, 3, 10)),

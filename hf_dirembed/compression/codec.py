@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..layout_dirembed import BIT_WIDTHS
 from ..matrix_dirembed import HALF
 from ..packing_dirembed import pack, sections, trellis_states, unpack
-from .decoder import DecoderFit
+from .decoder import DecoderFit, DecoderStorage, StoredDecoder
 from .importance import Sample
 from .quantisation import Allocation, Quantisers
 from .table import Table
@@ -30,8 +30,9 @@ class Codec:
         base: The latents of every row.
         refinement: The further latents of refined rows, if there are any.
         codebooks: Of the latents of fewer than 8 bits.
-        decoder: D, (rank of both, dim).
-        bias: b, (dim,).
+        decoder: D, (rank of both, dim), in the metric: once it was fitted, what its stored form stands for.
+        bias: b, (dim,), in the metric.
+        storage: How the decoder is stored.
     """
 
     base: Allocation
@@ -39,17 +40,20 @@ class Codec:
     codebooks: Codebooks
     decoder: Tensor
     bias: Tensor
+    storage: DecoderStorage
 
     @classmethod
-    def from_quantisers(cls, base: Allocation, quantisers: Quantisers, basis: Tensor, bias: Tensor) -> Codec:
+    def from_quantisers(
+        cls, base: Allocation, quantisers: Quantisers, basis: Tensor, bias: Tensor, storage: DecoderStorage
+    ) -> Codec:
         """Starts from the quantisers of the leading latents of a basis, whose steps the decoder takes in."""
         decoder = base.steps(quantisers).to(basis).unsqueeze(1) * basis[:, : base.rank].T
-        return cls(base, None, quantisers.codebooks, decoder, bias)
+        return cls(base, None, quantisers.codebooks, decoder, bias, storage)
 
     def refined_by(self, other: Codec) -> Codec:
         """This codec with that of its residual as a second layer."""
         decoder = torch.cat([self.decoder, other.decoder])
-        return Codec(self.base, other.base, self.codebooks, decoder, self.bias + other.bias)
+        return replace(self, refinement=other.base, decoder=decoder, bias=self.bias + other.bias)
 
     def encode(self, rows: Tensor, refined: Tensor) -> Symbols:
         """The symbols of rows, and the latents that they stand for, found in two sweeps over the sections.
@@ -106,9 +110,12 @@ class Codec:
         """Σ ω ‖y - ŷ‖²."""
         return float((rows - latents @ self.decoder - self.bias).square().sum(dim=1).double() @ omega.double())
 
-    def refit(self, fit: DecoderFit) -> None:
-        """Takes over the best decoder for the latents that `fit` has seen."""
-        self.decoder, self.bias = fit.solve()
+    def refit(self, fit: DecoderFit) -> StoredDecoder:
+        """Takes over the best decoder for the latents that `fit` has seen, as it is stored."""
+        stored = self.storage.round(fit.solve())
+        self.decoder = self.storage.in_metric(stored)
+        self.bias = fit.bias(self.decoder)
+        return stored
 
     def _fit(self) -> DecoderFit:
         rank, dim = self.decoder.shape
@@ -143,7 +150,8 @@ class Codec:
             refined: (num_rows,) which rows have the second layer.
 
         Returns:
-            The packed codes: `weight`, (num_rows, bytes), and with a second layer `refinement_weight`.
+            The packed codes `weight`, (num_rows, bytes), and with a second layer `refinement_weight`; the codebook,
+            and the decoder with its exponents.
         """
         kept: list[PackedSymbols | None] = [None] * table.num_chunks
         for _ in range(_PASSES):
@@ -156,9 +164,14 @@ class Codec:
                     coded = self.improve(rows, packed.unpack(self, refined[part]))
                 fit.add(rows, coded.latents, omega[part].float())
                 kept[index] = PackedSymbols.of(coded, self)
-            self.refit(fit)
+            decoder = self.refit(fit)
         chunks = [packed for packed in kept if packed is not None]
-        tensors = {"weight": torch.cat([packed.base for packed in chunks]), "codebook_weight": self.codebooks.stored()}
+        tensors = {
+            "weight": torch.cat([packed.base for packed in chunks]),
+            "codebook_weight": self.codebooks.stored(),
+            "decoder_weight": decoder.weight,
+            "exponent_weight": decoder.exponents,
+        }
         if self.refinement is not None:
             tensors["refinement_weight"] = torch.cat([packed.further for packed in chunks])
         return tensors

@@ -1,12 +1,15 @@
-"""The decoder for given latents."""
+"""The decoder for given latents, and how files hold it."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
 _RIDGE = 1e-7  # of the mean eigenvalue: latents that never vary leave the normal equations singular
+_TINY = torch.finfo(torch.float64).tiny
 
 
 class DecoderFit:
@@ -31,9 +34,89 @@ class DecoderFit:
         self._gram += (weighted @ affine).double()
         self._shared += (weighted @ rows).double()
 
-    def solve(self) -> tuple[Tensor, Tensor]:
-        """The decoder, (rank, dim), and the bias, (dim,), float32."""
+    def solve(self) -> Tensor:
+        """The decoder that fits best beside its own bias, (rank, dim) float32."""
         gram = self._gram.clone()
-        gram.diagonal().add_(_RIDGE * gram.diagonal().mean() + torch.finfo(torch.float64).tiny)
-        solution = torch.linalg.solve(gram, self._shared).float()
-        return solution[:-1], solution[-1]
+        gram.diagonal().add_(_RIDGE * gram.diagonal().mean() + _TINY)
+        return torch.linalg.solve(gram, self._shared)[:-1].float()
+
+    def bias(self, decoder: Tensor) -> Tensor:
+        """The bias that fits best beside a decoder, (dim,) float32."""
+        total, latents = self._gram[-1, -1], self._gram[-1, :-1]
+        return ((self._shared[-1] - latents @ decoder.double()) / total.clamp_min(_TINY)).float()
+
+
+@dataclass(frozen=True)
+class StoredDecoder:
+    """A decoder as files hold it: row k is 2^exponentₖ weightₖ.
+
+    Attributes:
+        weight: (rank, dim), rounded to a narrow dtype. The largest magnitude of a row is about 1.
+        exponents: (rank,) int8.
+    """
+
+    weight: Tensor
+    exponents: Tensor
+
+    def float(self) -> Tensor:
+        """What it stands for, (rank, dim) float32."""
+        return torch.ldexp(self.weight.float(), self.exponents.unsqueeze(1))
+
+
+@dataclass(frozen=True)
+class DecoderStorage:
+    """How files hold a decoder that was fitted in a metric M = L Lᵀ.
+
+    Attributes:
+        dtype: Of the weight: float16 or float8_e4m3fn.
+        factor: L, (dim, dim) lower triangular float64; None for the identity.
+    """
+
+    dtype: torch.dtype
+    factor: Tensor | None
+
+    def num_bytes(self, rank: int, dim: int) -> int:
+        """Bytes of a decoder of this size, its exponents included."""
+        return rank * (self.dtype.itemsize * dim + 1)
+
+    def round(self, decoder: Tensor) -> StoredDecoder:
+        """Rounds a decoder in the metric, (rank, dim), to one in the table's own coordinates.
+
+        The error of each column is made up for by the columns still to be rounded, as far as the metric allows.
+
+        Source: Babai 1986, the nearest plane algorithm; Frantar et al. 2023 (GPTQ) do so with a layer's weights.
+
+        Example:
+            >>> generator = torch.Generator().manual_seed(0)
+            >>> factor = torch.randn(8, 8, dtype=torch.float64, generator=generator).tril()
+            >>> decoder = torch.randn(100, 8, generator=generator)
+            >>> inverse = torch.linalg.inv(factor).float()
+            >>> plain = DecoderStorage(torch.float8_e4m3fn, None).round(decoder @ inverse).float() @ factor.float()
+            >>> storage = DecoderStorage(torch.float8_e4m3fn, factor)
+            >>> bool((storage.in_metric(storage.round(decoder)) - decoder).norm() < 0.9 * (plain - decoder).norm())
+            True
+        """
+        if self.factor is not None:
+            decoder = torch.linalg.solve_triangular(self.factor, decoder.double(), upper=False, left=False)
+        _, exponents = torch.frexp(decoder.abs().amax(dim=1))
+        exponents = exponents.clamp(-100, 100)
+        exact = torch.ldexp(decoder, -exponents.unsqueeze(1))
+        weight = exact.to(self.dtype)
+        if self.factor is not None and weight.itemsize == 1:  # a finer grid leaves nothing to make up for
+            weight = self._nearest_plane(exact, self.factor / self.factor.diagonal())
+        return StoredDecoder(weight, exponents.to(torch.int8))
+
+    def _nearest_plane(self, exact: Tensor, factor: Tensor) -> Tensor:
+        """Rounds column by column, from the last, which touches every column of the product with L."""
+        errors, weight = torch.zeros_like(exact), torch.empty_like(exact, dtype=self.dtype)
+        for column in range(exact.shape[1] - 1, -1, -1):
+            later = slice(column + 1, None)
+            target = exact[:, column] + errors[:, later] @ factor[later, column]
+            weight[:, column] = target.to(self.dtype)
+            errors[:, column] = exact[:, column] - weight[:, column].to(exact)
+        return weight
+
+    def in_metric(self, stored: StoredDecoder) -> Tensor:
+        """What a stored decoder is in the metric, (rank, dim) float32."""
+        decoder = stored.float()
+        return decoder if self.factor is None else decoder @ self.factor.to(decoder)

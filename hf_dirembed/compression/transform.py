@@ -15,14 +15,17 @@ from torch import Tensor
 from ..layout_dirembed import CODEBOOK_SHAPE, PACKED_CODES, BudgetError, CompressionSpec, Refinement
 from .codec import Codec
 from .coded import CodedTable
+from .decoder import DecoderStorage
 from .importance import Importance, Sample
-from .layers import BASE_SHARE, METRIC_BASE_SHARE, affordable_rows, decoder_bytes, left_for_refinement, plan_layers
+from .layers import BASE_SHARE, METRIC_BASE_SHARE, LayerPlan, Room, plan_layers
 from .quantisation import BitAllocator, Quantisers
 from .subspace import eigenbasis, second_moment
 from .table import Table
 
 
 TEMPERING, METRIC_TEMPERING = 0.7, 0.5  # of the token weights
+DECODER_DTYPES = (torch.float16, torch.float8_e4m3fn)  # the narrower one leaves more room for codes
+_ROUNDING_LEFT = 0.4  # of a decoder's rounding, once the codes are fitted to the rounded decoder
 _QUANTISER_SAMPLE = 1024  # rows that step sizes are searched on
 
 
@@ -93,33 +96,26 @@ def transform(
         True
     """
     settings = settings or TransformSettings()
-    overhead = table.dim * dtype.itemsize + prod(CODEBOOK_SHAPE)
-    least = table.num_rows + decoder_bytes(1, table.dim) + overhead  # one byte a row, spent on its strongest latent
-    if max_bytes < least:
+    factor = None if metric is None else _factor(metric, table.dim)
+    room = max_bytes - table.dim * dtype.itemsize - prod(CODEBOOK_SHAPE)
+    rooms = [Room(room, table.num_rows, table.dim, DecoderStorage(each, factor)) for each in DECODER_DTYPES]
+    least = table.num_rows + min(each.decoder_bytes(1) for each in rooms)  # one byte a row, for its strongest latent
+    if room < least:
+        enough = 8.2 * (least + max_bytes - room) / (table.num_rows * table.dim)
         raise BudgetError(
             f"{max_bytes} bytes do not hold the codes of a {table.num_rows} x {table.dim} table and their decoder: "
-            f"ask for at least bits={8.2 * least / (table.num_rows * table.dim):.3g}"
+            f"ask for at least bits={enough:.3g}"
         )
-    factor = None if metric is None else _factor(metric, table.dim)
     rows = table if factor is None else table.in_metric(factor)
     tempering, base_share = (TEMPERING, BASE_SHARE) if metric is None else (METRIC_TEMPERING, METRIC_BASE_SHARE)
     tempering = tempering if settings.tempering is None else settings.tempering
     importance = Importance.of(rows, weights, tempering, relative=metric is None)
     sample = Sample.draw(rows, importance, settings.sample_rows, settings.seed)
-    codec, refined = _plan(rows, importance, sample, max_bytes - overhead, base_share)
+    codec, refined = _plan(rows, importance, sample, rooms, base_share)
     codec.train(sample, refined[sample.numbers], settings.rounds)
     tensors = codec.encode_table(rows, importance.omega, refined)
-
-    decoder, bias = codec.decoder, codec.bias
-    if factor is not None:
-        inverse = torch.linalg.inv(factor).to(decoder)
-        decoder, bias = decoder @ inverse, bias @ inverse
-    decoder, exponents = _normalised(decoder)
-    tensors |= {
-        "decoder_bias_weight": bias.to(dtype),
-        "decoder_weight": decoder.to(torch.float16),
-        "exponent_weight": exponents,
-    }
+    bias = codec.bias if factor is None else codec.bias @ torch.linalg.inv(factor).to(codec.bias)
+    tensors["decoder_bias_weight"] = bias.to(dtype)
     refinement = None
     if codec.refinement is not None:
         tensors["refined_rows_weight"] = refined.nonzero().squeeze(1).to(torch.int32)
@@ -128,7 +124,7 @@ def transform(
         method="transform",
         rank=codec.base.rank,
         codes=PACKED_CODES,
-        decoder="float16",
+        decoder=str(codec.storage.dtype).removeprefix("torch."),
         bias=True,
         bit_allocation=codec.base.counts,
         refinement=refinement,
@@ -146,31 +142,46 @@ def _factor(metric: Tensor, dim: int) -> Tensor:
     return factor
 
 
-def _normalised(decoder: Tensor) -> tuple[Tensor, Tensor]:
-    """The decoder with rows whose largest magnitude is from ½ to 1, and the exponents that this takes, int8."""
-    _, exponents = torch.frexp(decoder.abs().amax(dim=1))
-    exponents = exponents.clamp(-100, 100)
-    return torch.ldexp(decoder, -exponents.unsqueeze(1)), exponents.to(torch.int8)
-
-
-def _plan(rows: Table, importance: Importance, sample: Sample, room: int, base_share: float) -> tuple[Codec, Tensor]:
-    """Chooses subspace, bits and refined rows; gives the quantisers as a codec, and which rows are refined."""
-    refined = torch.zeros(rows.num_rows, dtype=torch.bool, device=rows.device)
+def _plan(
+    rows: Table, importance: Importance, sample: Sample, rooms: list[Room], base_share: float
+) -> tuple[Codec, Tensor]:
+    """Chooses subspace, bits, storage and refined rows: the quantisers as a codec, and which rows are refined."""
     mean, variances, basis = _principal_axes(rows, importance)
     centred = sample.rows - mean
-    latents = centred @ basis
-    quantisers = Quantisers.fit(latents[sample.resample(centred, _QUANTISER_SAMPLE)], variances)
+    quantisers = Quantisers.fit((centred @ basis)[sample.resample(centred, _QUANTISER_SAMPLE)], variances)
+    allocator = BitAllocator(quantisers)
     order = importance.share.argsort(descending=True, stable=True)
-    layers = plan_layers(BitAllocator(quantisers), importance.share[order], rows.dim, room, base_share)
-    codec = Codec.from_quantisers(layers.base, quantisers, basis, mean)
-    left = left_for_refinement(layers, rows.num_rows, rows.dim, room)
-    if not layers.refinement_bytes:
-        return codec, refined
+    plans: list[tuple[LayerPlan, Room]] = []
+    for room in rooms:
+        rounding = _rounding(room.storage, variances, basis)
+        if plan := plan_layers(allocator, importance.share[order], room, base_share, rounding):
+            plans.append((plan, room))
+    if not plans:
+        raise BudgetError(
+            f"a {rows.num_rows} x {rows.dim} table has no packed codes of {rooms[0].num_bytes} bytes: "
+            "ask for other bits"
+        )
+    layers, room = min(plans, key=lambda each: each[0].error)
+    codec = Codec.from_quantisers(layers.base, quantisers, basis, mean, room.storage)
+    if layers.refinement_bytes:
+        return _refine(codec, layers, room, sample, order, quantisers)
+    return codec, torch.zeros(rows.num_rows, dtype=torch.bool, device=rows.device)
 
-    # The quantisers of what the first layer leaves, of the rows that will roughly be refined.
-    about = affordable_rows(left, layers.refinement_bytes, rows.dim, rows.dim) or 1
-    refined[order[:about]] = True
-    chosen = refined[sample.numbers]
+
+def _rounding(storage: DecoderStorage, variances: Tensor, basis: Tensor) -> Tensor:
+    """(dim,) the error that storing the decoder adds, of each latent, estimated with the basis for the decoder."""
+    stored = storage.in_metric(storage.round(basis.T))
+    return _ROUNDING_LEFT * variances.clamp_min(0) * (stored - basis.T).square().sum(dim=1)
+
+
+def _refine(
+    codec: Codec, layers: LayerPlan, room: Room, sample: Sample, order: Tensor, quantisers: Quantisers
+) -> tuple[Codec, Tensor]:
+    """Adds the quantisers of what the first layer leaves, for as many of the rows, in order, as there is room for."""
+    left = room.left_by(codec.base)
+    refined = torch.zeros(room.num_rows, dtype=torch.bool, device=order.device)
+    refined[order[: room.refinable_rows(left, layers.refinement_bytes, room.dim) or 1]] = True
+    chosen = refined[sample.numbers]  # of the rows that will roughly be refined
     if not chosen.any():  # too few rows to learn a second layer from
         return codec, torch.zeros_like(refined)
     heavy = Sample(sample.numbers[chosen], sample.rows[chosen], sample.omega[chosen])
@@ -180,14 +191,14 @@ def _plan(rows: Table, importance: Importance, sample: Sample, room: int, base_s
     variances, axes = (each.to(residual) for each in eigenbasis(moment / heavy.omega.sum()))
     latents = (residual @ axes)[heavy.resample(residual, _QUANTISER_SAMPLE)]
     quantisers = Quantisers.fit(latents, variances, quantisers.codebooks)
-    allocation = BitAllocator(quantisers).allocate(layers.refinement_bytes, rows.dim)
-    if allocation is None:
-        return codec, torch.zeros_like(refined)
-    number = min(rows.num_rows, affordable_rows(left, layers.refinement_bytes, allocation.rank, rows.dim))
+    allocation = BitAllocator(quantisers).allocate(layers.refinement_bytes, room.dim)
+    number = 0 if allocation is None else room.refinable_rows(left, layers.refinement_bytes, allocation.rank)
     refined = torch.zeros_like(refined)
+    if allocation is None or not number:
+        return codec, refined
     refined[order[:number]] = True
-    further = Codec.from_quantisers(allocation, quantisers, axes, torch.zeros_like(codec.bias))
-    return (codec.refined_by(further) if number else codec), refined
+    further = Codec.from_quantisers(allocation, quantisers, axes, torch.zeros_like(codec.bias), room.storage)
+    return codec.refined_by(further), refined
 
 
 def _principal_axes(rows: Table, importance: Importance) -> tuple[Tensor, Tensor, Tensor]:

@@ -57,7 +57,7 @@ def test_results_are_finite_and_no_worse_than_the_edge_allows(name: str, method:
     coded = compress_table(rows, **METHODS[method])
     found = coded.reconstruct()
     assert found.isfinite().all()
-    assert all(tensor.isfinite().all() for tensor in coded.tensors.values())
+    assert all(tensor.float().isfinite().all() for tensor in coded.tensors.values())
     assert coded.spec.figures["mean_cosine"] >= least
     if not rows.any():
         assert not found.any()

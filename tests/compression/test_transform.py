@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_dirembed.compression import trellis
 from hf_dirembed.compression.codec import Codec, PackedSymbols
 from hf_dirembed.compression.coded import CodedTable
-from hf_dirembed.compression.decoder import DecoderFit
+from hf_dirembed.compression.decoder import DecoderFit, DecoderStorage
 from hf_dirembed.compression.importance import Importance, Sample
 from hf_dirembed.compression.quantisation import Allocation, BitAllocator, Quantisers
 from hf_dirembed.compression.subspace import mean_cosine
@@ -117,8 +117,9 @@ def test_improving_never_raises_a_row_s_error() -> None:
     rows, refined = table_of(300, 24), torch.arange(300) % 3 == 0
     quantisers = Quantisers.fit(rows, rows.square().mean(dim=0))
     base, further = Allocation((1, 4, 10, 8), 0.0), Allocation((0, 1, 4, 16), 0.0)
-    codec = Codec.from_quantisers(base, quantisers, torch.eye(24), torch.zeros(24))
-    codec = codec.refined_by(Codec.from_quantisers(further, quantisers, torch.eye(24), torch.zeros(24)))
+    axes = (torch.eye(24), torch.zeros(24), DecoderStorage(torch.float16, None))
+    codec = Codec.from_quantisers(base, quantisers, *axes)
+    codec = codec.refined_by(Codec.from_quantisers(further, quantisers, *axes))
     turn = torch.eye(44) + 0.2 * torch.randn(44, 44, generator=torch.Generator().manual_seed(1))
     codec.decoder = turn @ codec.decoder
     coded = codec.encode(rows, refined)
@@ -141,11 +142,38 @@ def test_decoder_fit_against_numpy() -> None:
     fit = DecoderFit(4, 7, rows.device)
     for part in (slice(0, 25), slice(25, 60)):
         fit.add(rows[part], latents[part], omega[part])
-    decoder, bias = fit.solve()
+    decoder = fit.solve()
+    bias = fit.bias(decoder)
     root = omega.sqrt().unsqueeze(1).numpy()
     affine = np.concatenate([latents.numpy(), np.ones((60, 1))], axis=1)
     expected = np.linalg.lstsq(affine * root, rows.numpy() * root, rcond=None)[0]
     assert np.allclose(torch.cat([decoder, bias.unsqueeze(0)]).numpy(), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
+def test_storing_a_decoder(dtype: torch.dtype) -> None:
+    """Whatever the size of its rows, what is stored is near what was given, and of the size that optimisers expect."""
+    generator = torch.Generator().manual_seed(0)
+    turn, _ = torch.linalg.qr(torch.randn(24, 24, generator=generator, dtype=torch.float64))
+    factor = torch.linalg.cholesky(turn @ torch.diag(torch.logspace(0, -3, 24).double()) @ turn.T)
+    decoder = torch.randn(40, 24, generator=generator) * torch.logspace(-12, 4, 40).unsqueeze(1)
+    decoder[7] = 0
+    for metric in (None, factor):
+        storage = DecoderStorage(dtype, metric)
+        stored = storage.round(decoder)
+        held = storage.in_metric(stored)
+        assert stored.weight.dtype == dtype
+        assert stored.weight.nbytes + stored.exponents.nbytes == storage.num_bytes(40, 24)
+        assert float(stored.weight.float().abs().max()) <= 4
+        errors = (held - decoder).norm(dim=1) / decoder.norm(dim=1).clamp_min(1e-30)
+        fine = dtype == torch.float16
+        assert float(errors.max()) < (0.002 if fine else 0.06 if metric is None else 0.12)
+
+
+def test_the_decoder_s_storage_follows_its_share_of_the_budget() -> None:
+    """Narrow where the decoder takes much of the bytes, wide where the codes are so fine that its rounding shows."""
+    assert code(table_of(2000, 64), 2).spec.decoder == "float8_e4m3fn"
+    assert code(table_of(20_000, 16), 7).spec.decoder == "float16"
 
 
 def test_a_sample_stands_for_the_table() -> None:

@@ -30,7 +30,10 @@ Metrics: TypeAlias = dict[str, float]
 
 @dataclass(frozen=True)
 class FineTuningSettings:
-    """How a model is fine-tuned; the defaults are BERT's on GLUE, those of transformers' run_glue.
+    """How a model is fine-tuned; the defaults are those of the published code of Bałazy et al. 2021 on GLUE.
+
+    Which are transformers' run_glue's, with 2e-5 and batches of 16 of which two make a step. Two things differ: that
+    code trains with one seed, in float16.
 
     Attributes:
         epochs: Passes over the training data.
@@ -39,6 +42,8 @@ class FineTuningSettings:
         weight_decay: Of AdamW.
         warmup: The share of the steps in which the learning rate rises.
         max_length: Most tokens of an example, special ones included.
+        train_decoder: Whether the decoder of a compressed table trains. The paper's does for its autoencoder, and does
+            not for the SVD that it is compared with.
         seeds: Of the new head, of dropout and of the order of the examples; one run for each.
         device: `cpu`, or else the GPUs where there are some.
 
@@ -58,6 +63,7 @@ class FineTuningSettings:
     weight_decay: float = 0.0
     warmup: float = 0.0
     max_length: int = 128
+    train_decoder: bool = True
     seeds: tuple[int, ...] = (0, 1, 2)
     device: str | None = None
 
@@ -98,11 +104,15 @@ class FineTunedFigures:
     settings: dict[str, Any]
 
 
-def freeze_codes(model: nn.Module) -> None:
+def freeze_codes(model: nn.Module, *, decoders: bool = False) -> None:
     """Leaves decoders trainable and codes as they are, in every method alike.
 
     Packed codes cannot be trained by gradients, float ones could: frozen, methods differ in what they start from, not
     in what is trained. A dense table is left trainable.
+
+    Args:
+        model: Dense or compressed.
+        decoders: Freeze them too.
 
     Example:
         >>> import hf_dirembed
@@ -113,11 +123,11 @@ def freeze_codes(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, CompressedMatrix):
-            module.weight.requires_grad_(False)
+            (module if decoders else module.weight).requires_grad_(False)
 
 
 def load_start(
-    model: str | os.PathLike[str], auto_class: Any, *, seed: int = 0, **config: Any
+    model: str | os.PathLike[str], auto_class: Any, *, seed: int = 0, train_decoder: bool = True, **config: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """What fine-tuning starts from: the model in float32 with a new head, its codes frozen, and its tokenizer.
 
@@ -125,6 +135,7 @@ def load_start(
         model: A folder or a Hub id.
         auto_class: The AutoModel class of the task.
         seed: Of the new head.
+        train_decoder: See [`FineTuningSettings`].
         **config: Settings of the head, like `num_labels`.
 
     Raises:
@@ -145,7 +156,7 @@ def load_start(
             raise EvaluationError(f"{type(tokenizer).__name__} has no padding token: set its pad_token")
         tokenizer.pad_token = tokenizer.eos_token
     start.config.pad_token_id = tokenizer.pad_token_id
-    freeze_codes(start)
+    freeze_codes(start, decoders=not train_decoder)
     return start, tokenizer
 
 

@@ -144,7 +144,7 @@ def glue(
 
     def run(seed: int) -> Metrics:
         start, tokenizer = load_start(
-            model, AutoModelForSequenceClassification, seed=seed,
+            model, AutoModelForSequenceClassification, seed=seed, train_decoder=settings.train_decoder,
             num_labels=len(task.labels) or 1,
             problem_type="single_label_classification" if task.labels else "regression",
         )  # fmt: skip

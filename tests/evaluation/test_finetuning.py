@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_dirembed.checkpoint import compress_checkpoint
 from hf_dirembed.embedding_dirembed import CompressedEmbedding
-from hf_dirembed.evaluation import GLUE, EvaluationError, FineTuningSettings, glue
+from hf_dirembed.evaluation import GLUE, EvaluationError, FineTuningSettings, SquadSettings, glue, squad
 from hf_dirembed.evaluation.finetuning import load_start, train_and_predict
 from hf_dirembed.evaluation.glue_data import load_labelled
 
@@ -53,6 +54,31 @@ def test_the_decoder_trains_and_codes_stay_in_every_method(method: str, dense: P
     trained = {name for name, tensor in embedding.state_dict().items() if not torch.equal(tensor, before[name])}
     assert trained == {name for name in before if name.startswith("decoder")}
     assert {"weight", "decoder_weight"} <= before.keys()
+
+
+def test_the_decoder_stays_where_it_is_asked_to(compressed: Path) -> None:
+    seen = []
+    model, _ = load_start(compressed, AutoModelForSequenceClassification, train_decoder=False, num_labels=2)
+    for name, parameter in model.named_parameters():
+        seen.append(name)
+        assert parameter.requires_grad == ("word_embeddings" not in name), name
+    assert any("word_embeddings.decoder_weight" in name for name in seen)
+
+
+def test_glue_and_squad_pass_it_on(compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(model, tokenizer, *rest, **options):
+        assert not model.get_input_embeddings().decoder_weight.requires_grad
+        raise InterruptedError
+
+    rows = sentences(4, 0)
+    for function in (glue, squad):  # each of the name of its module
+        monkeypatch.setattr(sys.modules[function.__module__], "train_and_predict", refuse)
+    question = {"id": "1", "question": "who", "context": "a cat", "answers": {"text": ["cat"], "answer_start": [2]}}
+    with pytest.raises(InterruptedError):
+        glue(compressed, "sst2", rows, rows, settings=FineTuningSettings(train_decoder=False))
+    settings = SquadSettings(train_decoder=False, max_length=24, doc_stride=4)
+    with pytest.raises(InterruptedError):
+        squad(compressed, [question], [question], settings=settings)
 
 
 def test_the_table_of_a_dense_model_trains(dense: Path) -> None:

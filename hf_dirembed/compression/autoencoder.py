@@ -161,6 +161,30 @@ def train_autoencoder(table: Table, rank: int, settings: AutoencoderSettings | N
         >>> train_autoencoder(Table(rows), rank=2, settings=AutoencoderSettings(epochs=2)).reconstruct().shape
         torch.Size([64, 8])
     """
+    *_, trained = autoencoder_epochs(table, rank, settings)
+    return trained.factorize(table)
+
+
+def autoencoder_epochs(table: Table, rank: int, settings: AutoencoderSettings | None = None) -> Iterator[Autoencoder]:
+    """Trains as [`train_autoencoder`] does, and yields the model after each epoch: the same one, which goes on.
+
+    For choosing an epoch, as the paper does by perplexity on its test set; chosen so, that figure flatters.
+
+    Args:
+        table: See there, and so for the others.
+        rank: See there.
+        settings: See there.
+
+    Raises:
+        BudgetError: If `rank` is not in 1 to dim.
+        TableError: If the table holds a NaN or an infinity.
+
+    Example:
+        >>> table = Table(torch.randn(64, 8, generator=torch.Generator().manual_seed(0)))
+        >>> epochs = autoencoder_epochs(table, rank=2, settings=AutoencoderSettings(epochs=3))
+        >>> [tuple(each.factorize(table).latents.shape) for each in epochs]
+        [(64, 2), (64, 2), (64, 2)]
+    """
     check_rank(rank, table.dim)
     settings = AutoencoderSettings() if settings is None else settings
     generator = torch.Generator().manual_seed(settings.seed)  # on the CPU: the same order of rows on every device
@@ -180,13 +204,10 @@ def train_autoencoder(table: Table, rank: int, settings: AutoencoderSettings | N
             total += loss.detach() * len(batch)
         schedule.step()
         progress.set_postfix(loss=f"{total.item() / table.num_rows:.5f}")
-    del rows
-    with torch.no_grad():
-        latents = torch.cat([model.encode(chunk) for _, chunk in table.chunks()])
-    return Factorization(latents, model.decoder.detach(), model.decoder_bias.detach())
+        yield model
 
 
-class _Autoencoder(torch.nn.Module):
+class Autoencoder(torch.nn.Module):
     """Encoder (dim, rank) and decoder (rank, dim), each with a bias, stored as they multiply row vectors."""
 
     def __init__(self, encoder: Tensor, decoder: Tensor, biases: tuple[Tensor, Tensor], *, elu: bool) -> None:
@@ -196,14 +217,22 @@ class _Autoencoder(torch.nn.Module):
         self.elu = elu
 
     def encode(self, rows: Tensor) -> Tensor:
+        """The latents of rows, (n, dim) to (n, rank)."""
         latents = torch.addmm(self.encoder_bias, rows, self.encoder)
         return F.elu(latents) if self.elu else latents
 
     def forward(self, rows: Tensor) -> Tensor:
+        """The approximated rows, (n, dim)."""
         return torch.addmm(self.decoder_bias, self.encode(rows), self.decoder)
 
+    @torch.no_grad()
+    def factorize(self, table: Table) -> Factorization:
+        """What the model makes of a table at this moment; training it further changes nothing of that."""
+        latents = torch.cat([self.encode(chunk) for _, chunk in table.chunks()])
+        return Factorization(latents, self.decoder.detach().clone(), self.decoder_bias.detach().clone())
 
-def _initial_model(table: Table, rank: int, settings: AutoencoderSettings, generator: torch.Generator) -> _Autoencoder:
+
+def _initial_model(table: Table, rank: int, settings: AutoencoderSettings, generator: torch.Generator) -> Autoencoder:
     def uniform(*shape: int, fan_in: int) -> Tensor:  # as torch.nn.Linear does it, which takes no generator
         return torch.empty(shape).uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator)
 
@@ -214,7 +243,7 @@ def _initial_model(table: Table, rank: int, settings: AutoencoderSettings, gener
     else:
         encoder, decoder = uniform(table.dim, rank, fan_in=table.dim), uniform(rank, table.dim, fan_in=rank)
         biases = uniform(rank, fan_in=table.dim), uniform(table.dim, fan_in=rank)
-    return _Autoencoder(encoder, decoder, biases, elu=settings.nonlinear_encoder).to(table.device)
+    return Autoencoder(encoder, decoder, biases, elu=settings.nonlinear_encoder).to(table.device)
 
 
 def _batches(rows: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:

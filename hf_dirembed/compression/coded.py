@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..layout_dirembed import CompressionSpec
 from ..matrix_dirembed import CompressedMatrix
+from .factorization import Factorization
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,32 @@ class CodedTable:
 
     spec: CompressionSpec
     tensors: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, found: Factorization, method: str, *, codes: str, decoder: str) -> CodedTable:
+        """Stores float latents and their decoder.
+
+        Args:
+            found: What a method found.
+            method: Its name.
+            codes: Dtype of the latents, one of `FLOAT_CODES`.
+            decoder: Dtype of decoder and bias, likewise.
+
+        Example:
+            >>> coded = CodedTable.of(
+            ...     Factorization(torch.ones(4, 1), torch.ones(1, 3)), "svd", codes="float16", decoder="float32"
+            ... )
+            >>> coded.tensors["weight"].dtype, coded.reconstruct(slice(0, 1))
+            (torch.float16, tensor([[1., 1., 1.]]))
+        """
+        dtype = getattr(torch, decoder)
+        tensors = {"decoder_weight": found.decoder.to(dtype), "weight": found.latents.to(getattr(torch, codes))}
+        if found.bias is not None:
+            tensors["decoder_bias_weight"] = found.bias.to(dtype)
+        spec = CompressionSpec(
+            method=method, rank=found.rank, codes=codes, decoder=decoder, bias=found.bias is not None
+        )
+        return cls(spec, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
 
     def to_matrix(self) -> CompressedMatrix:
         """The module that decodes it in float32, its codes in the same storage."""

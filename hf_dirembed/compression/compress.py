@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..embedding_dirembed import CompressedEmbedding
-from ..layout_dirembed import FLOAT_CODES, BudgetError, CompressionSpec, ModelError, TableError
+from ..layout_dirembed import FLOAT_CODES, BudgetError, ModelError, TableError
 from ..metadata import hub_id
 from ..modeling_dirembed import DirEmbedModelMixin, convert, embedding_of, restore, tied_modules
 from .autoencoder import AutoencoderSettings, train_autoencoder
@@ -154,11 +154,7 @@ def _factorize(
     else:
         assert not isinstance(settings, TransformSettings)
         found = train_autoencoder(table, rank, settings)
-    tensors = {"decoder_weight": found.decoder.to(dtype), "weight": found.latents.to(code_dtype)}
-    if found.bias is not None:
-        tensors["decoder_bias_weight"] = found.bias.to(dtype)
-    spec = CompressionSpec(method=method, rank=rank, codes=codes, decoder=decoder, bias=found.bias is not None)
-    return CodedTable(spec, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+    return CodedTable.of(found, method, codes=codes, decoder=decoder)
 
 
 def compress(

@@ -6,7 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_dirembed.compression.autoencoder import AutoencoderSettings, autoencoder_loss, train_autoencoder
+from hf_dirembed.compression.autoencoder import (
+    AutoencoderSettings,
+    autoencoder_epochs,
+    autoencoder_loss,
+    train_autoencoder,
+)
 from hf_dirembed.compression.subspace import mean_cosine, svd
 from hf_dirembed.compression.table import Table
 from hf_dirembed.layout_dirembed import BudgetError
@@ -134,3 +139,12 @@ def test_bad_settings_name_the_value_and_the_mend(bad):
 def test_bad_rank():
     with pytest.raises(BudgetError, match="rank=5"):
         train_autoencoder(Table(torch.ones(3, 4)), 5)
+
+
+def test_the_epochs_are_those_of_one_training() -> None:
+    table = Table(random_rows(200, 8))
+    epochs = [each.factorize(table).reconstruct() for each in autoencoder_epochs(table, 3, QUICK)]
+    assert len(epochs) == QUICK.epochs
+    assert torch.equal(epochs[-1], train_autoencoder(table, 3, QUICK).reconstruct())
+    assert torch.equal(epochs[0], train_autoencoder(table, 3, replace(QUICK, epochs=1)).reconstruct())
+    assert not torch.equal(epochs[0], epochs[1])

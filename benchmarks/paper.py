@@ -29,10 +29,10 @@ from typing import Any, NoReturn
 from paper_protocol import CODES, METHODS, Dense, Measures, fit, root_mean_square_error
 from transformers import PreTrainedModel
 
-from hf_dirembed import DirEmbedError
+from hf_dirembed import CompressedEmbedding, DirEmbedError
 from hf_dirembed.compression.subspace import mean_cosine
 from hf_dirembed.compression.table import Table
-from hf_dirembed.evaluation import GLUE
+from hf_dirembed.evaluation import GLUE, EvaluationError
 from hf_dirembed.evaluation.results import installed_versions
 from hf_dirembed.evaluation.tasks import parse_seeds
 from hf_dirembed.modeling_dirembed import embedding_of
@@ -115,9 +115,11 @@ def make_rows(dense: Dense, measures: Measures, arguments: argparse.Namespace) -
             coded = fit(dense, method, rank, measures, faithful=arguments.faithful)
             seconds = time.perf_counter() - start
             model = dense.compressed(coded)
+            embedding = embedding_of(model)
+            assert isinstance(embedding, CompressedEmbedding)
             row = Row(
                 METHODS[method], ratio, None if method == "transform" else rank,
-                bits_per_weight=embedding_of(model).bits_per_weight,
+                bits_per_weight=embedding.bits_per_weight,
                 fit_seconds=seconds,
                 mean_cosine=mean_cosine(table, coded),
                 token_cosine=mean_cosine(table, coded, dense.weights),
@@ -127,7 +129,7 @@ def make_rows(dense: Dense, measures: Measures, arguments: argparse.Namespace) -
 
 
 def notes(dense: Dense, measures: Measures, arguments: argparse.Namespace) -> list[str]:
-    """How the table is to be read."""
+    """How the table is to be read, and how the measures were taken."""
     rows, dim = dense.rows.shape
     dtype = str(dense.rows.dtype).removeprefix("torch.")
     head = "the head is tied to it" if dense.tied else "no head is tied to it"
@@ -152,38 +154,44 @@ def notes(dense: Dense, measures: Measures, arguments: argparse.Namespace) -> li
             "mended: perplexity also with the tied head; the autoencoder's last epoch, none chosen; in fine-tuning "
             "all decoders train, and all codes stay"
         )
-    limits = [
-        f"{getattr(arguments, name):,} {what}"
-        for name, what in (
-            ("max_tokens", "tokens of text"),
-            ("max_pairs", "pairs"),
-            ("max_examples", "examples to train, and to evaluate, on"),
-        )
-        if getattr(arguments, name) is not None
+    taken = [
+        f"{name}: " + ", ".join(f"{key} {value}" for key, value in settings.items() if value not in ("", None))
+        for name, settings in measures.settings.items()
     ]
-    return [*found, f"Protocol, {protocol}." + (f" At most {', '.join(limits)}." if limits else "")]
+    return [*found, f"Protocol, {protocol}.", *taken]
+
+
+def keep(file: Path, content: dict[str, Any]) -> None:
+    """Writes JSON; readers see the old file or the new one.
+
+    Raises:
+        EvaluationError: If it cannot be written.
+    """
+    try:
+        with staged_file(file) as sibling:
+            sibling.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise EvaluationError(f"{file} cannot be written ({error.strerror}): choose another place") from error
 
 
 def run(arguments: argparse.Namespace, command: str) -> None:
     """Prints the Markdown table row by row, and keeps JSON of what there is after each."""
     dense = Dense.load(arguments.model, arguments.calibrate, arguments.languages)
     measures = Measures(dense, arguments)
-    said = notes(dense, measures, arguments)
     done: list[Row] = []
     for row in make_rows(dense, measures, arguments):
-        if not done:
-            print(f"`{command}`\n", *(f"- {note}" for note in said), sep="\n", end="\n\n")
+        done.append(row)
+        said = notes(dense, measures, arguments)
+        if len(done) == 1:
             titles = (*COLUMNS, *row.metrics)
+            print(f"`{command}`\n", *(f"- {note}" for note in said), sep="\n", end="\n\n")
             print(line(titles), line(["---"] * len(titles)), sep="\n")
         print(line(row.cells()), flush=True)
-        done.append(row)
         if arguments.json is not None:
-            content = {
-                "command": command, "protocol": "faithful" if arguments.faithful else "mended", "notes": said,
-                "rows": [asdict(each) for each in done], "versions": installed_versions(),
-            }  # fmt: skip
-            with staged_file(arguments.json) as sibling:
-                sibling.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            protocol = "faithful" if arguments.faithful else "mended"
+            rows = [asdict(each) for each in done]
+            found = {"command": command, "protocol": protocol, "notes": said, "settings": measures.settings}
+            keep(arguments.json, {**found, "rows": rows, "versions": installed_versions()})
 
 
 class Parser(argparse.ArgumentParser):
@@ -221,6 +229,12 @@ def parse_task(text: str) -> tuple[str, tuple[str, ...]]:
     return subset, parse_data(data)
 
 
+def output_file(text: str) -> Path:
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {Path(text).parent}: make it first")
+    return Path(text)
+
+
 def make_parser() -> Parser:
     description, _, rest = (__doc__ or "").partition("\n\n")
     parser = Parser(
@@ -244,7 +258,7 @@ def make_parser() -> Parser:
     add("--max-tokens", type=count, metavar="N", help="of each text, for a quick look")
     add("--max-pairs", type=count, metavar="N", help="of each set, for a quick look")
     add("--max-examples", type=count, metavar="N", help="of each set to train and to evaluate on, for a quick look")
-    add("--json", type=Path, metavar="FILE", help="keep the figures here, too; written anew after each row")
+    add("--json", type=output_file, metavar="FILE", help="keep the figures here, too; written anew after each row")
     return parser
 
 

@@ -7,7 +7,7 @@ import copy
 import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,9 @@ class Measures:
         dense: The model that the others are made from.
         arguments: Those of the command: data, limits, and whether the protocol is the published one.
 
+    Attributes:
+        settings: By measure, how it was taken last: the same for every model.
+
     Raises:
         EvaluationError: If a text or pairs of sentences cannot be read, or there is no head to take perplexity with.
     """
@@ -128,6 +131,7 @@ class Measures:
         self.pairs = [load_pairs(each) for each in arguments.pairs]
         if self.texts and dense.model.get_output_embeddings() is None:
             raise EvaluationError(f"{arguments.model} has no language-model head for perplexity: leave --text out")
+        self.settings: dict[str, dict[str, Any]] = {}
         self.causal = dense.model.can_generate() and not dense.model.config.is_encoder_decoder
 
     def __call__(self, model: PreTrainedModel, method: str) -> Figures:
@@ -153,15 +157,18 @@ class Measures:
                         else:
                             whole_word = masking == " whole-word"
                             found = masked_perplexity(model, tokenizer, text, whole_word=whole_word, **sizes)
+                    self._note(f"{text.source}{masking}", found)
                     yield {f"{text.source}{masking} perplexity, {head}": (found.perplexity, None)}
 
     def _similarities(self, model: PreTrainedModel) -> Figures:
         options = {name: getattr(self.arguments, name) for name in ("pooling", "prefix")}
         options["limit"] = self.arguments.max_pairs
-        return {
-            f"{pairs.source} Spearman x 100": (100 * sts(model, pairs, self.dense.tokenizer, **options).spearman, None)
-            for pairs in self.pairs
-        }
+        figures: Figures = {}
+        for pairs in self.pairs:
+            found = sts(model, pairs, self.dense.tokenizer, **options)
+            self._note(str(pairs.source), found)
+            figures[f"{pairs.source} Spearman x 100"] = (100 * found.spearman, None)
+        return figures
 
     def _fine_tuned(self, model: PreTrainedModel, method: str) -> Figures:
         """GLUE and SQuAD; as published, the decoder of the SVD alone stays as it is."""
@@ -173,11 +180,11 @@ class Measures:
             for subset, data in self.arguments.fine_tune:
                 settings = FineTuningSettings(**options)
                 found = glue(folder, subset, *data, settings=settings, limit=self.arguments.max_examples)
-                figures |= _columns(f"{subset} ", 100, found)
+                figures |= self._columns(subset, 100, found)
             for data in self.arguments.squad:
                 settings = SquadSettings(**options)
                 found = squad(folder, *data, settings=settings, limit=self.arguments.max_examples)
-                figures |= _columns("SQuAD ", 1, found)
+                figures |= self._columns("SQuAD", 1, found)
         return figures
 
     def _saved(self, model: PreTrainedModel) -> Any:
@@ -189,13 +196,23 @@ class Measures:
         self.dense.tokenizer.save_pretrained(folder.name)
         return folder
 
+    def _columns(self, name: str, scale: float, found: FineTunedFigures) -> Figures:
+        self._note(name, found)
+        unit = f" x {scale}" if scale != 1 else ""
+        deviations = {metric: scale * value for metric, value in found.deviations.items()}
+        return {
+            f"{name} {metric}{unit}": (scale * value, deviations.get(metric))
+            for metric, value in found.metrics.items()
+        }
 
-def _columns(name: str, scale: float, found: FineTunedFigures) -> Figures:
-    deviations = {metric: scale * value for metric, value in found.deviations.items()}
-    unit = f" x {scale}" if scale != 1 else ""
-    return {
-        f"{name}{metric}{unit}": (scale * value, deviations.get(metric)) for metric, value in found.metrics.items()
-    }
+    def _note(self, name: str, found: Any) -> None:
+        """Records how figures were taken, without the figures and what the protocol says of each model."""
+        if isinstance(found, FineTunedFigures):
+            settings = {**found.settings, "train": str(found.training), "data": str(found.data)}
+        else:
+            settings = {key: value for key, value in asdict(found).items() if key not in found.MEASURES}
+        left_out = ("head", "train_decoder", "whole_word", "subset")
+        self.settings[name] = {key: value for key, value in settings.items() if key not in left_out}
 
 
 def fit(dense: Dense, method: str, rank: int, measures: Measures, *, faithful: bool) -> CodedTable:

@@ -98,6 +98,9 @@ def test_all_columns_of_a_masked_model(paper, capsys: pytest.CaptureFixture[str]
     assert found["protocol"] == "mended"
     assert f"`{found['command']}`" == output.splitlines()[0]
     assert all(f"- {note}" in output for note in found["notes"])
+    assert list(found["settings"]) == ["text.txt whole-word", "text.txt 15 %", "pairs.csv"]
+    assert found["settings"]["pairs.csv"]["num_pairs"] == 16
+    assert f"- text.txt 15 %: masked_tokens {found['settings']['text.txt 15 %']['masked_tokens']}, " in output
     dense, *rows = found["rows"]
     assert [list(row["metrics"]) for row in (dense, *rows)] == [titles[8:]] * 8
     # 160 x 32 numbers over 2.5, in ranks of 160 + 32: what float16 latents and a float32 decoder take.
@@ -121,7 +124,10 @@ def test_fine_tuned_columns_have_deviations(paper, capsys: pytest.CaptureFixture
     paper.main(["masked", *data, "--seeds", "0,1", "--epochs", "1", "--ratios", "5", "--methods", "transform"])
     titles, *rows = read(capsys.readouterr().out)
     assert titles[8:] == ["sst2 accuracy x 100", "SQuAD exact_match", "SQuAD f1"]
-    for cells, row in zip(rows, json.loads(Path("tuned.json").read_text())["rows"], strict=True):
+    found = json.loads(Path("tuned.json").read_text())
+    assert found["settings"]["sst2"]["epochs"] == found["settings"]["SQuAD"]["epochs"] == 1
+    assert found["settings"]["SQuAD"]["num_train"] == 4
+    for cells, row in zip(rows, found["rows"], strict=True):
         assert list(row["metrics"]) == list(row["deviations"]) == titles[8:]
         assert cells[8] == f"{row['metrics'][titles[8]]:.2f} ± {row['deviations'][titles[8]]:.2f}"
         assert 0 <= row["metrics"]["SQuAD exact_match"] <= row["metrics"]["SQuAD f1"] <= 100
@@ -187,6 +193,7 @@ def test_the_tables_alone(paper, capsys: pytest.CaptureFixture[str]) -> None:
         ("masked --max-tokens 0", "0 leaves nothing: give a whole number from 1"),
         ("masked --text nowhere.txt", "nowhere.txt"),
         ("nowhere", "nowhere"),
+        ("masked --json nowhere/found.json", "there is no folder nowhere: make it first"),
         ("headless --text text.txt", "headless has no language-model head for perplexity: leave --text out"),
         ("masked --ratios 1000", "rank=0 is not a positive whole number"),
     ],

@@ -1,0 +1,153 @@
+"""The pictures of a report."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .registry import METHODS
+from .report import ModelReport, Report
+from .running import Point
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# One colour and marker for each line, the same in all pictures; ours are full, those of others are hollow.
+STYLES: dict[str, tuple[str, str]] = {
+    "transform": ("#1f6fb4", "o"),
+    "direction": ("#2a9d8f", "s"),
+    "svd": ("#8ab17d", "D"),
+    "sklearn-svd": ("#b08968", "D"),
+    "tltorch-tt": ("#7a8793", "v"),
+    "torchao": ("#e08a1e", "^"),
+    "bitsandbytes": ("#c8453c", "P"),
+    "dense": ("#444444", "x"),
+}
+LINEAR = {False: 0.1, True: 1.0}  # below it the axis of losses is linear: points of Spearman, per cent of perplexity
+TICKS = (0.25, 0.5, 1, 2, 4, 8, 16, 32)
+
+
+def draw(report: Report, folder: Path, suffix: str = "svg") -> list[Path]:
+    """Draws all pictures of a report.
+
+    Returns:
+        The files.
+    """
+    files = []
+    for model in report.models:
+        file = folder / f"quality-{re.sub(r'[^A-Za-z0-9.-]', '_', model.name)}.{suffix}"
+        _draw_quality(model, file)
+        files.append(file)
+    if any("fit_s" in point.measured for point in report.scaling):
+        files.append(folder / f"scaling.{suffix}")
+        _draw_scaling(report, files[-1])
+    return files
+
+
+def _figure(panels: int) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6 * panels + 1.9, 4.1), layout="constrained")
+    return figure, figure.subplots(1, panels, squeeze=False)[0]
+
+
+def _save(figure: Any, file: Path) -> None:
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "peers", "svg.fonttype": "none"}):  # the same bytes again
+        figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
+
+
+def _draw_quality(model: ModelReport, file: Path) -> None:
+    names = list(model.dense)
+    figure, panels = _figure(len(names))
+    for axes, name in zip(panels, names, strict=True):
+
+        def loss(point: Point, name: str = name) -> float | None:
+            found = point.quality.get(name)
+            return None if found is None else 100 * (found - 1) if model.lower_is_better else -found
+
+        points = [point for point in model.points if point.method != "dense"]
+        _lines(axes, points, lambda point: point.bits, loss)
+        axes.axhline(0, color=STYLES["dense"][0], lw=0.8, ls=":")
+        _scale(axes, linear=LINEAR[model.lower_is_better])
+        axes.set_title(name, fontsize=10)
+        unit = "perplexity above dense, %" if model.lower_is_better else "Spearman x 100 lost"
+        _label(axes, "bits per weight", unit)
+    _legend(figure, panels)
+    figure.suptitle(f"{model.name}: lower and further left is better", fontsize=12)
+    _save(figure, file)
+
+
+def _scale(axes: Axes, linear: float) -> None:
+    """Logarithmic axes with round numbers at their ticks; losses near zero and gains are on a linear part."""
+    (left, right), (low, high) = (axes.dataLim.intervalx, axes.dataLim.intervaly)
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(left / 1.2, right * 1.2)
+    axes.set_yscale("symlog", linthresh=linear)
+    axes.set_ylim(1.5 * min(low, -linear), 2 * max(high, linear))
+    ticks = [tick for tick in TICKS if left / 1.2 <= tick <= right * 1.2]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    bottom, top = axes.get_ylim()
+    powers = [linear * 10**exponent for exponent in range(8)]
+    losses = [tick for tick in (*(-power for power in powers), 0, *powers) if bottom <= tick <= top]
+    axes.set_yticks(losses, [f"{tick:,g}" for tick in losses])
+    axes.minorticks_off()
+
+
+def _draw_scaling(report: Report, file: Path) -> None:
+    figure, (left, right) = _figure(2)
+    fitted = [point for point in report.scaling if point.method != "dense"]
+    _lines(left, fitted, lambda point: point.rows, lambda point: point.measured.get("fit_s"))
+    _lines(right, report.scaling, lambda point: point.rows, lambda point: point.measured.get("lookup", {}).get("ms"))
+    for axes, title, unit in ((left, "fitting", "seconds"), (right, "lookup of 32 x 128 tokens", "milliseconds")):
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_title(title, fontsize=10)
+        _label(axes, "rows of the table", unit)
+    _legend(figure, (left, right))
+    figure.suptitle(f"Time against vocabulary size, {report.scaling_dim} columns", fontsize=12)
+    _save(figure, file)
+
+
+def _lines(
+    axes: Axes, points: Sequence[Point], x: Callable[[Point], float], y: Callable[[Point], float | None]
+) -> None:
+    """One line for each method with a budget; the fixed methods of a package are points of one line in quality."""
+    by_rows = len({point.rows for point in points}) > 1
+    groups: dict[str, list[Point]] = {}
+    for point in points:
+        groups.setdefault(point.method if by_rows else METHODS[point.method].family, []).append(point)
+    for name, group in groups.items():
+        found = [(x(point), value) for point in group if (value := y(point)) is not None and math.isfinite(value)]
+        if not found:
+            continue
+        color, marker = STYLES[METHODS[group[0].method].family]
+        ours = METHODS[group[0].method].package in ("hf_dirembed", "torch")
+        axes.plot(
+            *zip(*sorted(found), strict=True),
+            color=color,
+            marker=marker,
+            ms=5.5,
+            lw=2.2 if name == "transform" else 1.3,
+            ls="-" if ours else "--",
+            markerfacecolor=color if ours else "white",
+            label=name,
+        )
+
+
+def _legend(figure: Any, panels: Sequence[Axes]) -> None:
+    handles = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False, fontsize=9)
+
+
+def _label(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.25, lw=0.6)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)

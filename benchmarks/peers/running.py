@@ -1,0 +1,207 @@
+"""Runs the measurements, each in a child process, and gathers what they find."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .measure import Job, measure
+from .methods import Dense, Method, Table
+from .registry import METHODS
+from .subjects import Subject
+
+
+# Forked from a process that has imported torch and transformers and done nothing else: importing takes seconds.
+PROCESSES: Any = multiprocessing.get_context("forkserver" if sys.platform.startswith("linux") else "spawn")
+PROCESSES.set_forkserver_preload(["benchmarks.peers.measure"])
+SIZES = (10_000, 30_000, 100_000, 300_000, 1_000_000)  # rows of synthetic tables
+Progress = Callable[[str], None]
+
+
+@dataclass
+class Point:
+    """One method at one budget.
+
+    Attributes:
+        method: Its name.
+        asked_bits: The budget; None for a method without.
+        rows: V.
+        measured: What the processes found; see `measure`.
+        quality: How the model's figures change on each file.
+        failures: Why a measurement has no result, by its kind.
+    """
+
+    method: str
+    asked_bits: float | None
+    rows: int
+    measured: dict[str, Any] = field(default_factory=dict)
+    quality: dict[str, float] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight, packed; NaN where fitting failed."""
+        return self.measured.get("bits", float("nan"))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    Attributes:
+        methods: Their names.
+        bits: The budgets.
+        timeout: Seconds after which one measurement is given up.
+        repeats: Of each timing.
+        batches: Of states, for heads.
+        progress: Is told what begins.
+    """
+
+    methods: Sequence[str]
+    bits: Sequence[float]
+    timeout: float
+    repeats: int
+    batches: tuple[int, ...]
+    progress: Progress
+
+    def budgets(self) -> Iterator[tuple[Method, float | None]]:
+        """Every method at each of its budgets, the dense table first."""
+        for name in dict.fromkeys(["dense", *self.methods]):
+            method = METHODS[name]
+            for bits in self.bits if method.has_budget else (None,):
+                yield method, bits
+
+
+def run_process(
+    measurement: Callable[[str], dict[str, Any]], job: str, work: Path, timeout: float
+) -> tuple[dict[str, Any], str | None]:
+    """Runs a measurement in a process of its own.
+
+    Args:
+        measurement: A function of a module, given `job`.
+        job: As JSON.
+        work: A folder for what the process finds and says.
+        timeout: Seconds after which it is killed.
+
+    Returns:
+        What it found, and why there is nothing.
+    """
+    result, log = work / "result.json", work / "log.txt"
+    result.unlink(missing_ok=True)
+    process = PROCESSES.Process(target=_write, args=(measurement, job, result, log))
+    process.start()
+    try:
+        process.join(timeout)
+    finally:
+        late = process.is_alive()
+        process.kill()
+        process.join()
+    if late:
+        return {}, f"took longer than {timeout:g} s"
+    if process.exitcode and process.exitcode < 0:
+        return {}, f"killed by signal {-process.exitcode}"
+    if process.exitcode:
+        lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return {}, f"does not run here: {lines[-1] if lines else f'exit code {process.exitcode}'}"
+    return json.loads(result.read_text(encoding="utf-8")), None
+
+
+def _write(measurement: Callable[[str], dict[str, Any]], job: str, result: Path, log: Path) -> None:
+    """In the process; what it raises is the last line of the log."""
+    with log.open("w", encoding="utf-8") as opened:
+        os.dup2(opened.fileno(), 1)
+        os.dup2(opened.fileno(), 2)
+    result.write_text(json.dumps(measurement(job)), encoding="utf-8")
+
+
+class Bench:
+    """Measures methods on one table."""
+
+    def __init__(self, table: Table, settings: Settings, work: Path) -> None:
+        self.settings, self.work = settings, work
+        self.num_rows = len(table.rows)
+        table.save(work / "table.safetensors")
+        Dense().fit(table, None).save(work / "dense.safetensors")
+
+    def measure(self, method: Method, bits: float | None, *, with_head: bool, keep_rows: bool) -> Point:
+        """All measurements of one method at one budget; what cannot be measured leaves its reason."""
+        point = Point(method.name, bits, self.num_rows)
+        if not method.is_installed:
+            point.failures["fit"] = f"needs {method.package}: pip install 'hf_dirembed[benchmarks]'"
+            return point
+        kinds = ["fit", "lookup", *(["head"] if with_head else [])]
+        for kind in kinds:
+            budget = f", {bits:g} bits" if bits else ""
+            self.settings.progress(f"{method.name}{budget}, {self.num_rows:,} rows: {kind}")
+            job = Job(
+                kind,
+                method.name,
+                table=str(self.work / "table.safetensors"),
+                stored=str(self.work / "stored.safetensors"),
+                bits=bits,
+                rows=str(self.work / "rows.safetensors") if keep_rows else None,
+                dense=str(self.work / "dense.safetensors"),
+                batches=self.settings.batches,
+                repeats=self.settings.repeats,
+            )
+            found, failure = run_process(measure, job.to_json(), self.work, self.settings.timeout)
+            point.measured |= found
+            if failure:
+                point.failures[kind] = failure
+                if kind == "fit":
+                    break
+        return point
+
+    def rows(self) -> torch.Tensor:
+        """Those of the last fit."""
+        return Table.load(self.work / "rows.safetensors").rows
+
+
+def measure_subject(subject: Subject, settings: Settings, work: Path) -> list[Point]:
+    """All methods on a model's table."""
+    bench = Bench(subject.table, settings, work)
+    points = []
+    for method, bits in settings.budgets():
+        point = bench.measure(method, bits, with_head=subject.tied, keep_rows=True)
+        if "fit" not in point.failures:
+            point.quality = subject.quality(bench.rows())
+        points.append(point)
+    return points
+
+
+def measure_scaling(max_rows: int, dim: int, settings: Settings, work: Path) -> list[Point]:
+    """Fitting and lookup on synthetic tables; a method that fails at one size is not tried at the next."""
+    points: list[Point] = []
+    given_up: dict[tuple[str, float | None], Point] = {}
+    for rows in (size for size in SIZES if size <= max_rows):
+        bench = Bench(synthetic_table(rows, dim), settings, work)
+        for method, bits in settings.budgets():
+            if (method.name, bits) in given_up:
+                continue
+            point = bench.measure(method, bits, with_head=False, keep_rows=False)
+            if point.failures:
+                given_up[method.name, bits] = point
+            points.append(point)
+    return points
+
+
+def synthetic_table(rows: int, dim: int, seed: int = 0) -> Table:
+    """A float32 table whose k-th principal axis has a deviation of k^-½, with Zipf weights.
+
+    Example:
+        >>> synthetic_table(500, 16).rows.shape
+        torch.Size([500, 16])
+    """
+    generator = torch.Generator().manual_seed(seed)
+    axes, _ = torch.linalg.qr(torch.randn(dim, dim, generator=generator))
+    scale = torch.arange(1, dim + 1).rsqrt()
+    weights = 1 / (torch.arange(rows, dtype=torch.float64) + 50)
+    return Table(torch.randn(rows, dim, generator=generator) * scale @ axes, weights / weights.sum())

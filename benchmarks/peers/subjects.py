@@ -1,0 +1,165 @@
+"""The models that tables are taken from, and how good they are with the rows that a method gives."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_dirembed.checkpoint import find_checkpoint, load_model, load_tokenizer
+from hf_dirembed.compression import calibrate
+from hf_dirembed.compression.compress import Calibration
+from hf_dirembed.compression.languages import card_languages
+from hf_dirembed.compression.weights import token_weights
+from hf_dirembed.evaluation import EvaluationError, load_pairs, load_text, perplexity, sts
+from hf_dirembed.modeling_dirembed import CompressedEmbedding, embedding_of, tied_modules
+
+from .methods import Table
+
+
+@dataclass(frozen=True)
+class Data:
+    """What models are evaluated on.
+
+    Attributes:
+        pairs: STS files or dataset ids, for encoders.
+        text: Held-out text files or dataset ids, for causal language models.
+        calibrate: A text file for those methods that can use one; for causal language models only.
+        calibration_tokens: How much of it, at most.
+        languages: Of the text that the models are for; by default those of their cards.
+        prefix: Put before each sentence of a pair.
+        limit: Pairs or tokens of each file, at most.
+    """
+
+    pairs: Sequence[str] = ()
+    text: Sequence[str] = ()
+    calibrate: str | None = None
+    calibration_tokens: int = 32_768
+    languages: Sequence[str] = ()
+    prefix: str = ""
+    limit: int | None = None
+
+
+class Subject(ABC):
+    """A model whose table is replaced.
+
+    Attributes:
+        measure: What its figures are.
+        change: How a figure is compared with the dense model's.
+        name: The model's.
+        folder: Where it lies.
+        table: Its table, with what hf_dirembed's methods know of it.
+        tied: Whether its head is the same table.
+        dense: Its figures on each file, as it is.
+    """
+
+    measure: ClassVar[str]
+    change: ClassVar[str]
+    lower_is_better: ClassVar[bool]
+
+    def __init__(self, name: str, folder: Path, model: PreTrainedModel, tokenizer: Any, data: Data) -> None:
+        self.name, self.folder, self.data = name, folder, data
+        self._model, self._tokenizer = model, tokenizer
+        self.tied = model.get_output_embeddings() is not None and len(tied_modules(model)) > 1
+        rows = embedding_of(model).weight.detach().clone()
+        weights, metric = self._hints(rows)
+        self.table = Table(rows, weights, metric)
+        self.dense = self._figures()
+
+    def _hints(self, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Token weights and metric."""
+        languages = tuple(self.data.languages) or card_languages(self.folder) or None
+        return token_weights(self._tokenizer, len(rows), languages=languages), None
+
+    @torch.no_grad()
+    def quality(self, rows: Tensor) -> dict[str, float]:
+        """How the figures change on each file, with these rows as the table, and as the tied head."""
+        embedding_of(self._model).weight.copy_(rows)
+        return {name: self._changed(found, self.dense[name]) for name, found in self._figures().items()}
+
+    @abstractmethod
+    def _figures(self) -> dict[str, float]:
+        """The figure on each file."""
+
+    @staticmethod
+    @abstractmethod
+    def _changed(found: float, dense: float) -> float:
+        """A figure compared with the dense model's."""
+
+
+class Encoder(Subject):
+    """A sentence encoder, by semantic textual similarity."""
+
+    measure = "Spearman x 100"
+    change = "difference to dense"
+    lower_is_better = False
+
+    def _figures(self) -> dict[str, float]:
+        found = {}
+        for source in self.data.pairs:
+            figures = sts(
+                self._model, load_pairs(source), self._tokenizer, prefix=self.data.prefix, limit=self.data.limit
+            )
+            found[Path(source).name] = 100 * figures.spearman
+        return found
+
+    @staticmethod
+    def _changed(found: float, dense: float) -> float:
+        return found - dense
+
+
+class CausalLM(Subject):
+    """A causal language model, by perplexity in windows of 512 tokens."""
+
+    measure = "perplexity"
+    change = "ratio to dense"
+    lower_is_better = True
+
+    def _hints(self, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        if self.data.calibrate is None:
+            return super()._hints(rows)
+        languages = tuple(self.data.languages) or card_languages(self.folder) or None
+        tokens = self.data.calibration_tokens
+        statistics = calibrate(self._model, self._tokenizer, self.data.calibrate, max_tokens=tokens)
+        found = Calibration.of(self._model, self._tokenizer, statistics, languages)
+        return found.weights, found.metric
+
+    def _figures(self) -> dict[str, float]:
+        found = {}
+        for source in self.data.text:
+            figures = perplexity(
+                self._model, self._tokenizer, load_text(source), max_tokens=self.data.limit, batch_size=2
+            )
+            found[Path(source).name] = figures.perplexity
+        return found
+
+    @staticmethod
+    def _changed(found: float, dense: float) -> float:
+        return found / dense
+
+
+def load_subject(name: str, data: Data) -> Subject:
+    """Loads a model, a folder or a Hub id, and evaluates it as it is.
+
+    Raises:
+        EvaluationError: If there is no data for a model of its kind, or it comes without a tokenizer.
+        DirEmbedError: If it cannot be loaded, or has no table to compress.
+    """
+    folder = find_checkpoint(name)
+    model: PreTrainedModel = load_model(folder).eval()
+    if isinstance(embedding_of(model), CompressedEmbedding):
+        raise EvaluationError(f"{name} is compressed already: name the dense model")
+    tokenizer: PreTrainedTokenizerBase | None = load_tokenizer(folder)
+    if tokenizer is None:
+        raise EvaluationError(f"{name} comes without a tokenizer: save one beside it")
+    causal = model.can_generate() and not model.config.is_encoder_decoder
+    if not (data.text if causal else data.pairs):
+        kind, option = ("a causal language model", "--text") if causal else ("an encoder", "--pairs")
+        raise EvaluationError(f"{name} is {kind}: give {option}")
+    return (CausalLM if causal else Encoder)(Path(name).name, folder, model, tokenizer, data)

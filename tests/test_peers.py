@@ -14,7 +14,8 @@ from families import FAMILIES
 from torch import Tensor
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from benchmarks.peers import methods, running
+from benchmarks.peers import __main__ as command
+from benchmarks.peers import methods, running, static
 from benchmarks.peers.__main__ import main
 from benchmarks.peers.methods import Method, Stored, Table
 from benchmarks.peers.registry import METHODS
@@ -102,6 +103,24 @@ def test_a_run_from_the_command_to_the_plot(
     assert re.search(r"^\| svd \| 7\.\d+ \| 0\.01 \| [+-]\d", shown, re.MULTILINE)
     assert str(tmp_path) not in shown
     assert ">svd</text>" in (out / "quality-encoder.svg").read_text()
+
+
+def test_model2vec_takes_the_whole_encoder(
+    encoder: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = [str(encoder), "--pairs", str(pairs), "--methods", "model2vec", "--repeats", "3"]
+    monkeypatch.setattr(command, "run_process", lambda run, job, *_: (json.loads(json.dumps(run(job))), None))
+    monkeypatch.setattr(command, "measure_subject", lambda *_: [])
+    if static.missing_packages() is None:
+        assert main([*told, "--out", str(tmp_path / "out")]) == 0
+        (model,) = json.loads((tmp_path / "out" / "report.json").read_text())["models"]
+        assert -100 <= model["static"]["quality"]["pairs.csv"] <= 100
+        assert 0 < model["static"]["model_bytes"] < model["static"]["dense_model_bytes"]
+        assert "**model2vec** is another kind of thing" in (tmp_path / "out" / "report.md").read_text()
+    monkeypatch.setattr(static, "find_spec", lambda name: None)
+    assert main([*told, "--out", str(tmp_path / "without")]) == 0
+    shown = (tmp_path / "without" / "report.md").read_text()
+    assert "model2vec: needs model2vec and skeletoken: pip install 'hf_dirembed[benchmarks]'" in shown
 
 
 @pytest.mark.usefixtures("in_process")

@@ -32,13 +32,15 @@ TICKS = (0.25, 0.5, 1, 2, 4, 8, 16, 32)
 
 
 def draw(report: Report, folder: Path, suffix: str = "svg") -> list[Path]:
-    """Draws all pictures of a report.
+    """Draws all pictures of a report for which there is something to draw.
 
     Returns:
         The files.
     """
     files = []
     for model in report.models:
+        if not any(point.quality for point in model.points if point.method != "dense"):
+            continue
         file = folder / f"quality-{re.sub(r'[^A-Za-z0-9.-]', '_', model.name)}.{suffix}"
         _draw_quality(model, file)
         files.append(file)
@@ -120,13 +122,18 @@ def _lines(
     """One line for each method with a budget; the fixed methods of a package are points of one line in quality."""
     by_rows = len({point.rows for point in points}) > 1
     groups: dict[str, list[Point]] = {}
+    seen: list[str] = []
     for point in points:
         groups.setdefault(point.method if by_rows else METHODS[point.method].family, []).append(point)
     for name, group in groups.items():
         found = [(x(point), value) for point in group if (value := y(point)) is not None and math.isfinite(value)]
         if not found:
             continue
-        color, marker = STYLES[METHODS[group[0].method].family]
+        family = METHODS[group[0].method].family
+        color, marker = STYLES[family]
+        if by_rows:  # the methods of a package share a colour, but no marker
+            marker = (marker, *"v<>")[seen.count(family) % 4]
+            seen.append(family)
         ours = METHODS[group[0].method].package in ("hf_dirembed", "torch")
         axes.plot(
             *zip(*sorted(found), strict=True),

@@ -70,6 +70,12 @@ def main() -> None:
 @click.option(
     "--calibrate", metavar="TEXT", help="Text file of mixed domains, or 'self' for text that the model generates."
 )
+@click.option(
+    "--resume",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Save the calibration, or the autoencoder's training, in this file now and then, and go on from it.",
+)
 @click.option("--seed", type=int, help="Seed of transform and autoencoder.  [default: 0]")
 @click.option("--device", help="Where to fit.  [default: a GPU where there is one]")
 @click.option("--base-model", metavar="REPO", help="Hub id of SRC, for the model card.  [default: SRC, if it is one]")

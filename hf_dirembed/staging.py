@@ -7,12 +7,14 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from .layout_dirembed import CheckpointError, DirEmbedError, first_line
 
@@ -47,8 +49,7 @@ def staged_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
     except DirEmbedError:
         raise
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise CheckpointError(f"{final} cannot be written ({reason}): make room, or name another folder") from error
+        raise _unwritable(final, error, "folder") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         if not os.path.lexists(final):
@@ -83,6 +84,30 @@ def staged_file(file: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(name, final)
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def save_state(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes the state of long work, to go on from after an interruption: one safetensors file, whole or not at all.
+
+    Args:
+        path: The file; its folder must exist.
+        tensors: By name.
+        metadata: Of the file's header.
+
+    Raises:
+        CheckpointError: If the file cannot be written.
+    """
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        with staged_file(path) as sibling:
+            save_file(held, sibling, metadata=dict(metadata))
+    except (OSError, SafetensorError) as error:
+        raise _unwritable(path, error, "file") from error
+
+
+def _unwritable(path: str | os.PathLike[str], error: Exception, kind: str) -> CheckpointError:
+    reason = getattr(error, "strerror", None) or first_line(error)
+    return CheckpointError(f"{path} cannot be written ({reason}): make room, or name another {kind}")
 
 
 def _stem(final: Path) -> str:

@@ -205,6 +205,32 @@ def test_mistakes_are_one_line_that_names_the_mend(name: str, dense: Path, tmp_p
     assert sorted(tmp_path.rglob("*")) == before, "something was left behind"
 
 
+def test_resume_keeps_what_was_calibrated_or_trained(dense: Path, tmp_path: Path) -> None:
+    text, calibrated, trained = tmp_path / "text.txt", tmp_path / "statistics", tmp_path / "training"
+    text.write_text("the cat sat on the mat\n" * 50)
+    for number, bits in enumerate((5, 6)):  # calibrated once, used for every budget
+        done = run(
+            "compress", dense, tmp_path / f"c{number}", "--bits", bits, "--calibrate", text, "--resume", calibrated
+        )
+        assert done.exit_code == 0, done.stderr
+    for number in range(2):
+        options = ("--method", "autoencoder", "--rank", 6, "--resume", trained)
+        assert run("compress", dense, tmp_path / f"a{number}", *options).exit_code == 0
+    refused = {
+        ("--method", "autoencoder", "--rank", "5", "--resume", trained): "was trained with rank=6",
+        ("--method", "autoencoder", "--rank", "6", "--resume", calibrated): "holds no dirembed-autoencoder-1",
+        ("--bits", "5", "--calibrate", text, "--resume", trained): "holds no dirembed-statistics-2",
+        ("--bits", "5", "--resume", trained): "resume goes with calibration on text and with method 'autoencoder'",
+        ("--method", "svd", "--rank", "5", "--resume", trained): "resume goes with calibration",
+    }
+    for options, message in refused.items():
+        done = run("compress", dense, tmp_path / "refused", *options)
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "refused").exists()
+
+
 def test_compressing_twice_is_refused(dense: Path, tmp_path: Path) -> None:
     compress_checkpoint(dense, tmp_path / "one", method="svd", rank=4)
     done = run("compress", tmp_path / "one", tmp_path / "two", "--rank", 3)

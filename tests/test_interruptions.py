@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from families import FAMILIES
@@ -22,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_dirembed import CheckpointError
 from hf_dirembed.checkpoint import compress_checkpoint, expand_checkpoint, inspect_checkpoint
+from hf_dirembed.compression.autoencoder import AutoencoderSettings
 from hf_dirembed.staging import staged_folder
 
 
@@ -88,6 +90,38 @@ def test_kill_9_leaves_all_or_nothing(dense: Path, tmp_path: Path) -> None:
         write(dense, out)
         assert contents(out) == expected
     assert not list(tmp_path.rglob(".*.part"))
+
+
+@needs_fork
+@pytest.mark.parametrize("task", ["autoencoder", "calibration"])
+def test_kill_9_costs_what_was_not_yet_saved(task: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Killed again and again, and gone on with: to the same bytes as without."""
+    source, file = tmp_path / "dense", tmp_path / "saved"
+    FAMILIES["llama-tied"].make("AutoModelForCausalLM").save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat, the dog ran to the green house\n" * 900)
+    options: dict[str, Any] = {"bits": 6, "calibration": str(text)}
+    if task == "autoencoder":
+        options = {"method": "autoencoder", "rank": 6, "settings": AutoencoderSettings(epochs=400)}
+
+    def work(out: str, resume: Path | None = None) -> None:
+        compress_checkpoint(source, tmp_path / out / "out", resume=resume, **options)
+
+    work("reference")
+    seen: list[bytes] = []
+    while len(seen) < 3:
+        child = forked(lambda: work("resumed", file))
+        while not file.exists() or file.read_bytes() in seen:
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended before it was killed"
+            time.sleep(0.001)
+        seen.append(file.read_bytes())
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert not (tmp_path / "resumed" / "out").exists()
+    work("resumed", file)
+    assert contents(tmp_path / "resumed" / "out") == contents(tmp_path / "reference" / "out")
+    assert not list((tmp_path / "resumed").glob(".*"))
 
 
 def test_a_part_of_a_running_process_is_left_alone(tmp_path: Path) -> None:

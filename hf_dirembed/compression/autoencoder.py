@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from ..layout_dirembed import BudgetError
 from .factorization import Factorization
 from .subspace import check_rank, svd
 from .table import Table
+from .training_state import TrainingState
 
 
 _COSINE_EPSILON = 1e-6
@@ -107,6 +109,10 @@ class AutoencoderSettings:
         done = min(epoch / self.alpha_epochs, 1.0)
         return self.alpha_start + (self.alpha_end - self.alpha_start) * done
 
+    def rate(self, epoch: int) -> float:
+        """Adam's learning rate in `epoch`, counted from 0."""
+        return self.learning_rate * self.decay ** (epoch // self.decay_epochs)
+
 
 def autoencoder_loss(rows: Tensor, approximation: Tensor, settings: AutoencoderSettings, epoch: int) -> Tensor:
     """The paper's loss: cosine_weight · mean(1 - cos(x, x̂)) + norm_weight · mean((|x - x̂| + 1e-10)^α).
@@ -134,7 +140,9 @@ def autoencoder_loss(rows: Tensor, approximation: Tensor, settings: AutoencoderS
     return settings.cosine_weight * (1 - cosine).mean() + settings.norm_weight * norm
 
 
-def train_autoencoder(table: Table, rank: int, settings: AutoencoderSettings | None = None) -> Factorization:
+def train_autoencoder(
+    table: Table, rank: int, settings: AutoencoderSettings | None = None, *, resume: str | Path | None = None
+) -> Factorization:
     """Trains the paper's autoencoder, x̂ = (x E + e) D + b, on the rows of a table by gradient descent.
 
     Training reads the rows in random order, so the whole table is held in memory as float32 on `table.device`; the
@@ -146,12 +154,15 @@ def train_autoencoder(table: Table, rank: int, settings: AutoencoderSettings | N
         rank: The number of latent dimensions, 1 to dim.
         settings: By default `AutoencoderSettings()`: the paper's loss and schedule, in larger batches
             and from the SVD.
+        resume: A file that is written after every epoch. If it exists, training goes on from there, to the same bits
+            as without the interruption; table, rank and settings must be the same.
 
     Returns:
         Latents (num_rows, rank), decoder (rank, dim) and bias (dim,), all float32.
 
     Raises:
         BudgetError: If `rank` is not in 1 to dim.
+        CheckpointError: If `resume` was written for another table, rank or settings, is damaged, or cannot be written.
         TableError: If the table holds a NaN or an infinity.
 
     Source: Bałazy et al. 2021, section 3 and appendix; linear encoder and decoder, both with bias.
@@ -161,22 +172,27 @@ def train_autoencoder(table: Table, rank: int, settings: AutoencoderSettings | N
         >>> train_autoencoder(Table(rows), rank=2, settings=AutoencoderSettings(epochs=2)).reconstruct().shape
         torch.Size([64, 8])
     """
-    *_, trained = autoencoder_epochs(table, rank, settings)
+    *_, trained = autoencoder_epochs(table, rank, settings, resume=resume)
     return trained.factorize(table)
 
 
-def autoencoder_epochs(table: Table, rank: int, settings: AutoencoderSettings | None = None) -> Iterator[Autoencoder]:
+def autoencoder_epochs(
+    table: Table, rank: int, settings: AutoencoderSettings | None = None, *, resume: str | Path | None = None
+) -> Iterator[Autoencoder]:
     """Trains as [`train_autoencoder`] does, and yields the model after each epoch: the same one, which goes on.
 
-    For choosing an epoch, as the paper does by perplexity on its test set; chosen so, that figure flatters.
+    For choosing an epoch, as the paper does by perplexity on its test set; chosen so, that figure flatters. Where an
+    interrupted training goes on, the first model is that of the last epoch before.
 
     Args:
         table: See there, and so for the others.
         rank: See there.
         settings: See there.
+        resume: See there.
 
     Raises:
         BudgetError: If `rank` is not in 1 to dim.
+        CheckpointError: If `resume` does not belong to this training, is damaged, or cannot be written.
         TableError: If the table holds a NaN or an infinity.
 
     Example:
@@ -190,10 +206,15 @@ def autoencoder_epochs(table: Table, rank: int, settings: AutoencoderSettings | 
     generator = torch.Generator().manual_seed(settings.seed)  # on the CPU: the same order of rows on every device
     model = _initial_model(table, rank, settings, generator)
     rows = torch.cat([chunk for _, chunk in table.chunks()])
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, settings.decay_epochs, settings.decay)
-    progress = logging.tqdm(range(settings.epochs), desc="Training autoencoder", unit="epoch")
+    optimizer = torch.optim.Adam(model.parameters())
+    state = None if resume is None else TrainingState(resume, model, optimizer, generator, table, rank, settings)
+    done = state.restore() if state else 0
+    if done:
+        yield model
+    epochs = range(done, settings.epochs)
+    progress = logging.tqdm(epochs, initial=done, total=settings.epochs, desc="Training autoencoder", unit="epoch")
     for epoch in progress:
+        optimizer.param_groups[0]["lr"] = settings.rate(epoch)
         total = torch.zeros((), device=table.device)
         for batch in _batches(rows, settings.batch_size, generator):
             with torch.enable_grad():
@@ -202,7 +223,8 @@ def autoencoder_epochs(table: Table, rank: int, settings: AutoencoderSettings | 
             loss.backward()
             optimizer.step()
             total += loss.detach() * len(batch)
-        schedule.step()
+        if state:
+            state.save(epoch + 1)
         progress.set_postfix(loss=f"{total.item() / table.num_rows:.5f}")
         yield model
 

@@ -32,6 +32,7 @@ from transformers.utils import logging
 
 from .calibration_text import Texts, windows
 from .statistics import CalibrationError, Statistics, read_metadata
+from .table import Table
 
 
 ROUND_WINDOWS = 32  # between two writes of the file to resume from: a minute of a small model on a CPU
@@ -76,14 +77,15 @@ def calibrate(
         seed: Of masks, labels and directions.
         accelerator: Of the caller; by default the processes that `accelerate launch` or `torchrun` started.
         resume: A file that is written now and then, with the final statistics in the end. If it exists, the work
-            goes on from there; the text must be the same.
+            goes on from there; model and text must be the same.
 
     Returns:
         The statistics; moments are float64, on the CPU. The same in every process.
 
     Raises:
         CalibrationError: If the model is not a dense model with a last hidden state or a loss, the tokenizer does
-            not belong to it, there is no text, or `resume` was written with other settings or other text.
+            not belong to it, there is no text, or `resume` was written for another table, settings or text.
+        CheckpointError: If `resume` cannot be written.
 
     Example:
         >>> from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -102,6 +104,8 @@ def calibrate(
     limits = (tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None))
     length = min([sequence_length, *(limit for limit in limits if limit and limit > 0)])
     settings = {"kind": probe.kind, "seed": seed, "sequence_length": length, "model": type(model).__name__}
+    if resume is not None and not probe.embedding.weight.is_meta:  # offloaded
+        settings["table"] = Table(probe.embedding.weight).digest()
     stream = _up_to(max_tokens, windows(texts, tokenizer, length=length, packed=probe.kind != "encoder"))
 
     digest = hashlib.sha256()  # of the windows so far, to tell other text when work goes on
@@ -356,7 +360,10 @@ def _resumed(
         return Statistics(torch.zeros(num_rows, dtype=torch.float64), None, None, num_tokens=0)
     statistics = Statistics.load(path)
     written = read_metadata(path)
-    if changed := [name for name, value in settings.items() if written.get(name) != value]:
+    changed = [name for name, value in settings.items() if written.get(name) != value]
+    if changed == ["table"]:
+        raise CalibrationError(f"{path} was calibrated on another model's table: give another file")
+    if changed:
         was = ", ".join(f"{name}={written.get(name)}" for name in changed)
         raise CalibrationError(f"{path} was calibrated with {was}: go on with that, or give another file")
     skipped = list(islice(stream, statistics.num_windows))

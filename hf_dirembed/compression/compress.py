@@ -50,6 +50,7 @@ def compress_table(
     settings: Settings | None = None,
     padding_idx: int | None = None,
     device: torch.device | str | None = None,
+    resume: str | Path | None = None,
 ) -> CodedTable:
     """Compresses a table of any torch model: [`compress`] without the model.
 
@@ -65,9 +66,11 @@ def compress_table(
         settings: How `transform` or `autoencoder` fit; by default as their classes say.
         padding_idx: The row of the padding token; where it is zero, it stays exactly so.
         device: Where to fit; by default a GPU where there is one.
+        resume: A file that `autoencoder` saves its training in after every epoch, and goes on from if it exists.
 
     Raises:
         BudgetError: If the method is unknown, or the budget or a setting cannot be met.
+        CheckpointError: If `resume` does not belong to this table and settings, or cannot be written.
         TableError: If `rows` is no matrix of finite floats.
 
     Example:
@@ -76,6 +79,8 @@ def compress_table(
         (7, {'decoder_weight': (7, 32), 'weight': (500, 7)})
     """
     _check_options(method, settings, metric)
+    if resume is not None and method != "autoencoder":
+        raise BudgetError("resume goes with calibration on text and with method 'autoencoder': leave it out")
     dtype = rows.dtype
     if dtype is None or not dtype.is_floating_point:
         raise TableError(f"the embedding table is of dtype {dtype}: load the model unquantised")
@@ -86,7 +91,7 @@ def compress_table(
     if method == "transform":
         coded = _transform(table, size, budget, dtype, codes, weights, metric, settings)
     else:
-        coded = _factorize(table, size, budget, dtype, codes, method, weights, settings)
+        coded = _factorize(table, size, budget, dtype, codes, method, weights, settings, resume)
     made_with: dict[str, Any] = {"budget": str(budget), "token_weights": weights is not None}
     if method == "transform":
         made_with["metric"] = metric is not None
@@ -138,6 +143,7 @@ def _factorize(
     method: str,
     weights: Tensor | None,
     settings: Settings | None,
+    resume: str | Path | None,
 ) -> CodedTable:
     decoder = str(dtype).removeprefix("torch.")
     codes = codes or decoder
@@ -153,7 +159,7 @@ def _factorize(
         found = direction(table, rank, weights)
     else:
         assert not isinstance(settings, TransformSettings)
-        found = train_autoencoder(table, rank, settings)
+        found = train_autoencoder(table, rank, settings, resume=resume)
     return CodedTable.of(found, method, codes=codes, decoder=decoder)
 
 
@@ -167,6 +173,7 @@ def compress(
     weights: Tensor | None = None,
     base_model: str | None = None,
     rows: RowSource | None = None,
+    resume: str | Path | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """Compresses the token embedding of a pretrained model, and the head that is tied to it, in place.
@@ -184,6 +191,8 @@ def compress(
         weights: (V,) token weights, instead of those that tokenizer, languages and calibration give.
         base_model: The model's Hub id, for the record; by default the one that it was loaded by.
         rows: The table, where the model is on the meta device and so does not hold it.
+        resume: A file that calibration on text, or the training of `autoencoder`, is saved in now and then, and goes
+            on from if it exists.
         **options: Those of [`compress_table`]: exactly one of `bits`, `ratio` and `rank`; `codes`, `settings`,
             `metric`, `device`.
 
@@ -193,6 +202,7 @@ def compress(
     Raises:
         BudgetError: If the method is unknown, or the budget or a setting cannot be met.
         CalibrationError: If there is nothing to calibrate with, or the model cannot be calibrated.
+        CheckpointError: If `resume` does not belong to this model and settings, or cannot be written.
         ModelError: If the model has no token embedding that can be compressed, or is compressed already.
         TableError: If the table holds NaNs or infinities, or is quantised.
 
@@ -212,14 +222,17 @@ def compress(
     if calibration is not None:
         if not weighs:
             raise BudgetError(f"method {method!r} takes no calibration: leave it out, or choose transform")
-        used = Calibration.of(model, tokenizer, calibration, languages)
+        used = Calibration.of(model, tokenizer, calibration, languages, resume=resume)
+        resume = None
         weights = used.weights if weights is None else weights
         if method == "transform" and options.get("metric") is None:
             options["metric"] = used.metric
     elif weights is None and tokenizer is not None and weighs:
         weights = token_weights(tokenizer, embedding.num_embeddings, languages=languages)
     rows = embedding.weight.data if rows is None else rows
-    coded = compress_table(rows, method=method, weights=weights, padding_idx=embedding.padding_idx, **options)
+    coded = compress_table(
+        rows, method=method, weights=weights, padding_idx=embedding.padding_idx, resume=resume, **options
+    )
     record = {
         "base_model": base_model or hub_id(model.name_or_path),
         "languages": [languages] if isinstance(languages, str) else list(languages or ()),
@@ -261,11 +274,14 @@ class Calibration:
         tokenizer: PreTrainedTokenizerBase | None,
         source: Texts | Statistics,
         languages: str | Sequence[str] | None,
+        *,
+        resume: str | Path | None = None,
     ) -> Calibration:
         """Reads text, or statistics made of it.
 
         Raises:
-            CalibrationError: If there is no tokenizer, or the model cannot be calibrated.
+            CalibrationError: If there is no tokenizer, or the model cannot be calibrated, or `resume` is of another
+                calibration.
         """
         if tokenizer is None:
             raise CalibrationError("calibration needs the model's tokenizer: pass it as the second argument")
@@ -273,7 +289,12 @@ class Calibration:
         if isinstance(source, str) and source == "self":
             # All of it first: while `calibrate` reads, the model's hooks are not there for generating.
             source = list(self_generated_texts(model, tokenizer, languages=languages))
-        statistics = source if isinstance(source, Statistics) else calibrate(model, tokenizer, source)
+        if isinstance(source, Statistics):
+            if resume is not None:
+                raise CalibrationError("calibration with statistics has nothing to resume: leave resume out")
+            statistics = source
+        else:
+            statistics = calibrate(model, tokenizer, source, resume=resume)
         num_rows = embedding_of(model).num_embeddings
         head = model.get_output_embeddings()
         tied = any(model.get_submodule(name) is head for name in tied_modules(model))

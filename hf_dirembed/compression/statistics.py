@@ -9,11 +9,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..layout_dirembed import DirEmbedError
-from ..staging import staged_file
+from ..staging import save_state
 
 
 FORMAT = "dirembed-statistics-2"
@@ -77,13 +76,14 @@ class Statistics:
         Args:
             path: The file; its folder must exist.
             metadata: Anything JSON holds, to be had back by `read_metadata`.
+
+        Raises:
+            CheckpointError: If the file cannot be written.
         """
         tensors = {name: getattr(self, name) for name in TENSORS}
         numbers = {name: str(getattr(self, name)) for name in NUMBERS}
         header = {"format": FORMAT, "settings": json.dumps(dict(metadata or {})), **numbers}
-        kept = {name: value.cpu().contiguous() for name, value in tensors.items() if value is not None}
-        with staged_file(path) as sibling:
-            save_file(kept, sibling, metadata=header)
+        save_state(path, {name: value for name, value in tensors.items() if value is not None}, header)
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:

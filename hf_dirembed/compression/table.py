@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -85,6 +86,22 @@ class Table:
                 bad = start + int((~finite).nonzero()[0])
                 raise TableError(f"row {bad} of the embedding table holds a NaN or an infinity: mend the checkpoint")
             yield rows, chunk if self.factor is None else chunk @ self.factor
+
+    def digest(self) -> str:
+        """SHA-256 of the rows in float32, in hexadecimal: which table it is.
+
+        Raises:
+            TableError: If a chunk holds a NaN or an infinity.
+
+        Example:
+            >>> import torch
+            >>> Table(torch.ones(5, 3)).digest() == Table(torch.ones(5, 3).half(), chunk_rows=2).digest()
+            True
+        """
+        digest = hashlib.sha256()
+        for _, chunk in self.chunks():
+            digest.update(chunk.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
 
     def in_metric(self, factor: Tensor) -> Table:
         """The same rows, each multiplied by a (dim, dim) factor of the metric that errors are measured in."""

@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from hf_dirembed.compression.autoencoder import (
     AutoencoderSettings,
@@ -14,7 +16,8 @@ from hf_dirembed.compression.autoencoder import (
 )
 from hf_dirembed.compression.subspace import mean_cosine, svd
 from hf_dirembed.compression.table import Table
-from hf_dirembed.layout_dirembed import BudgetError
+from hf_dirembed.compression.training_state import TrainingState
+from hf_dirembed.layout_dirembed import BudgetError, CheckpointError
 
 
 QUICK = AutoencoderSettings(epochs=3, alpha_epochs=2, batch_size=64, initialisation="random", seed=5)
@@ -134,6 +137,86 @@ def test_bad_settings_name_the_value_and_the_mend(bad):
     name, value = next(iter(bad.items()))
     with pytest.raises(BudgetError, match=f"{name}={value!r}: give "):
         AutoencoderSettings(**bad)
+
+
+@pytest.fixture
+def interrupted(tmp_path, monkeypatch):
+    """The table of a training that was interrupted after two of its three epochs, and its file."""
+    table, file = Table(random_rows(200, 12)), tmp_path / "training.safetensors"
+    save = TrainingState.save
+
+    def save_and_stop(self, epochs):
+        save(self, epochs)
+        if epochs == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingState, "save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_autoencoder(table, 3, QUICK, resume=file)
+    return table, file
+
+
+def test_an_interrupted_training_goes_on_to_the_same_bits(interrupted, monkeypatch):
+    table, file = interrupted
+    whole = train_autoencoder(table, 3, QUICK)
+    epochs = []
+    save = TrainingState.save
+    monkeypatch.setattr(TrainingState, "save", lambda self, done: (epochs.append(done), save(self, done)))
+    resumed = train_autoencoder(table, 3, QUICK, resume=file)
+    assert epochs == [3]
+    finished = train_autoencoder(table, 3, QUICK, resume=file)  # nothing is left to do
+    assert epochs == [3]
+    for found in (resumed, finished):
+        assert all(torch.equal(a, b) for a, b in zip(bits(found), bits(whole), strict=True))
+    assert [path.name for path in file.parent.iterdir()] == [file.name]  # no temporary file
+
+
+def test_a_training_of_something_else_is_not_gone_on_with(interrupted):
+    table, file = interrupted
+    cases = [
+        (Table(table.rows * 2), 3, QUICK, "another table"),
+        (table, 4, QUICK, "rank=3: go on with that"),
+        (table, 3, replace(QUICK, seed=6, decay=0.25), "decay=0.5, seed=5: go on with that"),
+    ]
+    for rows, rank, settings, message in cases:
+        with pytest.raises(CheckpointError, match=message):
+            train_autoencoder(rows, rank, settings, resume=file)
+
+
+def test_a_damaged_training_is_refused(interrupted, tmp_path):
+    table, file = interrupted
+    with safe_open(file, "pt") as held:
+        header = held.metadata()
+    tensors = load_file(file)
+
+    def changed(**changes):
+        return {**tensors, **changes}
+
+    cases = [
+        ({"encoder": tensors["encoder"]}, header, "other tensors"),
+        (changed(encoder=tensors["encoder"].T.contiguous()), header, "other tensors"),
+        (changed(decoder=tensors["decoder"].double()), header, "other tensors"),
+        (changed(more=torch.ones(1)), header, "other tensors"),
+        (changed(generator=torch.full_like(tensors["generator"], 255)), header, "random numbers"),
+        (tensors, {**header, "epochs": "4"}, "epochs='4'"),
+        (tensors, {**header, "epochs": "-1"}, "epochs='-1'"),
+        (tensors, {**header, "run": "[]"}, "holds no dirembed-autoencoder-1"),
+        (tensors, {**header, "format": "dirembed-statistics-2"}, "holds no dirembed-autoencoder-1"),
+        (tensors, {}, "holds no dirembed-autoencoder-1"),
+    ]
+    for number, (held, metadata, message) in enumerate(cases):
+        bad = tmp_path / f"{number}.safetensors"
+        save_file(held, bad, metadata)
+        with pytest.raises(CheckpointError, match=message):
+            train_autoencoder(table, 3, QUICK, resume=bad)
+    torn = tmp_path / "torn.safetensors"
+    torn.write_bytes(file.read_bytes()[:-1])
+    for bad in (torn, tmp_path):
+        with pytest.raises(CheckpointError, match="no readable state"):
+            train_autoencoder(table, 3, QUICK, resume=bad)
+    with pytest.raises(CheckpointError, match=r"cannot be written \(No such file or directory\)"):
+        train_autoencoder(table, 3, QUICK, resume=tmp_path / "missing" / "file")
 
 
 def test_bad_rank():

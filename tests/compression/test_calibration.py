@@ -227,7 +227,10 @@ def test_interrupted_calibration_goes_on(name, tokenizer, tmp_path, monkeypatch)
     assert_same(calibrate(model, tokenizer, TEXTS, sequence_length=LENGTH, resume=file), whole)
     assert_same(Statistics.load(file), whole)
     assert [path.name for path in tmp_path.iterdir()] == [file.name]  # no temporary file
-    for change in ({"seed": 1}, {"texts": TEXTS[::-1]}):
+    other = build(name)
+    with torch.no_grad():
+        other.get_input_embeddings().weight[3, 3] += 1
+    for change in ({"seed": 1}, {"texts": TEXTS[::-1]}, {"model": other}):
         with pytest.raises(CalibrationError, match="was calibrated"):
             calibrate(**{"model": model, "tokenizer": tokenizer, "texts": TEXTS, "sequence_length": LENGTH,
                          "resume": file, **change})  # fmt: skip

@@ -62,8 +62,9 @@ def staged_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
 def staged_file(file: str | os.PathLike[str]) -> Iterator[Path]:
     """A sibling of `file` to write into, which takes its place when it is whole, and is removed when anything fails.
 
-    Readers see the old file or the new one, never a part of it. Errors of writing are left to the caller, who knows
-    what the file is.
+    Readers see the old file or the new one, never a part of it. What a process that was killed left behind is removed
+    by the next one that writes the same file on that machine. Errors of writing are left to the caller, who knows what
+    the file is.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -73,8 +74,10 @@ def staged_file(file: str | os.PathLike[str]) -> Iterator[Path]:
         [('README.md', '# A card')]
     """
     final = Path(file)
+    for stale in _left_behind(final):
+        stale.unlink(missing_ok=True)
     # In the same folder, because os.replace is atomic within a file system only.
-    descriptor, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".part", dir=final.parent)
+    descriptor, name = tempfile.mkstemp(prefix=f"{_stem(final)}{os.getpid()}.", suffix=".part", dir=final.parent)
     os.close(descriptor)
     try:
         yield Path(name)
@@ -106,21 +109,23 @@ def save_state(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta
 
 
 def _unwritable(path: str | os.PathLike[str], error: Exception, kind: str) -> CheckpointError:
+    if isinstance(error, shutil.Error):  # of copying a folder: a list of what went wrong, of which one is enough
+        error = OSError(error.args[0][0][2].partition(": ")[0])
     reason = getattr(error, "strerror", None) or first_line(error)
     return CheckpointError(f"{path} cannot be written ({reason}): make room, or name another {kind}")
 
 
 def _stem(final: Path) -> str:
-    """What the staging folders of this machine start with; process ids say nothing about those of another."""
+    """What the parts of this machine start with; process ids say nothing about those of another."""
     host = re.sub(r"\W", "-", platform.node())[:64]
     return f".{final.name}.{host}."
 
 
 def _left_behind(final: Path) -> list[Path]:
-    """Staging folders of processes that are no more."""
+    """Parts of an output that belong to processes that are no more."""
     stem, found = _stem(final), []
-    for folder in final.parent.glob(".*.part") if final.parent.is_dir() else ():
-        owner = folder.name.removeprefix(stem).removesuffix(".part")
-        if folder.name.startswith(stem) and owner.isdigit() and not psutil.pid_exists(int(owner)):
-            found.append(folder)
+    for part in final.parent.glob(".*.part") if final.parent.is_dir() else ():
+        owner = part.name.removeprefix(stem).partition(".")[0]
+        if part.name.startswith(stem) and owner.isdigit() and not psutil.pid_exists(int(owner)):
+            found.append(part)
     return found

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import itertools
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -18,16 +20,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from families import FAMILIES
 from transformers import PreTrainedTokenizerFast
 
-from hf_dirembed import CheckpointError
-from hf_dirembed.checkpoint import compress_checkpoint, expand_checkpoint, inspect_checkpoint
+from hf_dirembed import CheckpointError, checkpoint
+from hf_dirembed.checkpoint import compress_checkpoint, inspect_checkpoint
+from hf_dirembed.cli import main
 from hf_dirembed.compression.autoencoder import AutoencoderSettings
+from hf_dirembed.evaluation import DatasetSource, Result, save_result
+from hf_dirembed.publishing import write_checkpoint_card
 from hf_dirembed.staging import staged_folder
 
 
 KILLS = 50
+MODELS = ("dense", "compressed")
+WRITING = {"open", "os.rename", "os.remove", "os.mkdir", "os.chmod", "tempfile.mkstemp"}  # audit events
 ROOT = Path(__file__).parents[1]
 needs_fork = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks a process that has torch in it")
 
@@ -136,48 +144,118 @@ def test_a_part_of_a_running_process_is_left_alone(tmp_path: Path) -> None:
     assert other.is_dir()
 
 
+@pytest.fixture(scope="module")
+def compressed(dense: Path) -> Path:
+    """A compressed model with a result beside it, and text to evaluate it on."""
+    folder = dense.with_name("compressed")
+    write(dense, folder)
+    save_result(folder, Result("sts", DatasetSource("nyu-mll/glue"), {"spearman": 0.5}, settings={"num_pairs": 2}))
+    write_checkpoint_card(folder)
+    dense.with_name("text.txt").write_text("the cat sat on the mat and the dog ran to the green house . " * 9)
+    return folder
+
+
+COMMANDS = {
+    "compress": "compress {dense} {new}/out --method svd --rank 6",
+    "expand": "expand {compressed} {new}/out",
+    "card": "card {compressed} --model-id me/other",
+    "evaluate": "evaluate {compressed} --task mlm-perplexity --data {text} --window 32 --device cpu",
+}
+
+
+def fails(arguments: str, message: str) -> None:
+    """Runs a command, which must end in one line that says what could not be written and why."""
+    done = CliRunner().invoke(main, arguments.split())
+    assert done.exit_code == 2, (done.output, done.exception)
+    said = done.stderr.splitlines()[-1]
+    assert re.fullmatch(rf"hf-dirembed: [^()]* cannot be written \([^()]*{message}[^()]*\): make room, or .*", said), (
+        said
+    )
+
+
 @needs_fork
-@pytest.mark.parametrize("task", ["compress", "expand"])
-def test_a_file_that_cannot_grow_leaves_nothing(task: str, dense: Path, tmp_path: Path) -> None:
-    """As on a full disk: writing fails in the middle of the weights."""
-    compressed, out = tmp_path / "compressed", tmp_path / "new" / "out"
-    write(dense, compressed)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_file_that_cannot_grow_leaves_nothing(command: str, compressed: Path, tmp_path: Path) -> None:
+    """As on a full disk: writing fails in the middle of a file."""
+    paths = {name: compressed.with_name(name) for name in MODELS}
+    arguments = COMMANDS[command].format(new=tmp_path / "new", text=compressed.with_name("text.txt"), **paths)
 
     def limited() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
-        with pytest.raises(CheckpointError, match=r"cannot be written .*: make room"):
-            write(dense, out) if task == "compress" else expand_checkpoint(compressed, out)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (900, 900))
+        fails(arguments, "File too large")
 
-    before = sorted(tmp_path.rglob("*"))
+    before = contents(compressed.parent)
     assert os.waitpid(forked(limited), 0)[1] == 0
-    assert sorted(tmp_path.rglob("*")) == before
+    assert contents(compressed.parent) == before
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_is_said(tmp_path: Path) -> None:
-    def fill(staging: Path) -> None:
-        (staging / "half").write_text("half")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_full_disk_is_said(command: str, compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(CheckpointError, match="No space left on device"), staged_folder(tmp_path / "out") as staging:
-        fill(staging)
+    paths = {name: compressed.with_name(name) for name in MODELS}
+    arguments = COMMANDS[command].format(new=tmp_path / "new", text=compressed.with_name("text.txt"), **paths)
+    before = contents(compressed.parent)
+    monkeypatch.setattr(os, "fsync", full)  # what a file system may put off until then
+    monkeypatch.setattr(checkpoint, "_copy_companions", full)
+    fails(arguments, "No space left on device")
+    assert contents(compressed.parent) == before
     assert not list(tmp_path.iterdir())
 
 
 @needs_fork
-@pytest.mark.parametrize("mode", [0o555, 0o000])
-def test_a_closed_folder_is_said_and_left_alone(mode: int) -> None:
-    def as_nobody(out: Path) -> None:
-        if os.geteuid() == 0:  # root writes everywhere
-            os.setuid(65534)
-        with pytest.raises(CheckpointError, match="Permission denied"), staged_folder(out):
-            pass
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_closed_folder_is_said_and_left_alone(command: str, compressed: Path, tmp_path: Path) -> None:
+    def as_a_user(arguments: str) -> None:
+        if os.geteuid() == 0:  # who writes everywhere, by a capability that is given up here
+            version_and_process, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+            assert ctypes.CDLL(None).capset(version_and_process, none) == 0
+        fails(arguments, "Permission denied")
 
-    with tempfile.TemporaryDirectory() as name:  # not tmp_path, which nobody else may enter
-        os.chmod(name, mode)
-        assert os.waitpid(forked(lambda: as_nobody(Path(name, "out"))), 0)[1] == 0
-        os.chmod(name, 0o700)
-        assert not os.listdir(name)
+    closed = Path(shutil.copytree(compressed.parent, tmp_path / "closed"))
+    paths = {name: closed / name for name in MODELS}
+    arguments = COMMANDS[command].format(new=closed / "new", text=closed / "text.txt", **paths)
+    before = contents(closed)
+    folders = [closed, *(folder for folder in closed.rglob("*") if folder.is_dir())]
+    for folder in folders:
+        folder.chmod(0o555)
+    assert os.waitpid(forked(lambda: as_a_user(arguments)), 0)[1] == 0
+    assert contents(closed) == before
+    for folder in folders:
+        folder.chmod(0o755)
+
+
+@needs_fork
+@pytest.mark.parametrize("command", ["card", "evaluate"])
+def test_kill_9_leaves_the_old_file_or_the_new(command: str, compressed: Path, tmp_path: Path) -> None:
+    """Killed before each thing that writing does to the file system."""
+
+    def work(folder: Path) -> None:
+        if command == "card":
+            write_checkpoint_card(folder, model_id="me/other")
+        else:
+            save_result(folder, Result("sts", DatasetSource("pairs.csv"), {"spearman": 0.25}, date="2026"))
+
+    def killed(folder: Path, point: int) -> None:
+        events = itertools.count()
+        sys.addaudithook(lambda event, args: event in WRITING and next(events) == point and os.kill(os.getpid(), 9))
+        work(folder)
+
+    work(Path(shutil.copytree(compressed, tmp_path / "reference")))
+    old, new = contents(compressed), contents(tmp_path / "reference")
+    assert old != new
+    folder = Path(shutil.copytree(compressed, tmp_path / "model"))
+    for point in itertools.count():
+        if os.waitpid(forked(lambda point=point: killed(folder, point)), 0)[1] == 0:
+            break  # all of it was done before the kill
+        for name, content in contents(folder).items():
+            assert name.endswith(".part") or content in (old[name], new[name])
+    print(f"{command}: {point} kills, every file the old one or the new one")
+    assert point > 5
+    assert contents(folder) == new  # the parts of those that were killed are gone, too
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")

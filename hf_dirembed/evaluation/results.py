@@ -184,7 +184,7 @@ def save_result(folder: str | os.PathLike[str], result: Result) -> None:
             sibling.write_text(text, encoding="utf-8")
     except OSError as error:
         raise EvaluationError(
-            f"{file} cannot be written ({error.strerror}): check the folder's permissions"
+            f"{file} cannot be written ({error.strerror}): make room, or check its permissions"
         ) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,18 +81,23 @@ def write_card(
     figures = Figures.beside(folder)
     card = render_card(folder, summary, source, figures, model_id=model_id, tags=tags)
     results = folder / RESULTS_FILE
+    made = not results.parent.exists()
     try:
-        with staged_file(file) as sibling:
-            sibling.write_text(f"{card}\n", encoding="utf-8", newline="\n")
-        if entries := figures.for_leaderboards():
-            results.parent.mkdir(exist_ok=True)
-            content = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
-            with staged_file(results) as sibling:
-                sibling.write_text(content, encoding="utf-8", newline="\n")
-        else:
-            results.unlink(missing_ok=True)
+        with ExitStack() as both:  # neither takes its place before both are written
+            both.enter_context(staged_file(file)).write_text(f"{card}\n", encoding="utf-8", newline="\n")
+            if entries := figures.for_leaderboards():
+                results.parent.mkdir(exist_ok=True)
+                content = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
+                both.enter_context(staged_file(results)).write_text(content, encoding="utf-8", newline="\n")
+            else:
+                results.unlink(missing_ok=True)
     except OSError as error:
-        raise CheckpointError(f"{file} cannot be written ({error.strerror}): check its permissions") from error
+        raise CheckpointError(
+            f"{file} cannot be written ({error.strerror}): make room, or check its permissions"
+        ) from error
+    finally:
+        if made and results.parent.is_dir() and not any(results.parent.iterdir()):
+            results.parent.rmdir()
     return file
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from math import prod
@@ -30,6 +30,8 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from . import modeling_dirembed
 from .compression import compress, expand
+from .compression.calibrated import Calibration
+from .compression.compress import check_request
 from .compression.languages import card_languages
 from .configuration_dirembed import MODEL_TYPE, read_spec
 from .hub import Source, write_card
@@ -37,6 +39,7 @@ from .kernels_dirembed import expanded_bytes
 from .layout_dirembed import CODE_TENSORS, CheckpointError, CompressionSpec, DirEmbedError, ModelError, first_line
 from .loading_dirembed import check_stored_dtypes, shards_of
 from .metadata import hub_id
+from .processes import on_main_process
 from .staging import staged_folder
 from .streaming import StoredTable
 
@@ -255,6 +258,9 @@ def compress_checkpoint(
     Without calibration the model is not loaded, if its file can be read row by row: memory is then a chunk of rows,
     the codes, a few (d, d) matrices and the shard that holds the table, whatever the model's size.
 
+    Processes that `accelerate launch` or `torchrun` started calibrate together, to the same bits as one; the main one
+    fits and writes. Call it in all of them.
+
     Args:
         source: A local folder or a Hub id.
         out: A folder that does not exist yet; it appears when it is complete.
@@ -265,20 +271,33 @@ def compress_checkpoint(
     Raises:
         DirEmbedError: If the source cannot be compressed, the budget cannot be met, or `out` cannot be written.
     """
-    with staged_folder(out) as staging:
+    check_request(**options)
+    with ExitStack() as stack:
+        staging = on_main_process(lambda: stack.enter_context(staged_folder(out)))
         folder = find_checkpoint(source)
         options["languages"] = options.get("languages") or card_languages(folder)
         card_source = Source.of_folder(folder, base_model or hub_id(os.fspath(source)))
         options["base_model"] = card_source.base_model
-        _copy_companions(folder, staging)
-        stored = find_table(folder) if options.get("calibration") is None else None
-        if stored is not None:
-            stored.compress(staging, load_tokenizer(folder), **options)
-        else:
-            compress(load_model(folder), load_tokenizer(folder), **options).save_pretrained(staging)
-        summary = inspect_checkpoint(staging)
-        write_card(staging, summary, card_source, model_id=Path(out).name)
-        return summary
+        model = None
+        if (calibration := options.get("calibration")) is not None:
+            model, tokenizer = load_model(folder), load_tokenizer(folder)
+            resume = options.pop("resume", None)
+            options["calibration"] = Calibration.of(model, tokenizer, calibration, options["languages"], resume=resume)
+
+        def write() -> CheckpointSummary:
+            _copy_companions(folder, staging)
+            stored = find_table(folder) if model is None else None
+            if stored is not None:
+                stored.compress(staging, load_tokenizer(folder), **options)
+            else:
+                dense = load_model(folder) if model is None else model
+                compress(dense, load_tokenizer(folder), **options).save_pretrained(staging)
+            summary = inspect_checkpoint(staging)
+            write_card(staging, summary, card_source, model_id=Path(out).name)
+            stack.close()  # which gives the folder its name
+            return summary
+
+        return on_main_process(write)
 
 
 def expand_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:

@@ -25,6 +25,7 @@ from .compression.compress import METHODS, SETTINGS
 from .demo import PAIRS, SENTENCES, DemoResult, run_demo
 from .layout_dirembed import CheckpointError, DirEmbedError
 from .picture import TableProfile, require_matplotlib, save_picture
+from .processes import is_main_process
 from .publishing import upload_checkpoint, write_checkpoint_card
 
 
@@ -36,10 +37,12 @@ class ErrorReportingGroup(click.Group):
         try:
             return super().invoke(ctx)
         except DirEmbedError as error:
-            click.echo(f"hf-dirembed: {error}", err=True)
+            if is_main_process():
+                click.echo(f"hf-dirembed: {error}", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
-            click.echo(f"\n{INTERRUPTED}", err=True)
+            if is_main_process():
+                click.echo(f"\n{INTERRUPTED}", err=True)
             ctx.exit(130)
 
 
@@ -104,6 +107,8 @@ def compress(
         settings=SETTINGS[method](seed=seed) if seed is not None and method in SETTINGS else None,
         **options,
     )
+    if not is_main_process():
+        return
     _print_summary(summary, as_json)
     if push_to_hub:
         click.echo(f"uploaded to {upload_checkpoint(out, push_to_hub, private=private)}", err=True)

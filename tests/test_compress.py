@@ -12,9 +12,10 @@ from torch import nn
 from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import hf_dirembed
-from hf_dirembed import AutoencoderSettings, CompressedEmbedding, TransformSettings
+from hf_dirembed import AutoencoderSettings, BudgetError, CompressedEmbedding, TransformSettings
 from hf_dirembed.checkpoint import inspect_checkpoint
-from hf_dirembed.compression.compress import Calibration
+from hf_dirembed.compression import compress_table
+from hf_dirembed.compression.calibrated import Calibration
 from hf_dirembed.compression.statistics import CalibrationError
 from hf_dirembed.layout_dirembed import CODE_TENSORS
 
@@ -60,7 +61,7 @@ def test_calibration_makes_weights_and_a_metric(llama: PreTrainedModel, tokenize
 
 
 def test_self_calibration(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    module = sys.modules["hf_dirembed.compression.compress"]
+    module = sys.modules["hf_dirembed.compression.calibrated"]
 
     def few(*arguments: object, **options: object):  # type: ignore[no-untyped-def]
         return original(*arguments, num_tokens=64, sequence_length=16, **options)
@@ -176,3 +177,18 @@ def test_mistakes(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
 def test_calibration_needs_a_tokenizer() -> None:
     with pytest.raises(CalibrationError, match="tokenizer"):
         hf_dirembed.compress(FAMILIES["bert"].make("AutoModelForMaskedLM"), bits=6, calibration=TEXTS)
+
+
+def test_a_gpu_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.randn(50, 8)
+    if torch.cuda.is_available():
+        assert compress_table(rows, method="svd", rank=2).spec.settings["device"] == "cuda"
+        return
+    assert compress_table(rows, method="svd", rank=2).spec.settings["device"] == "cpu"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        with pytest.raises(BudgetError, match="device 'cuda' cannot be used"):  # it was tried
+            compress_table(rows, method="svd", rank=2)
+        assert compress_table(rows, method="svd", rank=2, device="cpu").spec.settings["device"] == "cpu"
+    with pytest.raises(BudgetError, match=r"device 'gpu' cannot be used .*: give cpu"):
+        compress_table(rows, method="svd", rank=2, device="gpu")

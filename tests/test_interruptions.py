@@ -264,7 +264,10 @@ def test_an_interrupt_during_the_imports_is_one_line(seconds: float, dense: Path
     code = "from hf_dirembed_command import main; print('ready', flush=True); main()"
     command = [sys.executable, "-c", code, "compress", str(dense), str(tmp_path / "out"), "--bits", "4"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # where the suite runs in the background
+    )  # fmt: skip
     assert process.stdout is not None
     process.stdout.readline()
     time.sleep(seconds)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..embedding_dirembed import CompressedEmbedding
-from ..layout_dirembed import FLOAT_CODES, BudgetError, ModelError, TableError
+from ..layout_dirembed import FLOAT_CODES, BudgetError, ModelError, TableError, first_line
 from ..metadata import hub_id
-from ..modeling_dirembed import DirEmbedModelMixin, convert, embedding_of, restore, tied_modules
+from ..modeling_dirembed import DirEmbedModelMixin, convert, embedding_of, restore
 from .autoencoder import AutoencoderSettings, train_autoencoder
 from .budget import Budget, TableSize
-from .calibration import calibrate
-from .calibration_text import Texts, self_generated_texts
+from .calibrated import Calibration
+from .calibration_text import Texts
 from .coded import CodedTable
 from .figures import table_figures
-from .statistics import CalibrationError, Statistics, usage
-from .statistics import metric as metric_of
+from .statistics import Statistics
 from .subspace import direction, svd
 from .table import RowSource, Table
 from .transform import TransformSettings, transform
@@ -32,7 +30,9 @@ from .weights import token_weights
 
 
 METHODS = ("transform", "direction", "autoencoder", "svd")
+WEIGHING = ("transform", "direction")  # that is, rows by how often their tokens are expected
 SETTINGS = {"transform": TransformSettings, "autoencoder": AutoencoderSettings}
+RESUME_WITH = "resume goes with calibration on text and with method 'autoencoder': leave it out"
 
 Settings = TransformSettings | AutoencoderSettings
 
@@ -80,11 +80,11 @@ def compress_table(
     """
     _check_options(method, settings, metric)
     if resume is not None and method != "autoencoder":
-        raise BudgetError("resume goes with calibration on text and with method 'autoencoder': leave it out")
+        raise BudgetError(RESUME_WITH)
     dtype = rows.dtype
     if dtype is None or not dtype.is_floating_point:
         raise TableError(f"the embedding table is of dtype {dtype}: load the model unquantised")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     table = Table(rows, device=device)
     size = TableSize(table.num_rows, table.dim, dtype.itemsize)
     budget = Budget(bits, ratio, rank)
@@ -106,6 +106,13 @@ def compress_table(
     return replace(coded, spec=replace(coded.spec, zero_row=zero_row, settings=made_with, figures=figures))
 
 
+def _usable(device: torch.device | str) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError) as error:  # what torch raises on a device that it was not built for
+        raise BudgetError(f"device {str(device)!r} cannot be used ({first_line(error)}): give cpu") from error
+
+
 def _check_options(method: str, settings: Settings | None, metric: Tensor | None) -> None:
     if method not in METHODS:
         raise BudgetError(f"method {method!r} is unknown: choose one of {', '.join(METHODS)}")
@@ -113,6 +120,38 @@ def _check_options(method: str, settings: Settings | None, metric: Tensor | None
         raise BudgetError(f"method {method!r} does not take {type(settings).__name__}: leave the settings out")
     if metric is not None and method != "transform":
         raise BudgetError(f"method {method!r} takes no metric: leave it out, or choose transform")
+
+
+def check_request(
+    *,
+    method: str = "transform",
+    bits: float | None = None,
+    ratio: float | None = None,
+    rank: int | None = None,
+    calibration: Texts | Statistics | Calibration | None = None,
+    resume: str | Path | None = None,
+    settings: Settings | None = None,
+    metric: Tensor | None = None,
+    **_: Any,
+) -> None:
+    """Refuses what [`compress`] cannot do with any model, before anything is read.
+
+    Raises:
+        BudgetError: If the method is unknown, there is not exactly one budget, or options do not go together.
+
+    Example:
+        >>> check_request(method="svd", rank=4, calibration="text.txt")
+        Traceback (most recent call last):
+        ...
+        hf_dirembed.layout_dirembed.BudgetError: method 'svd' takes no calibration: leave it out, or choose transform
+    """
+    _check_options(method, settings, metric)
+    Budget(bits, ratio, rank)
+    if calibration is not None and method not in WEIGHING:
+        raise BudgetError(f"method {method!r} takes no calibration: leave it out, or choose transform")
+    reads_text = not (calibration is None or isinstance(calibration, (Statistics, Calibration)))
+    if resume is not None and not reads_text and method != "autoencoder":
+        raise BudgetError(RESUME_WITH)
 
 
 def _transform(
@@ -169,7 +208,7 @@ def compress(
     *,
     method: str = "transform",
     languages: str | Sequence[str] | None = None,
-    calibration: Texts | Statistics | None = None,
+    calibration: Texts | Statistics | Calibration | None = None,
     weights: Tensor | None = None,
     base_model: str | None = None,
     rows: RowSource | None = None,
@@ -187,7 +226,7 @@ def compress(
             those that the tokenizer was made for.
         calibration: What a causal or masked language model needs to lose little: text (a file's path, strings or a
             `datasets` dataset), the statistics that [`calibrate`] made of some, or `"self"` for text that a causal
-            model generates itself.
+            model generates itself. Processes that were launched together share the work: call it in all of them.
         weights: (V,) token weights, instead of those that tokenizer, languages and calibration give.
         base_model: The model's Hub id, for the record; by default the one that it was loaded by.
         rows: The table, where the model is on the meta device and so does not hold it.
@@ -216,18 +255,15 @@ def compress(
     embedding = embedding_of(model)
     if isinstance(embedding, CompressedEmbedding):
         raise ModelError(f"the model is compressed already (method {embedding.spec.method!r}): expand it first")
-    _check_options(method, options.get("settings"), options.get("metric"))
-    Budget(*(options.get(name) for name in ("bits", "ratio", "rank")))  # refused before any text is read
-    weighs, used = method in ("transform", "direction"), None
+    check_request(method=method, calibration=calibration, resume=resume, **options)
+    used = calibration if isinstance(calibration, Calibration) else None
     if calibration is not None:
-        if not weighs:
-            raise BudgetError(f"method {method!r} takes no calibration: leave it out, or choose transform")
-        used = Calibration.of(model, tokenizer, calibration, languages, resume=resume)
+        used = used or Calibration.of(model, tokenizer, calibration, languages, resume=resume)
         resume = None
         weights = used.weights if weights is None else weights
         if method == "transform" and options.get("metric") is None:
             options["metric"] = used.metric
-    elif weights is None and tokenizer is not None and weighs:
+    elif weights is None and tokenizer is not None and method in WEIGHING:
         weights = token_weights(tokenizer, embedding.num_embeddings, languages=languages)
     rows = embedding.weight.data if rows is None else rows
     coded = compress_table(
@@ -236,72 +272,11 @@ def compress(
     record = {
         "base_model": base_model or hub_id(model.name_or_path),
         "languages": [languages] if isinstance(languages, str) else list(languages or ()),
-        "calibration": None if calibration is None else _describe(calibration),
+        "calibration": None if used is None else used.source,
         "calibration_tokens": None if used is None else used.num_tokens,
     }
     settings = {**coded.spec.settings, **{name: value for name, value in record.items() if value}}
     return convert(model, replace(coded.spec, settings=settings), coded.tensors)
-
-
-def _describe(calibration: Texts | Statistics) -> str:
-    """What a model was calibrated on, for the record; of a file its name alone."""
-    if isinstance(calibration, Statistics):
-        return "given statistics"
-    if isinstance(calibration, (str, os.PathLike)):
-        return Path(calibration).name
-    return "given texts"
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What calibration says about a table.
-
-    Attributes:
-        weights: (V,) token weights.
-        metric: (d, d) what errors are measured in; None for a model without a language-model head, whose sentence
-            embeddings it was measured not to help.
-        num_tokens: Tokens of the text that it was made of.
-    """
-
-    weights: Tensor
-    metric: Tensor | None
-    num_tokens: int
-
-    @classmethod
-    def of(
-        cls,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase | None,
-        source: Texts | Statistics,
-        languages: str | Sequence[str] | None,
-        *,
-        resume: str | Path | None = None,
-    ) -> Calibration:
-        """Reads text, or statistics made of it.
-
-        Raises:
-            CalibrationError: If there is no tokenizer, or the model cannot be calibrated, or `resume` is of another
-                calibration.
-        """
-        if tokenizer is None:
-            raise CalibrationError("calibration needs the model's tokenizer: pass it as the second argument")
-        languages = (languages,) if isinstance(languages, str) else languages
-        if isinstance(source, str) and source == "self":
-            # All of it first: while `calibrate` reads, the model's hooks are not there for generating.
-            source = list(self_generated_texts(model, tokenizer, languages=languages))
-        if isinstance(source, Statistics):
-            if resume is not None:
-                raise CalibrationError("calibration with statistics has nothing to resume: leave resume out")
-            statistics = source
-        else:
-            statistics = calibrate(model, tokenizer, source, resume=resume)
-        num_rows = embedding_of(model).num_embeddings
-        head = model.get_output_embeddings()
-        tied = any(model.get_submodule(name) is head for name in tied_modules(model))
-        counts = usage(statistics, tied=tied)
-        weights = token_weights(tokenizer, num_rows, languages=languages, counts=counts)
-        metric = None if head is None else metric_of(statistics, use_head=tied)
-        return cls(weights, metric, statistics.num_tokens)
 
 
 def expand(model: PreTrainedModel) -> PreTrainedModel:

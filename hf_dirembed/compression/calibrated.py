@@ -1,0 +1,77 @@
+"""What calibration says about a table: the weights of its rows, and the metric of their errors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..modeling_dirembed import embedding_of, tied_modules
+from .calibration import calibrate
+from .calibration_text import Texts, self_generated_texts
+from .statistics import CalibrationError, Statistics, metric, usage
+from .weights import token_weights
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What calibration says about a table.
+
+    Attributes:
+        weights: (V,) token weights.
+        metric: (d, d) what errors are measured in; None for a model without a language-model head, whose sentence
+            embeddings it was measured not to help.
+        num_tokens: Tokens of the text that it was made of.
+        source: What it was made of, for the record; of a file its name alone.
+    """
+
+    weights: Tensor
+    metric: Tensor | None
+    num_tokens: int
+    source: str
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        source: Texts | Statistics,
+        languages: str | Sequence[str] | None,
+        *,
+        resume: str | Path | None = None,
+    ) -> Calibration:
+        """Reads text, or statistics made of it.
+
+        Raises:
+            CalibrationError: If there is no tokenizer, or the model cannot be calibrated, or `resume` is of another
+                calibration.
+            CheckpointError: If `resume` cannot be written.
+        """
+        if tokenizer is None:
+            raise CalibrationError("calibration needs the model's tokenizer: pass it as the second argument")
+        languages, described = (languages,) if isinstance(languages, str) else languages, _describe(source)
+        if isinstance(source, str) and source == "self":
+            # All of it first: while `calibrate` reads, the model's hooks are not there for generating.
+            source = list(self_generated_texts(model, tokenizer, languages=languages))
+        if not isinstance(source, Statistics):
+            source = calibrate(model, tokenizer, source, resume=resume)
+        num_rows = embedding_of(model).num_embeddings
+        head = model.get_output_embeddings()
+        tied = any(model.get_submodule(name) is head for name in tied_modules(model))
+        counts = usage(source, tied=tied)
+        weights = token_weights(tokenizer, num_rows, languages=languages, counts=counts)
+        measure = None if head is None else metric(source, use_head=tied)
+        return cls(weights, measure, source.num_tokens, described)
+
+
+def _describe(calibration: Texts | Statistics) -> str:
+    """What a model was calibrated on, for the record; of a file its name alone."""
+    if isinstance(calibration, Statistics):
+        return "given statistics"
+    if isinstance(calibration, (str, os.PathLike)):
+        return Path(calibration).name
+    return "given texts"

@@ -4,9 +4,8 @@
 
 makes a Llama-like checkpoint of 8 shards with a 262,144 x 2,048 bfloat16 table in FOLDER (17 GiB of disk for both),
 compresses it in a process whose memory is limited, checks that every other tensor came through byte for byte, and
-loads the shapes of the result. The limit is one of anonymous memory (RLIMIT_DATA), which a process cannot get around;
-pages of mapped files, which the system takes back when it needs them, are in the peak of resident memory that is
-printed beside it.
+loads the result. The limit is one of private memory (RLIMIT_DATA), which a process cannot get around; the peak of
+resident memory that is printed beside it also has pages of the libraries.
 """
 
 from __future__ import annotations
@@ -82,7 +81,7 @@ def compress(source: Path, out: Path, method: str, bits: float, limit: float) ->
     start = time.perf_counter()
     summary = compress_checkpoint(source, out, method=method, bits=bits)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"{time.perf_counter() - start:.0f} s, {summary.bits_per_weight:.3f} bits per weight", end=", ")
+    print(f"{method}: {time.perf_counter() - start:.0f} s, {summary.bits_per_weight:.3f} bits per weight", end=", ")
     print(f"mean cosine {summary.mean_cosine}, peak of resident memory {peak / GIB:.2f} GiB")
 
 

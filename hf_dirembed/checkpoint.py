@@ -16,7 +16,7 @@ from typing import Any
 import huggingface_hub
 import transformers
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -41,6 +41,7 @@ from .loading_dirembed import check_stored_dtypes, shards_of
 from .metadata import hub_id
 from .processes import on_main_process
 from .staging import staged_folder
+from .stored import StoredFile
 from .streaming import StoredTable
 
 
@@ -256,7 +257,7 @@ def compress_checkpoint(
     """Compresses a checkpoint into another: weights, config, tokenizer, SentenceTransformer modules, and a card.
 
     Without calibration the model is not loaded, if its file can be read row by row: memory is then a chunk of rows,
-    the codes, a few (d, d) matrices and the shard that holds the table, whatever the model's size.
+    the codes and a few (d, d) matrices, whatever the model's size.
 
     Processes that `accelerate launch` or `torchrun` started calibrate together, to the same bits as one; the main one
     fits and writes. Call it in all of them.
@@ -367,10 +368,8 @@ def _read_headers(folder: Path) -> dict[str, StoredTensor]:
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     tensors = {}
     for shard in sorted(shards_of(index) if index.is_file() else {SAFE_WEIGHTS_NAME}):
-        with safe_open(folder / shard, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (no dict: it has keys() alone)
-                tensor = file.get_slice(name)
-                tensors[name] = StoredTensor(tuple(tensor.get_shape()), tensor.get_dtype())
+        for name, tensor in StoredFile.read(folder / shard).tensors.items():
+            tensors[name] = StoredTensor(tuple(tensor["shape"]), tensor["dtype"])
     return tensors
 
 

@@ -1,14 +1,15 @@
 """Compressing a checkpoint whose model does not fit into memory: only the table is read, chunk by chunk.
 
 The model is built on the meta device, to learn from its class which tensor is the table and what is tied to it. The
-table's rows come from the memory-mapped file, the shard that holds the table is written anew, and all others are
-copied as they are.
+table's rows are read from the file as they are needed, the shard that holds the table is written anew from the bytes
+of the old one, and all others are copied as they are.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -28,26 +26,7 @@ from .layout_dirembed import CheckpointError, TableError
 from .loading_dirembed import shards_of
 from .matrix_dirembed import CompressedMatrix
 from .modeling_dirembed import embedding_of, tied_modules
-
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-class StoredRows:
-    """The rows of a matrix in a safetensors file: a memory map, of which slices become tensors.
-
-    Args:
-        file: An open safetensors file.
-        name: Of the matrix in it.
-    """
-
-    def __init__(self, file: Any, name: str) -> None:
-        self._slice = file.get_slice(name)
-        self.shape = tuple(self._slice.get_shape())
-        self.dtype: torch.dtype | None = DTYPES.get(self._slice.get_dtype())
-
-    def __getitem__(self, rows: slice) -> Tensor:
-        return self._slice[rows]
+from .stored import StoredFile, StoredRows, write_merged
 
 
 @dataclass(frozen=True)
@@ -91,11 +70,12 @@ class StoredTable:
         whole = (folder / SAFE_WEIGHTS_NAME).is_file()  # what transformers takes first
         shards = (SAFE_WEIGHTS_NAME,) if whole else tuple(sorted(shards_of(index))) if index.is_file() else ()
         special = (MODEL_TYPE, "quantization_config", "transformers_weights")
-        if not shards or any(getattr(config, name, None) is not None for name in special):
+        if sys.byteorder != "little" or not shards or any(getattr(config, name, None) is not None for name in special):
             return None
         model = _on_meta(model_class, config)
         names = {f"{name}.weight" for name in tied_modules(model)}
-        found = [(shard, name) for shard in shards for name in _names(folder / shard) if name in names]
+        files = {shard: StoredFile.read(folder / shard) for shard in shards}
+        found = [(shard, name) for shard, file in files.items() for name in file.tensors if name in names]
         if len(found) != 1 or found[0][1] in model.all_tied_weights_keys:
             return None
         weight = embedding_of(model).weight
@@ -109,8 +89,9 @@ class StoredTable:
     @contextmanager
     def rows(self) -> Iterator[StoredRows]:
         """The table, while its file is open."""
-        with safe_open(self.folder / self.shard, framework="pt") as file:
-            yield StoredRows(file, self.name)
+        stored = StoredFile.read(self.folder / self.shard)
+        with open(stored.path, "rb") as file:
+            yield StoredRows(stored, self.name, file)
 
     def compress(self, target: Path, tokenizer: PreTrainedTokenizerBase | None, **options: Any) -> None:
         """Writes the compressed checkpoint: new codes and config, everything else as it was.
@@ -131,32 +112,33 @@ class StoredTable:
         assert isinstance(embedding, CompressedMatrix)
         codes = {**embedding.code_tensors(), "decoder_weight": embedding.stored_decoder()}
         model.save_pretrained(target, state_dict={f"{prefix}{name}": tensor for name, tensor in codes.items()})
-        written = load_file(target / SAFE_WEIGHTS_NAME)
-        if self.name not in written:
+        dense = StoredFile.read(self.folder / self.shard)
+        saved = (target / SAFE_WEIGHTS_NAME).rename(target / f".{SAFE_WEIGHTS_NAME}.codes")
+        written = StoredFile.read(saved)
+        if self.name not in written.tensors:
+            names = sorted(written.tensors)
             raise CheckpointError(
-                f"{self.name} is saved under another name, one of {sorted(written)}: load the model and compress that"
+                f"{self.name} is saved under another name, one of {names}: load the model and compress that"
             )
-        (target / SAFE_WEIGHTS_NAME).unlink()
         for shard in self.shards:
             if shard != self.shard:
                 shutil.copyfile(self.folder / shard, target / shard)
-        with safe_open(self.folder / self.shard, framework="pt") as file:
-            kept = {name: file.get_tensor(name) for name in file.keys() if name != self.name}  # noqa: SIM118 (no dict)
-            save_file({**kept, **written}, target / self.shard, metadata={"format": "pt"})
+        kept = [name for name in dense.tensors if name != self.name]
+        write_merged(target / self.shard, [(dense, kept), (written, written.tensors)], dense.metadata)
+        saved.unlink()
         if self.shards != (SAFE_WEIGHTS_NAME,):
-            self._write_index(target, written)
+            self._write_index(target, {name: written.num_bytes(name) for name in written.tensors})
 
     def _fit(self, tokenizer: PreTrainedTokenizerBase | None, options: dict[str, Any]) -> PreTrainedModel:
-        # A function of its own: the file stays mapped for as long as anything refers to its rows.
         with self.rows() as rows:
             return compress(self.model, tokenizer, rows=rows, **options)
 
-    def _write_index(self, target: Path, written: dict[str, Tensor]) -> None:
+    def _write_index(self, target: Path, written: dict[str, int]) -> None:
         index = json.loads((self.folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
         index["weight_map"] = {**index["weight_map"], **dict.fromkeys(written, self.shard)}
         metadata = index.get("metadata")
         if isinstance(metadata, dict) and isinstance(metadata.get("total_size"), int):
-            metadata["total_size"] += sum(tensor.nbytes for tensor in written.values()) - self.num_bytes
+            metadata["total_size"] += sum(written.values()) - self.num_bytes
             metadata.pop("total_parameters", None)
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (target / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
@@ -166,8 +148,3 @@ def _on_meta(model_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
     build = getattr(model_class, "from_config", None) or model_class._from_config  # AutoModel's, or a class's own
     with torch.device("meta"):
         return build(config)
-
-
-def _names(shard: Path) -> list[str]:
-    with safe_open(shard, framework="pt") as file:
-        return list(file.keys())

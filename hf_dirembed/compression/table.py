@@ -13,6 +13,7 @@ from ..layout_dirembed import TableError
 
 
 CHUNK_ELEMENTS = 1 << 22  # 16 MiB of float32: large enough for BLAS, small beside any model
+ALIGNMENT = 64  # bytes, as torch allocates: elsewhere, as in mapped files, sums are taken in another order
 
 
 class RowSource(Protocol):
@@ -85,6 +86,8 @@ class Table:
             if not finite.all():
                 bad = start + int((~finite).nonzero()[0])
                 raise TableError(f"row {bad} of the embedding table holds a NaN or an infinity: mend the checkpoint")
+            if chunk.data_ptr() % ALIGNMENT:
+                chunk = chunk.clone()
             yield rows, chunk if self.factor is None else chunk @ self.factor
 
     def digest(self) -> str:

@@ -14,7 +14,11 @@ import torch
 from families import FAMILIES
 from transformers import PreTrainedTokenizerFast
 
+from hf_dirembed import AutoencoderSettings, TransformSettings
+from hf_dirembed.checkpoint import compress_checkpoint
 from hf_dirembed.compression import compress_table
+from hf_dirembed.compression.compress import SETTINGS
+from hf_dirembed.configuration_dirembed import read_spec
 
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +56,38 @@ def test_the_same_seed_gives_the_same_bytes(
     if method == "autoencoder":
         other = compress(source, tmp_path / "other", *options, "--seed", "4", hash_seed=1)
         assert other["model.safetensors"] != one["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 5, "settings": TransformSettings(seed=3)},
+        {"ratio": 4, "method": "autoencoder", "codes": "float16", "settings": AutoencoderSettings(epochs=3, seed=7)},
+        {"rank": 4, "method": "direction"},
+    ],
+    ids=lambda options: options.get("method", "transform"),
+)
+def test_what_is_recorded_is_enough_to_make_it_again(
+    options: dict[str, Any], tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    source, first, second = tmp_path / "dense", tmp_path / "1" / "out", tmp_path / "2" / "out"
+    FAMILIES["bert"].make("AutoModelForMaskedLM").save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    compress_checkpoint(source, first, languages=("en", "de"), **options)
+    _, spec = read_spec(json.loads((first / "config.json").read_text()))
+    made_with, method = spec.settings, spec.method
+    budget, _, size = made_with["budget"].partition("=")
+    again: dict[str, Any] = {budget: int(size) if budget == "rank" else float(size), "method": method}
+    again |= {"languages": made_with["languages"], "device": made_with["device"]}
+    if method in SETTINGS:
+        again["settings"] = SETTINGS[method](**made_with[method])
+    if method != "transform":
+        again["codes"] = spec.codes
+    compress_checkpoint(source, second, **again)
+    names = sorted(file.name for file in first.iterdir() if file.is_file())
+    assert names == sorted(file.name for file in second.iterdir() if file.is_file())
+    for name in names:
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("options", [{"bits": 5}, {"method": "autoencoder", "rank": 6}, {"method": "svd", "rank": 6}])

@@ -1,8 +1,11 @@
-"""Fixtures: a small tokenizer, and a quiet transformers."""
+"""Fixtures: a small tokenizer, and a quiet transformers. In the end the suite says how much it attacked."""
 
 from __future__ import annotations
 
+import functools
 import os
+from collections import Counter
+from typing import Any
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test asks the network
@@ -51,3 +54,35 @@ def tokenizer() -> PreTrainedTokenizerFast:
         name: f"[{name[:-6].upper()}]" for name in ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
     }
     return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=32, **special)
+
+
+ATTACKS: Counter[str] = Counter()  # done by this run
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Has every Hypothesis case counted."""
+    handle = getattr(getattr(item, "obj", None), "hypothesis", None)
+    if handle is None or hasattr(handle.inner_test, "counted"):
+        return
+    inner = handle.inner_test
+
+    @functools.wraps(inner)
+    def case(*args: Any, **kwargs: Any) -> Any:
+        ATTACKS["Hypothesis cases"] += 1
+        return inner(*args, **kwargs)
+
+    case.counted = True  # type: ignore[attr-defined]
+    handle.inner_test = case
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Counts what passed: refusals of broken checkpoints, and the `kills` that tests record."""
+    if report.when == "call" and report.passed:
+        ATTACKS["refusals of broken checkpoints"] += "test_broken_checkpoints.py" in report.nodeid
+        ATTACKS["kills"] += sum(value for name, value in report.user_properties if name == "kills")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Says it."""
+    if said := ", ".join(f"{number:,} {what}" for what, number in ATTACKS.items() if number):
+        terminalreporter.write_line(f"attacked by: {said}")

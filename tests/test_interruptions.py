@@ -70,7 +70,7 @@ def forked(work: Callable[[], object]) -> int:
 
 
 @needs_fork
-def test_kill_9_leaves_all_or_nothing(dense: Path, tmp_path: Path) -> None:
+def test_kill_9_leaves_all_or_nothing(dense: Path, tmp_path: Path, record_property: Any) -> None:
     outs = [tmp_path / str(number) / "out" for number in range(3)]  # of one name, which the card bears
     write(dense, tmp_path / "warm" / "out")
     start = time.perf_counter()
@@ -90,7 +90,7 @@ def test_kill_9_leaves_all_or_nothing(dense: Path, tmp_path: Path) -> None:
             complete += 1
             assert contents(out) == expected
         stumps += bool(list(out.parent.glob(".out.*.part")))
-    print(f"{KILLS} kills: {complete} outputs complete, {stumps} runs left a hidden part, none a mixture")
+    record_property("kills", KILLS)
     assert 0 < complete < KILLS
     assert stumps
     for out in outs:  # the next run clears up after those that were killed
@@ -102,7 +102,9 @@ def test_kill_9_leaves_all_or_nothing(dense: Path, tmp_path: Path) -> None:
 
 @needs_fork
 @pytest.mark.parametrize("task", ["autoencoder", "calibration"])
-def test_kill_9_costs_what_was_not_yet_saved(task: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_kill_9_costs_what_was_not_yet_saved(
+    task: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, record_property: Any
+) -> None:
     """Killed again and again, and gone on with: to the same bytes as without."""
     source, file = tmp_path / "dense", tmp_path / "saved"
     FAMILIES["llama-tied"].make("AutoModelForCausalLM").save_pretrained(source)
@@ -130,6 +132,7 @@ def test_kill_9_costs_what_was_not_yet_saved(task: str, tokenizer: PreTrainedTok
     work("resumed", file)
     assert contents(tmp_path / "resumed" / "out") == contents(tmp_path / "reference" / "out")
     assert not list((tmp_path / "resumed").glob(".*"))
+    record_property("kills", len(seen))
 
 
 def test_a_part_of_a_running_process_is_left_alone(tmp_path: Path) -> None:
@@ -230,7 +233,9 @@ def test_a_closed_folder_is_said_and_left_alone(command: str, compressed: Path, 
 
 @needs_fork
 @pytest.mark.parametrize("command", ["card", "evaluate"])
-def test_kill_9_leaves_the_old_file_or_the_new(command: str, compressed: Path, tmp_path: Path) -> None:
+def test_kill_9_leaves_the_old_file_or_the_new(
+    command: str, compressed: Path, tmp_path: Path, record_property: Any
+) -> None:
     """Killed before each thing that writing does to the file system."""
 
     def work(folder: Path) -> None:
@@ -253,7 +258,7 @@ def test_kill_9_leaves_the_old_file_or_the_new(command: str, compressed: Path, t
             break  # all of it was done before the kill
         for name, content in contents(folder).items():
             assert name.endswith(".part") or content in (old[name], new[name])
-    print(f"{command}: {point} kills, every file the old one or the new one")
+    record_property("kills", point)
     assert point > 5
     assert contents(folder) == new  # the parts of those that were killed are gone, too
 

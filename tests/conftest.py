@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
+import tempfile
 from collections import Counter
 from typing import Any
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test asks the network
+# This process's own: of two that write the same module one may read half of it.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")
 
 import pytest
 import torch
@@ -56,7 +60,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=32, **special)
 
 
-ATTACKS: Counter[str] = Counter()  # done by this run
+def pytest_unconfigure() -> None:
+    """Leaves nothing behind."""
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+
+
+TRIED: list[str] = []  # an entry for each Hypothesis case of the test that runs
+ATTACKS: Counter[str] = Counter()  # of all tests, whichever processes they ran in
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -68,18 +78,29 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
     @functools.wraps(inner)
     def case(*args: Any, **kwargs: Any) -> Any:
-        ATTACKS["Hypothesis cases"] += 1
+        TRIED.append(item.nodeid)
         return inner(*args, **kwargs)
 
     case.counted = True  # type: ignore[attr-defined]
     handle.inner_test = case
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Any:
+    """Has a test's report say how many cases it tried."""
+    TRIED.clear()
+    try:
+        return (yield)
+    finally:
+        item.user_properties.append(("Hypothesis cases", len(TRIED)))
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Counts what passed: refusals of broken checkpoints, and the `kills` that tests record."""
+    """Counts what passed: cases, refusals of broken checkpoints, and the `kills` that tests record."""
     if report.when == "call" and report.passed:
         ATTACKS["refusals of broken checkpoints"] += "test_broken_checkpoints.py" in report.nodeid
-        ATTACKS["kills"] += sum(value for name, value in report.user_properties if name == "kills")
+        for name, number in report.user_properties:
+            ATTACKS[name] += number
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

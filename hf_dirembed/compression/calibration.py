@@ -200,7 +200,7 @@ def _update(digest: Any, id_lists: Iterable[list[int]]) -> str:
 def _prepared(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
     """Puts a model in evaluation mode on a device, its parameters out of the graph; afterwards as it was.
 
-    On a CPU, where half precision is no faster, it runs in float32: rounded gradients make worse statistics.
+    On a CPU it runs in float32, whatever its dtype: rounded gradients make worse statistics.
     """
     modes = {module: module.training for module in model.modules()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -58,6 +60,23 @@ def tokenizer() -> PreTrainedTokenizerFast:
         name: f"[{name[:-6].upper()}]" for name in ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
     }
     return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=32, **special)
+
+
+@pytest.fixture(autouse=True)
+def _the_tokenizer_stays_as_it_is(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test shares the tokenizer, so one that changes it, as a text-generation pipeline does, needs a copy."""
+    if "tokenizer" not in request.fixturenames:
+        yield
+        return
+    tokenizer = request.getfixturevalue("tokenizer")
+    before = _settings(tokenizer)
+    yield
+    assert _settings(tokenizer) == before, "this test changed the tokenizer that all share: give it a copy"
+
+
+def _settings(tokenizer: Any) -> dict[str, Any]:
+    names = ("padding_side", "truncation_side", "model_input_names", "model_max_length", "special_tokens_map")
+    return {"tokens": len(tokenizer), **{name: copy.copy(getattr(tokenizer, name)) for name in names}}
 
 
 def pytest_unconfigure() -> None:

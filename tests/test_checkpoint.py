@@ -267,7 +267,7 @@ def test_text_generation(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> 
     tokenizer.save_pretrained(tmp_path)
     options = {"max_new_tokens": 8, "do_sample": False}
     found = pipeline("text-generation", model=str(tmp_path))("the cat sat", **options)
-    expected = pipeline("text-generation", model=hf_dirembed.expand(model), tokenizer=tokenizer)(
+    expected = pipeline("text-generation", model=hf_dirembed.expand(model), tokenizer=copy.deepcopy(tokenizer))(
         "the cat sat", **options
     )
     assert found == expected

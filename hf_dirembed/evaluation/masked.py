@@ -165,10 +165,11 @@ def _windows(
     room = window - tokenizer.num_special_tokens_to_add()
     if room < 1:
         raise EvaluationError(f"window={window} leaves no room for text beside special tokens: give a larger one")
-    encoded = tokenizer(
-        text, truncation=True, max_length=window, padding=True, return_overflowing_tokens=True,
-        return_special_tokens_mask=True, return_offsets_mapping=whole_word, verbose=False,
-    )  # fmt: skip
+    with _from_left_to_right(tokenizer):
+        encoded = tokenizer(
+            text, truncation=True, max_length=window, padding=True, padding_side="right", verbose=False,
+            return_overflowing_tokens=True, return_special_tokens_mask=True, return_offsets_mapping=whole_word,
+        )  # fmt: skip
     encoded.pop("overflow_to_sample_mapping")
     kept = len(encoded["input_ids"]) if max_tokens is None else -(-max_tokens // room)
     windows = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)][:kept]
@@ -176,6 +177,16 @@ def _windows(
         for row in windows:
             row["offset_mapping"] = _trimmed(text, row["offset_mapping"])
     return windows, sum(row["special_tokens_mask"].count(0) for row in windows)
+
+
+@contextmanager
+def _from_left_to_right(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Lets a tokenizer cut windows from the start of the text on, whichever end it was told to keep before."""
+    side, tokenizer.truncation_side = tokenizer.truncation_side, "right"
+    try:
+        yield
+    finally:
+        tokenizer.truncation_side = side
 
 
 def _trimmed(text: str, offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:

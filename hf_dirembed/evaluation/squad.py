@@ -101,6 +101,7 @@ def squad(
         start, tokenizer = load_start(
             model, AutoModelForQuestionAnswering, seed=seed, train_decoder=settings.train_decoder
         )
+        tokenizer.padding_side = "right"  # positions of answers count from the left
         length = min(settings.max_length, longest_input(start, tokenizer))
         windows = cut_windows(tokenizer, asked, length, settings.doc_stride)
         labelled = [

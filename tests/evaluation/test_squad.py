@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_dirembed.evaluation import EvaluationError, SquadSettings, squad
 from hf_dirembed.evaluation.squad import score
@@ -47,11 +48,12 @@ def write_official(file: Path, rows: list[dict[str, Any]]) -> Path:
     return file
 
 
-@pytest.mark.parametrize("start", ["dense", "compressed"])
+@pytest.mark.parametrize(("start", "padding_side"), [("dense", "right"), ("compressed", "left")])
 def test_learns_where_the_answer_is_also_in_long_contexts(
-    start: str, request: pytest.FixtureRequest, tmp_path: Path
+    start: str, padding_side: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    folder = request.getfixturevalue(start)
+    folder = shutil.copytree(request.getfixturevalue(start), tmp_path / "model")
+    AutoTokenizer.from_pretrained(folder, padding_side=padding_side).save_pretrained(folder)
     write_official(tmp_path / "train-v1.1.json", make_questions(100, 12, 0))
     write_official(tmp_path / "dev-v1.1.json", make_questions(30, 30, 1))
     options = {

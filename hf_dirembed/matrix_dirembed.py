@@ -51,6 +51,7 @@ class CompressedMatrix(nn.Module):
     decoder_bias_weight: nn.Parameter | None
     refinement_weight: nn.Parameter | None
     refined_rows_weight: nn.Parameter | None
+    tied = False  # whether other modules of the model share its tensors
 
     def __init__(
         self,

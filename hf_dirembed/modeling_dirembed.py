@@ -109,8 +109,10 @@ def swap_modules(model: PreTrainedModel, spec: CompressionSpec, device: str | No
 
 def _tie_decoders(model: PreTrainedModel, names: set[str]) -> None:
     """Extends the tie maps, so that whatever shares a code matrix shares its decoder."""
-    source = model.get_submodule(min(names))
-    assert isinstance(source, CompressedMatrix)
+    modules = {module for name in sorted(names) if isinstance(module := model.get_submodule(name), CompressedMatrix)}
+    for module in modules:
+        module.tied = len(modules) > 1
+    source = next(iter(modules))
     shared = [name for name in source.code_tensors() if name != "weight"]
     submodels = [(name, module) for name, module in model.named_modules() if isinstance(module, PreTrainedModel)]
     for prefix, submodel in submodels:

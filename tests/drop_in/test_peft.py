@@ -103,20 +103,57 @@ def test_lora_on_the_decoder_is_lora_on_the_table(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:Unsupported layer type")
 @pytest.mark.parametrize("method", BUDGETS)
 def test_what_wants_a_dense_table_is_refused(method: str) -> None:
-    """Lora and TrainableTokens over the table itself: before anything is trained, and naming the module."""
+    """Before anything is trained: LoRA on the table by PEFT, which names the module, the rest by us."""
     for target, module in (("embed_tokens", CompressedEmbedding), ("lm_head", CompressedLMHead)):
         config = peft.LoraConfig(target_modules=[target], task_type="CAUSAL_LM")
         with pytest.raises(ValueError, match=rf"Target module {module.__name__}\(.* is not supported"):
             peft.get_peft_model(make("llama-tied", AUTO, method), config)
-    config = peft.TrainableTokensConfig(token_indices=[3, 5], target_modules=["embed_tokens"], task_type="CAUSAL_LM")
-    with pytest.raises((ValueError, RuntimeError), match=r"unknown layer type|floating point"):
-        logits(peft.get_peft_model(make("llama-tied", AUTO, method), config))
+    for config in (
+        peft.TrainableTokensConfig(token_indices=[3, 5], target_modules=["embed_tokens"], task_type="CAUSAL_LM"),
+        peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 5], task_type="CAUSAL_LM"),
+    ):
+        with pytest.raises(ModelError, match="dense table, and a CompressedEmbedding has none: expand the model"):
+            peft.get_peft_model(make("llama-tied", AUTO, method), config)
+    dense = hf_dirembed.expand(make("llama-tied", AUTO, method))
+    train(peft.get_peft_model(dense, config))
 
 
-def test_packed_codes_are_not_saved_whole() -> None:
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("name", ["llama-tied", "llama-untied"])
+def test_packed_codes_are_not_saved_whole(name: str) -> None:
     config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
-    with pytest.raises(RuntimeError, match="only Tensors of floating point dtype can require gradients"):
+    with pytest.raises(ModelError, match="leave the CompressedEmbedding out of it, or compress with method='direc"):
+        peft.get_peft_model(make(name, AUTO), config)
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.parametrize("method", BUDGETS)
+def test_lora_on_a_shared_decoder_is_refused(method: str, tmp_path: Path) -> None:
+    """Of the two modules that share it, an adapter changes one until it is merged, and then both."""
+    model = make("llama-tied", AUTO, method)
+    model.save_pretrained(tmp_path)
+    for compressed in (model, transformers.AutoModelForCausalLM.from_pretrained(tmp_path)):
+        for module in ("embed_tokens", "lm_head"):
+            config = peft.LoraConfig(target_parameters=[f"{module}.decoder_weight"], task_type="CAUSAL_LM")
+            with pytest.raises(ModelError, match=r"decoder_weight of this Compressed.* is shared with a tied module"):
+                peft.get_peft_model(compressed, config)
+
+
+def test_lora_on_packed_codes_is_refused() -> None:
+    config = peft.LoraConfig(target_parameters=["embed_tokens.weight"], task_type="CAUSAL_LM")
+    with pytest.raises(ModelError, match="weight holds packed integers, which no adapter adds to"):
         peft.get_peft_model(make("llama-untied", AUTO), config)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_a_refusal_leaves_the_model_as_it_was() -> None:
+    model = make("llama-tied", AUTO)
+    before, modules = logits(model), [type(module) for module in model.modules()]
+    config = peft.TrainableTokensConfig(token_indices=[3], target_modules=["embed_tokens"], task_type="CAUSAL_LM")
+    with pytest.raises(ModelError):
+        peft.get_peft_model(model, config)
+    assert [type(module) for module in model.modules()] == modules
+    assert torch.equal(logits(model), before)
 
 
 def test_float_latents_are_saved_whole_once_they_are_unfrozen(tmp_path: Path) -> None:

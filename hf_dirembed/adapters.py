@@ -1,0 +1,57 @@
+"""PEFT around a compressed table: what would fail late, or come out wrong, is refused when PEFT wraps the table.
+
+PEFT asks a model nothing before it wraps its modules, but torch announces every module that becomes part of another.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from .layout_dirembed import ModelError
+from .matrix_dirembed import CompressedMatrix
+
+
+WRAPPED = ("base_layer", "original_module")  # what PEFT's wrappers call the module that they wrap
+
+
+def refuse_wrapper(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Refuses wrappers of PEFT that cannot work around a compressed matrix; called for every module that gets a part.
+
+    Args:
+        parent: What the module becomes a part of.
+        name: What it is called there.
+        child: The module.
+
+    Raises:
+        ModelError: If the wrapper changes rows of a dense table, trains packed codes, or adapts one of several modules
+            that share a decoder.
+    """
+    if name not in WRAPPED or not isinstance(child, CompressedMatrix):
+        return
+    wrapper = type(parent)
+    if wrapper.__module__.partition(".")[0] != "peft":
+        return
+    parameter = vars(parent).get("parameter_name")  # of LoRA's `target_parameters`
+    if parameter is not None:
+        if child.tied:
+            raise ModelError(
+                f"{parameter} of this {type(child).__name__} is shared with a tied module, which an adapter of one of "
+                "them would leave behind: train the decoder itself, or expand the model with hf_dirembed.expand"
+            )
+        if not child.get_parameter(parameter).is_floating_point():
+            raise ModelError(f"{parameter} holds packed integers, which no adapter adds to: choose decoder_weight")
+    elif wrapper.__name__ != "ModulesToSaveWrapper":
+        raise ModelError(
+            f"PEFT's {wrapper.__name__} changes rows of a dense table, and a {type(child).__name__} has none: expand "
+            "the model first with hf_dirembed.expand, or adapt its decoder with LoraConfig(target_parameters=...)"
+        )
+    elif child.spec.bit_allocation is not None:
+        raise ModelError(
+            "modules_to_save trains all of a module, and packed codes are integers, which no optimiser trains: leave "
+            f"the {type(child).__name__} out of it, or compress with method='direction' and call unfreeze_codes(), or "
+            "expand the model first with hf_dirembed.expand"
+        )
+
+
+register_module_module_registration_hook(refuse_wrapper)

@@ -178,11 +178,17 @@ class CompressedMatrix(nn.Module):
         return {name: tensor for name in CODE_TENSORS if (tensor := getattr(self, name)) is not None}
 
     @torch.no_grad()
-    def stored_decoder(self) -> Tensor:
-        """The decoder as files have it: in the dtype that the spec names, where that loses nothing."""
-        narrow = self.decoder_weight.detach().to(_narrower(self.spec.decoder, self.dtype))
-        exact = not narrow.is_meta and torch.equal(narrow.to(self.dtype), self.decoder_weight)
-        return narrow if exact else self.decoder_weight.detach()
+    def stored_decoder(self, decoder: Tensor | None = None) -> Tensor:
+        """The decoder as files have it: in the dtype that the spec names, where that loses nothing.
+
+        Args:
+            decoder: The decoder's values where they are no longer the module's, as of a model that is sharded.
+        """
+        decoder = self.decoder_weight.detach() if decoder is None else decoder
+        if decoder.is_meta or hasattr(decoder, "device_mesh"):  # a comparison would wait for the other processes
+            return decoder
+        narrow = decoder.to(_narrower(self.spec.decoder, decoder.dtype))
+        return narrow if torch.equal(narrow.to(decoder.dtype), decoder) else decoder
 
     @property
     def num_bytes(self) -> int:
@@ -195,9 +201,13 @@ class CompressedMatrix(nn.Module):
         """8 x `num_bytes` / (num_rows x dim)."""
         return 8 * self.num_bytes / (self.weight.shape[0] * self.decoder_weight.shape[1])
 
-    def current_spec(self) -> CompressionSpec:
-        """The spec with the dtypes and the number of refined rows as training, casts and resizing left them."""
-        changes: dict[str, Any] = {"decoder": str(self.stored_decoder().dtype).removeprefix("torch.")}
+    def current_spec(self, decoder: Tensor | None = None) -> CompressionSpec:
+        """The spec with the dtypes and the number of refined rows as training, casts and resizing left them.
+
+        Args:
+            decoder: As for [`stored_decoder`].
+        """
+        changes: dict[str, Any] = {"decoder": str(self.stored_decoder(decoder).dtype).removeprefix("torch.")}
         if self.spec.bit_allocation is None:
             changes["codes"] = str(self.weight.dtype).removeprefix("torch.")
         if self.spec.refinement is not None and self.refined_rows_weight is not None:

@@ -185,7 +185,9 @@ class DirEmbedModelMixin(PreTrainedModel):
         """False: the modeling is the base's own, and so are its checkpoint conversions (MoE and others)."""
         return False
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, *args: Any, **kwargs: Any
+    ) -> None:
         """Like the base class's; the decoder goes into the file in its narrow dtype, where that loses nothing.
 
         Raises:
@@ -203,12 +205,13 @@ class DirEmbedModelMixin(PreTrainedModel):
                 f"{untied} are compressed, but no longer tied to the input embedding: set "
                 "config.tie_word_embeddings and call tie_weights(), or expand the model with hf_dirembed.expand"
             )
-        self.config.dirembed = embedding.current_spec().to_dict()
-        if len(args) < 3 and kwargs.get("state_dict") is None:
-            decoder = embedding.stored_decoder()  # one tensor for all names, which saving finds tied
-            narrow = {f"{name}.decoder_weight": decoder for name in tied_modules(self)}
-            kwargs["state_dict"] = {**self.state_dict(), **narrow}
-        super().save_pretrained(*args, **kwargs)
+        state = dict(self.state_dict() if state_dict is None else state_dict)
+        names = [name for module in tied_modules(self) if (name := f"{module}.decoder_weight") in state]
+        decoder = state[names[0]] if names else None
+        self.config.dirembed = embedding.current_spec(decoder).to_dict()
+        # One tensor for all names, which saving finds tied.
+        state |= dict.fromkeys(names, embedding.stored_decoder(decoder))
+        super().save_pretrained(save_directory, is_main_process, state, *args, **kwargs)
 
     def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         for call in before_upload:

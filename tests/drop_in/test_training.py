@@ -166,18 +166,77 @@ accelerator.end_training()
 """
 
 
-def test_two_processes(tmp_path: Path) -> None:
-    make("llama-tied", "AutoModelForCausalLM").save_pretrained(tmp_path / "model")
+SHARDED = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+import hf_dirembed
+
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (2,))
+for source, target in (sys.argv[1:3], sys.argv[3:5]):
+    model, whole = (AutoModelForCausalLM.from_pretrained(source) for _ in range(2))
+    for part in (*model.model.layers, model):
+        fully_shard(part, mesh=mesh)
+    if dist.get_rank() == 0:
+        assert "CompressedEmbedding" in repr(model)  # which waits for nobody
+    batches = torch.randint(8, 160, (2, 4, 9), generator=torch.Generator().manual_seed(0))
+    ids = batches[dist.get_rank()]
+    learning = ([p for p in each.parameters() if p.requires_grad] for each in (model, whole))
+    optimizers = [torch.optim.SGD(parameters, lr=0.5) for parameters in learning]
+    losses = []
+    for _ in range(3):
+        (loss := model(input_ids=ids, labels=ids).loss).backward()
+        whole(input_ids=batches.flatten(0, 1), labels=batches.flatten(0, 1)).loss.backward()
+        losses.append(loss.item())
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert losses[-1] < losses[0], losses
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() == 0:
+        codes = whole.get_input_embeddings().weight
+        for name, tensor in whole.state_dict().items():
+            torch.testing.assert_close(state[name], tensor, rtol=1e-4, atol=1e-5)
+        assert torch.equal(state["model.embed_tokens.weight"], codes)
+        model.save_pretrained(target, state_dict=state)  # by one of them, as Trainer does
+        again = AutoModelForCausalLM.from_pretrained(target).state_dict()
+        assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
+        assert again.keys() == whole.state_dict().keys()
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def in_two_processes(code: str, *arguments: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = [str(tmp_path / name) for name in ("model", "state", "trained")]
     ranks = []
     for rank in range(2):
         environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
         environment |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-        command = [sys.executable, "-c", PROCESS, *arguments]
+        command = [sys.executable, "-c", code, *map(str, arguments)]
         ranks.append(subprocess.Popen(command, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True))
     for process in ranks:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    make("llama-tied", "AutoModelForCausalLM").save_pretrained(tmp_path / "model")
+    in_two_processes(PROCESS, *(tmp_path / name for name in ("model", "state", "trained")))
+
+
+def test_two_processes_that_share_the_model(tmp_path: Path) -> None:
+    """FSDP, as torch has it: what is sharded trains as the whole does, and one process saves it."""
+    if not hasattr(torch.distributed.fsdp, "fully_shard"):
+        pytest.skip("this torch does not have it yet")
+    for method in BUDGETS:
+        make("llama-tied", "AutoModelForCausalLM", method).save_pretrained(tmp_path / method)
+    folders = ((tmp_path / method, tmp_path / f"{method}-trained") for method in BUDGETS)
+    in_two_processes(SHARDED, *(folder for pair in folders for folder in pair))

@@ -180,6 +180,15 @@ class DirEmbedModelMixin(PreTrainedModel):
                 check_table(module)
         return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
+    def initialize_weights(self) -> None:
+        """Like the base class's, which draws what no file had; codes that stay on disk are not among that."""
+        for module in self.modules():
+            if isinstance(module, CompressedMatrix):
+                for tensor in module.code_tensors().values():
+                    if tensor.is_meta:
+                        tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+        super().initialize_weights()
+
     @classmethod
     def is_custom_code(cls) -> bool:
         """False: the modeling is the base's own, and so are its checkpoint conversions (MoE and others)."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from families import FAMILIES
 from tiny import BUDGETS, make, outputs
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -141,3 +142,37 @@ def test_disk_offload(offloaded: tuple[str, ...], method: str, tmp_path: Path) -
     torch.testing.assert_close(outputs(again, "bert"), expected)
     again.save_pretrained(tmp_path / "two")
     assert_same(load("bert", tmp_path / "two"), "bert", expected)
+
+
+T5_PARTS = ("shared", "encoder", "decoder", "lm_head")
+
+
+def offloaded_t5(folder: Path, auto: type, *on_disk: str) -> PreTrainedModel:
+    device_map = {part: "disk" if part in on_disk else "cpu" for part in T5_PARTS}
+    return auto.from_pretrained(folder, device_map=device_map, offload_folder=folder / "offload").eval()
+
+
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
+@pytest.mark.parametrize("auto", [transformers.AutoModelForSeq2SeqLM, transformers.T5ForConditionalGeneration])
+@pytest.mark.parametrize("method", BUDGETS)
+def test_disk_offload_of_a_table_in_several_places(method: str, auto: type, tmp_path: Path) -> None:
+    model = make("t5", AUTOS["t5"], method)
+    expected = outputs(model, "t5")
+    model.save_pretrained(tmp_path / "one")
+    again = offloaded_t5(tmp_path / "one", auto, *T5_PARTS)
+    assert all(parameter.is_meta for parameter in again.get_input_embeddings().parameters())
+    torch.testing.assert_close(outputs(again, "t5"), expected)
+    again.save_pretrained(tmp_path / "two")
+    assert_same(load("t5", tmp_path / "two"), "t5", expected)
+
+
+@pytest.mark.parametrize("on_disk", [("shared", "lm_head"), ("encoder",)], ids=["table", "encoder"])
+def test_a_table_in_several_places_is_not_offloaded_in_part(on_disk: tuple[str, ...], tmp_path: Path) -> None:
+    """Neither is the stock model's: what is tied goes to disk together, or not at all."""
+    auto = transformers.AutoModelForSeq2SeqLM
+    FAMILIES["t5"].make(AUTOS["t5"]).save_pretrained(tmp_path / "stock")
+    make("t5", AUTOS["t5"]).save_pretrained(tmp_path / "ours")
+    with pytest.raises((KeyError, ValueError)) as stock:
+        outputs(offloaded_t5(tmp_path / "stock", auto, *on_disk), "t5")
+    with pytest.raises(stock.type, match="decoder_"):
+        outputs(offloaded_t5(tmp_path / "ours", auto, *on_disk), "t5")

@@ -1,0 +1,263 @@
+"""Ways to spoil a checkpoint: its config, its tensors, its files."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from hf_dirembed.layout_dirembed import CODE_TENSORS
+
+
+TABLE = "bert.embeddings.word_embeddings."
+SHARD = "model-00002-of-00003.safetensors"
+HUGE = 10**12
+Spoil = Callable[[Path], Any]
+
+
+def config(change: Callable[[dict[str, Any]], Any]) -> Spoil:
+    """Changes `config.json`."""
+
+    def apply(folder: Path) -> None:
+        values = json.loads((folder / "config.json").read_text())
+        change(values)
+        (folder / "config.json").write_text(json.dumps(values))
+
+    return apply
+
+
+def base(**values: Any) -> Spoil:
+    return config(lambda c: c.update(values))
+
+
+def spec(**values: Any) -> Spoil:
+    return config(lambda c: c["dirembed"].update(values))
+
+
+def refinement(**values: Any) -> Spoil:
+    return config(lambda c: c["dirembed"]["refinement"].update(values))
+
+
+def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Spoil:
+    """Changes the tensors of `model.safetensors`."""
+
+    def apply(folder: Path) -> None:
+        held = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+        change(held)
+        save_file({name: tensor.contiguous() for name, tensor in held.items()}, folder / "model.safetensors")
+
+    return apply
+
+
+def tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Spoil:
+    return tensors(lambda held: held.update({TABLE + name: change(held[TABLE + name])}))
+
+
+def filled(name: str, value: float, *, at: int = 0) -> Spoil:
+    def fill(found: torch.Tensor) -> torch.Tensor:
+        found.view(-1)[at] = value
+        return found
+
+    return tensor(name, fill)
+
+
+def header(change: Callable[[dict[str, Any]], Any]) -> Spoil:
+    """Changes the JSON header of `model.safetensors`, whatever follows from it."""
+
+    def apply(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        content = file.read_bytes()
+        end = 8 + int.from_bytes(content[:8], "little")
+        values = json.loads(content[8:end])
+        change(values)
+        text = json.dumps(values).encode()
+        file.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+
+    return apply
+
+
+def content(change: Callable[[bytes], bytes], name: str = "model.safetensors") -> Spoil:
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+def pickled(folder: Path) -> None:
+    """A pickle that says so when it is read, in place of the weights."""
+    (folder / "model.safetensors").unlink()
+
+    class Payload:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (folder / "executed",)
+
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Payload()))
+
+
+def pickled_as_safetensors(folder: Path) -> None:
+    pickled(folder)
+    (folder / "pytorch_model.bin").rename(folder / "model.safetensors")
+
+
+def sharded(change: Spoil) -> Spoil:
+    """In shards, of which `change` gets the folder."""
+
+    def apply(folder: Path) -> None:
+        held = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        names = sorted(held)
+        parts = {f"model-0000{i + 1}-of-00003.safetensors": names[i::3] for i in range(3)}
+        for file, part in parts.items():
+            save_file({name: held[name] for name in part}, folder / file)
+        weight_map = {name: file for file, part in parts.items() for name in part}
+        index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        change(folder)
+
+    return apply
+
+
+def index(change: Callable[[dict[str, Any]], Any]) -> Spoil:
+    def apply(folder: Path) -> None:
+        file = folder / "model.safetensors.index.json"
+        values = json.loads(file.read_text())
+        change(values)
+        file.write_text(json.dumps(values))
+
+    return sharded(apply)
+
+
+def outside(folder: Path) -> None:
+    """A shard that lies beside the folder, and an index that points there."""
+    (folder / SHARD).rename(folder.parent / SHARD)
+    file = folder / "model.safetensors.index.json"
+    file.write_text(file.read_text().replace(SHARD, f"../{SHARD}"))
+
+
+SPECS: dict[str, Spoil] = {
+    "no spec": config(lambda c: c.pop("dirembed")),
+    "a list for a spec": base(dirembed=[]),
+    "a string for a spec": base(dirembed="svd"),
+    "unknown key": spec(extra=1),
+    "missing key": config(lambda c: c["dirembed"].pop("codes")),
+    "newer format": spec(format=2),
+    "rank 0": spec(rank=0),
+    "negative rank": spec(rank=-4),
+    "huge rank": spec(rank=HUGE),
+    "rank true": spec(rank=True),
+    "rank as text": spec(rank="16"),
+    "NaN rank": spec(rank=float("nan")),
+    "another rank": spec(rank=7),
+    "method of another shape": spec(method="../../x"),
+    "no codes": spec(codes=None),
+    "codes of no dtype": spec(codes="int8"),
+    "decoder of no dtype": spec(decoder="float8"),
+    "packed codes without a bias": spec(bias=False),
+    "allocation of three widths": spec(bit_allocation=[8, 8, 0]),
+    "negative allocation": spec(bit_allocation=[-8, 24, 0, 0]),
+    "allocation of another sum": spec(bit_allocation=[0, 16, 0, 1]),
+    "huge allocation": spec(bit_allocation=[HUGE, 0, 0, 0], rank=HUGE),
+    "codes as wide as the table": spec(bit_allocation=[32, 0, 0, 0], rank=32),
+    "codes of another width": spec(bit_allocation=[16, 0, 0, 0], rank=16),
+    "refinement of no rows": refinement(rows=0),
+    "refinement of more rows than the table": refinement(rows=HUGE),
+    "refinement of other rows": refinement(rows=3),
+    "refinement of unknown keys": refinement(extra=1),
+    "refinement as text": spec(refinement="all"),
+    "refinement dropped": config(lambda c: c["dirembed"].pop("refinement")),
+    "a zero row beyond the table": spec(zero_row=3000),
+    "a negative zero row": spec(zero_row=-1),
+    "a list of zero rows": spec(zero_row=[0]),
+    "no base": config(lambda c: c["dirembed"].pop("base_model_type")),
+    "unknown base": spec(base_model_type="../x"),
+    "a base with a path": spec(base_model_type="bert/../../etc"),
+    "itself as base": spec(base_model_type="dirembed"),
+    "a list for a base": spec(base_model_type=["bert"]),
+    "another base": spec(base_model_type="gpt2"),
+    "a base without text": spec(base_model_type="vit"),
+}
+
+BASES: dict[str, Spoil] = {
+    "huge vocabulary": base(vocab_size=HUGE),
+    "overflowing vocabulary": base(vocab_size=2**70),
+    "smaller vocabulary": base(vocab_size=1000),
+    "negative vocabulary": base(vocab_size=-1),
+    "vocabulary as text": base(vocab_size="many"),
+    "NaN vocabulary": base(vocab_size=float("nan")),
+    "no vocabulary": base(vocab_size=0),
+    "huge width": base(hidden_size=2**30),
+    "narrow width": base(hidden_size=4),
+    "no heads": base(num_attention_heads=0),
+    "huge depth": base(num_hidden_layers=10**7),
+    "depth as text": base(num_hidden_layers="two"),
+    "unknown activation": base(hidden_act="__import__('os')"),
+    "unknown dtype": base(dtype="float7"),
+    "an integer dtype": base(dtype="int8"),
+    "padding beyond the table": base(pad_token_id=HUGE),
+    "weights outside of the folder": base(transformers_weights="../model.safetensors"),
+    "weights in a pickle": base(transformers_weights="pytorch_model.bin"),
+}
+
+FILES: dict[str, Spoil] = {
+    "truncated weights": content(lambda c: c[: len(c) // 2]),
+    "empty weights": content(lambda c: b""),
+    "weights of zeros": content(lambda c: bytes(len(c))),
+    "a header of 2^60 bytes": content(lambda c: (1 << 60).to_bytes(8, "little") + c[8:]),
+    "a header that is no JSON": content(lambda c: c[:8] + b"?" + c[9:]),
+    "one byte cut off": content(lambda c: c[:-1]),
+    "trailing bytes": content(lambda c: c + b"x"),
+    "offsets beyond the file": header(lambda h: h[TABLE + "weight"].update(data_offsets=[0, HUGE])),
+    "a shape beyond the file": header(lambda h: h[TABLE + "weight"].update(shape=[HUGE, 12])),
+    "a dtype that is none": header(lambda h: h[TABLE + "weight"].update(dtype="F7")),
+    "signed codes": header(lambda h: h[TABLE + "weight"].update(dtype="I8")),
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "a pickle": pickled,
+    "a pickle that is called safetensors": pickled_as_safetensors,
+    "missing shard": sharded(lambda folder: (folder / SHARD).unlink()),
+    "truncated shard": sharded(content(lambda c: c[:-9], SHARD)),
+    "index that is no JSON": sharded(content(lambda c: c[1:], "model.safetensors.index.json")),
+    "index without a map": index(lambda i: i.pop("weight_map")),
+    "index of numbers": index(lambda i: i.update(weight_map=dict.fromkeys(i["weight_map"], 1))),
+    "index that points outside": sharded(outside),
+    "index that points to a root": index(lambda i: i["weight_map"].update({TABLE + "weight": "/etc/passwd"})),
+    "index that leaves a shard out": index(
+        lambda i: i.update(weight_map={name: file for name, file in i["weight_map"].items() if file != SHARD})
+    ),
+}
+
+TENSORS: dict[str, Spoil] = {
+    **{f"no {name}": tensors(lambda held, name=name: held.pop(TABLE + name)) for name in CODE_TENSORS},
+    "codes in float": tensor("weight", lambda t: t.float()),
+    "codes in int32": tensor("weight", lambda t: t.int()),
+    "codes of fewer rows": tensor("weight", lambda t: t[:-1]),
+    "codes of fewer bytes": tensor("weight", lambda t: t[:, :-1]),
+    "codes in one line": tensor("weight", lambda t: t.flatten()),
+    "codebook in float": tensor("codebook_weight", lambda t: t.float()),
+    "codebook in uint8": tensor("codebook_weight", lambda t: t.to(torch.uint8)),
+    "codebook of fewer levels": tensor("codebook_weight", lambda t: t[:, :16]),
+    "codebook of fewer widths": tensor("codebook_weight", lambda t: t[:2]),
+    "transposed decoder": tensor("decoder_weight", lambda t: t.T),
+    "decoder in integers": tensor("decoder_weight", lambda t: t.to(torch.int8)),
+    "decoder of fewer rows": tensor("decoder_weight", lambda t: t[:-1]),
+    "NaN in the decoder": filled("decoder_weight", float("nan")),
+    "infinity in the decoder": filled("decoder_weight", float("-inf"), at=-1),
+    "NaN in the bias": filled("decoder_bias_weight", float("nan")),
+    "infinite bias": filled("decoder_bias_weight", float("inf"), at=-1),
+    "refined rows beyond the table": filled("refined_rows_weight", 2**31 - 1, at=-1),
+    "negative refined row": filled("refined_rows_weight", -1),
+    "refined rows out of order": tensor("refined_rows_weight", lambda t: t.flip(0)),
+    "a refined row twice": tensor("refined_rows_weight", lambda t: torch.cat([t[:1], t[:-1]])),
+    "refined rows in float": tensor("refined_rows_weight", lambda t: t.float()),
+    "a dense table under its own name": tensor("weight", lambda t: torch.zeros(len(t), 32)),
+    "another model's weights": tensors(
+        lambda held: [held.clear(), held.update({"wte.weight": torch.zeros(5, 5)})],
+    ),
+}
+
+ATTACKS = {
+    f"{kind}: {name}": spoil
+    for kind, attacks in {"spec": SPECS, "base": BASES, "file": FILES, "tensor": TENSORS}.items()
+    for name, spoil in attacks.items()
+}

@@ -40,7 +40,7 @@ MAX_PARAMETERS = 60_000_000
 SECONDS = 60  # for one class
 # What a size is shrunk to, by its name; the first pattern that matches counts.
 SIZES = (
-    (r"(^|_)vocab_size$|^(src|tgt)_vocab_size$|vocab_size_per_layer_input", VOCAB),
+    (r"(^|_)vocab_size$|^(src|tgt)_vocab_size$|vocab_size_per_layer_input|hash_byte_group_vocab$", VOCAB),
     (r"_(token_)?(id|index)$", 4),
     (r"experts_per_tok(en)?$|^(moe_)?(top_k|topk|num_selected_experts)$|^moe_k$", 2),
     (r"^n_groups?$|^topk_group$|^first_k_dense_replace$|^num_nextn_predict_layers$", 1),
@@ -92,6 +92,23 @@ VARIANTS = (
     Variant(left_out=("head_dim", "lora", "heads", "state", "layers")),
 )
 
+# What no rule by name finds: sizes that depend on each other, and what a user has to choose.
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+BY_HAND: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {"layer_types": ["full_attention"] * 2, "rope_parameters": {"full_attention": ROPE}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8}},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "esm": {"vocab_size": VOCAB, "pad_token_id": 1, "mask_token_id": 4},
+    "esmc": {"num_key_value_heads": 4, "vocab_size": VOCAB},
+    "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
+    "longcat_flash": {"qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "head_dim": 16, "qk_head_dim": 32},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "perceiver": {"d_latents": 64, "num_latents": 16, "num_self_attends_per_block": 2, "vocab_size": VOCAB},
+    "reformer AutoModelForCausalLM": {"is_decoder": True},
+    "xmod": {"default_language": "en_XX"},
+}
+
 
 def shrunk(name: str, value: Any, left_out: tuple[str, ...]) -> Any:
     """A size that is no larger than a tiny model needs, by its name."""
@@ -122,6 +139,12 @@ def tiny_fields(config: PreTrainedConfig, variant: Variant) -> dict[str, Any]:
     return {**found, **{name: value for name, value in variant.fields if hasattr(config, name)}}
 
 
+def merged(fields: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """Fields with others over them, those of nested configs one by one."""
+    nested = {name: merged(fields[name], value) for name, value in others.items() if type(fields.get(name)) is dict}
+    return {**fields, **others, **nested}
+
+
 def inputs_of(config: PreTrainedConfig) -> dict[str, Tensor]:
     """Token ids, none of which is a special one."""
     ids = torch.randint(8, VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -141,7 +164,8 @@ def build(model_type: str, auto: type) -> PreTrainedModel:
     for variant in VARIANTS:
         try:
             config_class = CONFIG_MAPPING[model_type]
-            config = config_class(**tiny_fields(config_class(), variant))
+            by_hand = BY_HAND.get(f"{model_type} {auto.__name__}", BY_HAND.get(model_type, {}))
+            config = config_class(**merged(tiny_fields(config_class(), variant), by_hand))
             config.use_cache = False  # tiny hybrids may lack the kind of layer that their caches count with
             with torch.device("meta"):
                 size = sum(parameter.numel() for parameter in auto.from_config(config).parameters())

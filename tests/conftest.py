@@ -117,7 +117,7 @@ def pytest_runtest_call(item: pytest.Item) -> Any:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Counts what passed: cases, refusals of broken checkpoints, and the `kills` that tests record."""
     if report.when == "call" and report.passed:
-        ATTACKS["refusals of broken checkpoints"] += "test_broken_checkpoints.py" in report.nodeid
+        ATTACKS["refusals of broken checkpoints"] += "attacks/test_broken_" in report.nodeid
         for name, number in report.user_properties:
             ATTACKS[name] += number
 

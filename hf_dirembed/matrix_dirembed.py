@@ -188,6 +188,8 @@ class CompressedMatrix(nn.Module):
         if decoder.is_meta or hasattr(decoder, "device_mesh"):  # a comparison would wait for the other processes
             return decoder
         narrow = decoder.to(_narrower(self.spec.decoder, decoder.dtype))
+        if narrow.dtype == decoder.dtype:  # not all of which have an `equal`
+            return decoder
         return narrow if torch.equal(narrow.to(decoder.dtype), decoder) else decoder
 
     @property

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from measuring import peak_growth
-from spoiling import ATTACKS, base
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, BertForMaskedLM
 
+from attacks.spoiling import ATTACKS, base
 from hf_dirembed import DirEmbedError
 from hf_dirembed.cli import main
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from spoiling import FILES, HUGE, Spoil, base, tensor
 from transformers import BertConfig, BertForMaskedLM
 
+from attacks.spoiling import FILES, HUGE, Spoil, base, tensor
 from hf_dirembed.cli import main
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from spoiling import base, spec
 from transformers import AutoModelForMaskedLM
 
+from attacks.spoiling import base, spec
 from hf_dirembed.cli import main
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -44,28 +42,13 @@ def encode(targets: Tensor, importance: Tensor, levels: Tensor, width: int) -> T
         >>> bool(error < 0.1175)  # the least of a scalar quantiser of 2 bits (Max 1960); the bound is 1/16
         True
     """
-    num_rows, count = targets.shape
+    count = targets.shape[1]
     # The stream runs from the last latent to the first.
     backwards = importance.flip(0) / importance.max().clamp_min(torch.finfo(importance.dtype).tiny)
-    workers = torch.get_num_threads() if targets.device.type == "cpu" else 1
-    most = _SURVIVOR_BYTES // (workers * count * (NUM_STATES >> width))
-    parts = targets.split(max(_ROWS, min(most, -(-num_rows // workers))))
-
-    def search(part: Tensor) -> Tensor:
-        return _best_paths(part.T.flip(0).contiguous(), backwards, levels, width).flip(0).T
-
-    return torch.cat(_side_by_side(search, parts, workers))
-
-
-def _side_by_side(function: Callable[[Tensor], Tensor], parts: tuple[Tensor, ...], workers: int) -> list[Tensor]:
-    """Applies a function to parts, each on one thread: its operators are too small to be worth sharing."""
-    if workers == 1 or len(parts) == 1:
-        return [function(part) for part in parts]
-    try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(function, parts))
-    finally:
-        torch.set_num_threads(workers)  # for threads to come; this one's never changed
+    most = _SURVIVOR_BYTES // max(1, count * (NUM_STATES >> width))
+    parts = targets.split(max(_ROWS, most))
+    found = [_best_paths(part.T.flip(0).contiguous(), backwards, levels, width) for part in parts]
+    return torch.cat([symbols.flip(0).T for symbols in found])
 
 
 def _best_paths(targets: Tensor, importance: Tensor, levels: Tensor, width: int) -> Tensor:

@@ -14,8 +14,7 @@ from ..packing_dirembed import trellis_states
 
 NUM_STATES = 1 << STATE_BITS
 LARGEST_LEVEL = 127.5  # of 8 bits
-_ROWS = 256  # searched in step: their path costs stay in a core's cache
-_SURVIVOR_BYTES = 1 << 25  # of the survivors' symbols that are held until the best path is known
+_SURVIVOR_BYTES = 1 << 28  # of the survivors' symbols that a device holds until the best path is known
 _TRAINING_SYMBOLS = 40_000
 _POSITIVE = 1e-3  # added to each squared error: path costs must stay positive, as their bits are compared
 
@@ -42,25 +41,30 @@ def encode(targets: Tensor, importance: Tensor, levels: Tensor, width: int) -> T
         >>> bool(error < 0.1175)  # the least of a scalar quantiser of 2 bits (Max 1960); the bound is 1/16
         True
     """
-    count = targets.shape[1]
     # The stream runs from the last latent to the first.
-    backwards = importance.flip(0) / importance.max().clamp_min(torch.finfo(importance.dtype).tiny)
-    most = _SURVIVOR_BYTES // max(1, count * (NUM_STATES >> width))
-    parts = targets.split(max(_ROWS, most))
-    found = [_best_paths(part.T.flip(0).contiguous(), backwards, levels, width) for part in parts]
-    return torch.cat([symbols.flip(0).T for symbols in found])
+    stream = targets.T.flip(0)
+    importance = importance.flip(0) / importance.max().clamp_min(torch.finfo(importance.dtype).tiny)
+    if targets.device.type == "cpu":
+        from .viterbi import cheapest_paths  # compiles: only those who compress shall wait for it
+
+        found = cheapest_paths(stream, importance, levels, width)
+    else:
+        found = _cheapest_paths(stream, importance, levels, width)
+    return found.flip(0).T
 
 
-def _best_paths(targets: Tensor, importance: Tensor, levels: Tensor, width: int) -> Tensor:
-    """Symbols, (steps, n) uint8, in the order of the stream."""
-    steps, num_rows = targets.shape
-    pasts = NUM_STATES >> width  # what of a state the next one still knows
-    survivors = torch.empty(steps, pasts, num_rows, dtype=torch.uint8, device=targets.device)
-    block = _ROWS if targets.device.type == "cpu" else num_rows
-    blocks = zip(targets.split(block, dim=1), survivors.split(block, dim=2), strict=True)
-    last = torch.cat([_search(*each, importance, levels, width) for each in blocks])
-    symbols = torch.empty(steps, num_rows, dtype=torch.uint8, device=targets.device)
-    columns = torch.arange(num_rows, device=targets.device)
+def _cheapest_paths(targets: Tensor, importance: Tensor, levels: Tensor, width: int) -> Tensor:
+    """What `viterbi.cheapest_paths` does, in torch's operations, for other devices."""
+    most = max(1, _SURVIVOR_BYTES // (len(targets) * (NUM_STATES >> width)))
+    parts = targets.split(most, dim=1)
+    return torch.cat([_trace_back(*_search(part, importance, levels, width), width) for part in parts], dim=1)
+
+
+def _trace_back(last: Tensor, survivors: Tensor, width: int) -> Tensor:
+    """Symbols, (steps, n) uint8, from the last state of each row, (n,), and what `_search` found."""
+    steps, pasts, num_rows = survivors.shape
+    symbols = torch.empty(steps, num_rows, dtype=torch.uint8, device=last.device)
+    columns = torch.arange(num_rows, device=last.device)
     for step in range(steps - 1, -1, -1):
         symbols[step] = last & ((1 << width) - 1)
         past = last >> width
@@ -69,14 +73,14 @@ def _best_paths(targets: Tensor, importance: Tensor, levels: Tensor, width: int)
     return symbols
 
 
-def _search(targets: Tensor, survivors: Tensor, importance: Tensor, levels: Tensor, width: int) -> Tensor:
-    """Fills in which oldest symbol each past survived with, (steps, pasts, n); gives the best last state of each row.
+def _search(targets: Tensor, importance: Tensor, levels: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The best last state of each row, (n,), and which oldest symbol each past survived with, (steps, pasts, n).
 
     Of all states with the same past the cheapest survives. Costs are positive floats, whose order is that of their
     bits; so each carries its oldest symbol in its lowest bits, and one minimum finds cost and symbol.
     """
-    fan, pasts = 1 << width, NUM_STATES >> width
-    num_rows = targets.shape[1]
+    fan, pasts = 1 << width, NUM_STATES >> width  # a past: what of a state the next one still knows
+    steps, num_rows = targets.shape
     factors = torch.stack([levels.square(), -2 * levels, torch.ones_like(levels)], dim=1)
     # The squared error of each state is a product of these and the powers of the target.
     weights = importance.unsqueeze(1)
@@ -89,6 +93,7 @@ def _search(targets: Tensor, survivors: Tensor, importance: Tensor, levels: Tens
     oldest = torch.arange(fan, dtype=torch.int32, device=targets.device).view(fan, 1, 1)
     best = torch.full((pasts, num_rows), torch.finfo(torch.float32).max / 4, device=targets.device)
     best[0] = 0  # the stream starts on zeros
+    survivors = torch.zeros(steps, pasts, num_rows, dtype=torch.uint8, device=targets.device)
     for step, power in enumerate(powers):
         if step:
             by_oldest.bitwise_and_(-fan).bitwise_or_(oldest)
@@ -96,8 +101,7 @@ def _search(targets: Tensor, survivors: Tensor, importance: Tensor, levels: Tens
             survivors[step] = best.view(torch.int32) & (fan - 1)
         torch.mm(factors, power, out=cost)
         by_newest += best.unsqueeze(1)
-    survivors[0] = 0
-    return cost.argmin(dim=0)
+    return cost.argmin(dim=0), survivors
 
 
 def round_to_levels(latents: Tensor) -> Tensor:

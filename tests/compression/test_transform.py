@@ -21,6 +21,7 @@ from hf_dirembed.compression.subspace import mean_cosine
 from hf_dirembed.compression.table import Table
 from hf_dirembed.compression.transform import TransformSettings, transform
 from hf_dirembed.compression.trellis import Codebooks, encode
+from hf_dirembed.compression.viterbi import cheapest_paths
 from hf_dirembed.layout_dirembed import BIT_WIDTHS, BudgetError, TableError
 from hf_dirembed.packing_dirembed import trellis_states
 
@@ -71,14 +72,29 @@ def test_the_trellis_against_all_sequences(width: int, count: int, seed: int) ->
     assert torch.allclose(errors(found), least, atol=2e-5)
 
 
-def test_the_trellis_by_parts_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However rows are grouped, each has the same symbols."""
+@pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.parametrize(("count", "num_rows"), [(1, 1), (2, 63), (20, 64), (100, 65), (20, 700)])
+def test_one_trellis_search_on_all_devices(
+    width: int, count: int, num_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiled search on any number of threads, and the one of torch's operations by parts of any size."""
     generator = torch.Generator().manual_seed(0)
-    targets, levels = torch.randn(700, 20, generator=generator), torch.randn(256, generator=generator)
-    whole = encode(targets, torch.ones(20), levels, 2)
-    monkeypatch.setattr(trellis, "_ROWS", 33)
-    monkeypatch.setattr(trellis, "_SURVIVOR_BYTES", 1)
-    assert torch.equal(encode(targets, torch.ones(20), levels, 2), whole)
+    targets, importance = torch.randn(count, num_rows, generator=generator), torch.rand(count, generator=generator)
+    levels = torch.randn(256, generator=generator)
+    compiled, stepwise = [], []
+    for threads, num_bytes in ((1, 1 << 28), (2, 1 << 12), (3, 1)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(trellis, "_SURVIVOR_BYTES", num_bytes)
+        compiled.append(cheapest_paths(targets, importance, levels, width))
+        stepwise.append(trellis._cheapest_paths(targets, importance, levels, width))
+    for each in (compiled, stepwise):
+        assert all(torch.equal(other, each[0]) for other in each[1:])
+
+    def errors(symbols: Tensor) -> Tensor:
+        states = trellis_states(symbols.flip(0).T, width)
+        return importance.flip(0) @ (levels[states] - targets.flip(0).T).square().T
+
+    assert torch.allclose(errors(compiled[0]), errors(stepwise[0]), rtol=1e-4, atol=1e-5)  # rounding may choose
 
 
 def test_quantisers_of_a_gaussian() -> None:

@@ -63,17 +63,17 @@ class Codec:
             refined: (n,) which rows have the second layer.
         """
         latents = rows.new_zeros(len(rows), len(self.decoder))
-        symbols = torch.zeros_like(latents, dtype=torch.uint8)
-        return self.improve(rows, self._sweep(rows, Symbols(symbols, latents, refined), keep_better=False))
+        nothing = Symbols(torch.zeros_like(latents, dtype=torch.uint8), latents, refined)
+        coded, residual = self._sweep(rows - self.bias, nothing, keep_better=False)
+        return self._sweep(residual, coded, keep_better=True)[0]
 
     def improve(self, rows: Tensor, coded: Symbols) -> Symbols:
         """Codes rows anew for the decoder there is, from the symbols they have; no row's error rises."""
-        return self._sweep(rows, coded, keep_better=True)
+        return self._sweep(rows - self.bias - coded.latents @ self.decoder, coded, keep_better=True)[0]
 
-    def _sweep(self, rows: Tensor, coded: Symbols, keep_better: bool) -> Symbols:
-        """Codes one section of latents after the other, each for what all others leave."""
-        symbols, latents = coded.symbols.clone(), coded.latents.clone()
-        residual = rows - self.bias - latents @ self.decoder
+    def _sweep(self, residual: Tensor, coded: Symbols, keep_better: bool) -> tuple[Symbols, Tensor]:
+        """Codes one section of latents after the other, each for what all others leave; with what all then leave."""
+        residual, symbols, latents = residual.clone(), coded.symbols.clone(), coded.latents.clone()
         for section, width, of_refined in self._sections():
             has_section = coded.refined.nonzero().squeeze(1) if of_refined else slice(None)
             decoder, left, before = self.decoder[section], residual[has_section], latents[has_section, section]
@@ -87,7 +87,7 @@ class Codec:
                 levels, after = torch.where(better, levels, before), torch.where(better, after, left)
             symbols[has_section, section], latents[has_section, section] = found, levels
             residual[has_section] = after
-        return Symbols(symbols, latents, coded.refined)
+        return Symbols(symbols, latents, coded.refined), residual
 
     def _quantise(self, targets: Tensor, gains: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """The best symbols of a section and their levels, were its rows of the decoder orthogonal."""

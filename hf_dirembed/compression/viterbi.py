@@ -14,7 +14,7 @@ from ..layout_dirembed import STATE_BITS
 
 
 _NUM_STATES = 1 << STATE_BITS
-_LANES = 64  # rows that are searched in step: their path costs stay in a core's first cache
+_LANES = 32  # rows that are searched in step: their path costs stay in a core's first cache
 _UNREACHABLE = numpy.float32(1e30)  # the path cost of what the stream cannot start on
 
 
@@ -85,21 +85,18 @@ def _survive(cost, best, survivors, width):  # type: ignore[no-untyped-def]
     Costs are positive floats, whose order is that of their bits; so each carries its oldest symbol in its lowest bits,
     and one minimum finds cost and symbol.
     """
-    fan, pasts = 1 << width, len(best)
-    clear, keep = numpy.int32(-fan), numpy.int32(fan - 1)
-    for past in range(pasts):
-        cheapest = best[past]
-        for oldest in range(fan):
-            candidates, symbol = cost[oldest * pasts + past], numpy.int32(oldest)
-            if oldest == 0:
-                for lane in range(_LANES):
-                    cheapest[lane] = candidates[lane] & clear
-            else:
-                for lane in range(_LANES):
-                    cheapest[lane] = min(cheapest[lane], numpy.int32((candidates[lane] & clear) | symbol))
-        survivor = survivors[past]
-        for lane in range(_LANES):
-            survivor[lane] = cheapest[lane] & keep
+    clear, keep = numpy.int32(-1 << width), numpy.int32((1 << width) - 1)
+    cost, best, survivors = cost.reshape(-1), best.reshape(-1), survivors.reshape(-1)
+    for oldest in range(1 << width):
+        candidates, symbol = cost[oldest * len(best) : (oldest + 1) * len(best)], numpy.int32(oldest)
+        if oldest == 0:
+            for each in range(len(best)):
+                best[each] = candidates[each] & clear
+        else:
+            for each in range(len(best)):
+                best[each] = min(best[each], numpy.int32((candidates[each] & clear) | symbol))
+    for each in range(len(best)):
+        survivors[each] = best[each] & keep
 
 
 @numba.njit

@@ -48,7 +48,7 @@ def test_the_same_seed_gives_the_same_bytes(
     )
     assert one == two
     settings = json.loads(one["config.json"])["dirembed"]["settings"]
-    assert settings["versions"].keys() == {"hf_dirembed", "torch", "transformers", "wordfreq"}
+    assert settings["versions"].keys() == {"hf_dirembed", "torch", "numba", "transformers", "wordfreq"}
     assert settings["threads"] == 1
     assert settings["languages"] == ["en"]
     method = "autoencoder" if "autoencoder" in options else "transform"

@@ -1,0 +1,125 @@
+"""Time and memory of compressing, in fresh processes: real models, and tables of more and more rows.
+
+python -m benchmarks.fitting all-MiniLM-L6-v2 multilingual-e5-small [--bits 2] [--rows 30000 120000 480000] [--dim 384]
+
+A model's first time includes compiling the search for trellis codes, which later processes find done; the others are
+the median of `--repeats`. Memory is the peak above what the loaded model, or the table, takes already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging
+
+import hf_dirembed
+from hf_dirembed.compression.table import Table
+from hf_dirembed.compression.transform import transform
+
+from .peers.measure import PeakMemory
+
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds on the clock and of all cores, and bytes above those at the start (None where the system hides them)."""
+
+    rows: int
+    dim: int
+    seconds: float
+    core_seconds: float
+    peak_bytes: int | None
+
+    @property
+    def mib(self) -> str:
+        """The peak in a table's cell."""
+        return "?" if self.peak_bytes is None else f"{self.peak_bytes / MIB:,.0f}"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", help="folders or Hub ids")
+    parser.add_argument("--bits", type=float, default=2.0, help="per weight")
+    parser.add_argument("--languages", nargs="+", help="of the token weights; by default the cards'")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rows", type=int, nargs="*", default=(), help="of made-up tables")
+    parser.add_argument("--dim", type=int, default=384, help="of made-up tables")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    return parser.parse_args()
+
+
+def measure(fit: Callable[[], Any], rows: int, dim: int) -> Measured:
+    memory, start, cores = PeakMemory(), time.perf_counter(), time.process_time()
+    fit()
+    return Measured(rows, dim, time.perf_counter() - start, time.process_time() - cores, memory.bytes())
+
+
+def of_model(name: str, bits: float, languages: list[str] | None, threads: int) -> Measured:
+    torch.set_num_threads(threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model, tokenizer = AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    rows, dim = model.get_input_embeddings().weight.shape
+    return measure(lambda: hf_dirembed.compress(model, tokenizer, bits=bits, languages=languages), rows, dim)
+
+
+def of_rows(rows: int, dim: int, bits: float, threads: int) -> Measured:
+    """A Gaussian table with a decaying spectrum."""
+    torch.set_num_threads(threads)
+    table = torch.randn(rows, dim, generator=torch.Generator().manual_seed(0))
+    table *= torch.linspace(0, 4, dim).neg().exp()
+    return measure(lambda: transform(Table(table), int(bits * rows * dim / 8), dtype=table.dtype), rows, dim)
+
+
+def alone(function: Callable[..., Measured], *arguments: object, compiled: Path | None = None) -> Measured:
+    """Calls a function in a process of its own, whose compiled code is kept in a folder."""
+    if compiled is not None:
+        os.environ["NUMBA_CACHE_DIR"] = str(compiled)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def main() -> None:
+    given = parse()
+    with tempfile.TemporaryDirectory() as compiled:
+        if given.models:
+            print("| model | table | first time, s | later, s | core seconds | peak above the model, MiB |")
+            print("| --- | --- | --- | --- | --- | --- |")
+        for number, name in enumerate(given.models):
+            folder = Path(compiled, str(number))
+            runs = [
+                alone(of_model, name, given.bits, given.languages, given.threads, compiled=folder)
+                for _ in range(1 + given.repeats)
+            ]
+            first, later = runs[0], runs[1:] or runs
+            print(
+                f"| {Path(name).name} | {first.rows:,} x {first.dim} | {first.seconds:.1f} "
+                f"| {statistics.median(run.seconds for run in later):.1f} "
+                f"| {statistics.median(run.core_seconds for run in later):.1f} | {later[-1].mib} |",
+                flush=True,
+            )
+        if given.rows:
+            print("\n| rows | table, MiB | fit, s | per 1,000 rows, s | peak above the table, MiB |")
+            print("| --- | --- | --- | --- | --- |")
+        for rows in given.rows:
+            run = alone(of_rows, rows, given.dim, given.bits, given.threads)
+            size, thousand = 4 * rows * given.dim / MIB, 1000 * run.seconds / rows
+            print(f"| {rows:,} | {size:,.0f} | {run.seconds:.1f} | {thousand:.2f} | {run.mib} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -79,6 +79,9 @@ UNREADABLE = (
 )
 
 
+_FIGURES = ("mean_cosine", "token_cosine", "shortened_cosine", "distortion", "bound_bits")
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """What a safetensors header says of a tensor."""
@@ -114,6 +117,8 @@ class CheckpointSummary:
         dense_bytes: Of the table, as the source checkpoint stored it.
         mean_cosine: Between the rows of the table and what replaces them; None where the checkpoint does not say.
         token_cosine: The same, each row weighed by how often its token is expected.
+        shortened_rows: How many rows are far longer than most, so that `transform` kept their direction alone.
+        shortened_cosine: The mean cosine of these; None where there are none.
         distortion: The share of the table's weighted variance that is lost, in the measure that `transform` minimises.
         bound_bits: Bits per weight in which a Gaussian table of the same weighted spectrum could be coded with that
             distortion (reverse water-filling); `bits_per_weight` less this is the distance to the bound.
@@ -136,6 +141,8 @@ class CheckpointSummary:
     dense_bytes: int
     mean_cosine: float | None
     token_cosine: float | None
+    shortened_rows: int
+    shortened_cosine: float | None
     distortion: float | None
     bound_bits: float | None
 
@@ -359,7 +366,8 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSummary:
         decoder_bytes=decoder_bytes,
         expanded_bytes=expanded_bytes(num_rows, spec),
         dense_bytes=dense_bytes,
-        **{name: spec.figure(name) for name in ("mean_cosine", "token_cosine", "distortion", "bound_bits")},
+        shortened_rows=int(spec.figure("shortened_rows") or 0),
+        **{name: spec.figure(name) for name in _FIGURES},
     )
 
 

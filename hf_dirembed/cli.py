@@ -192,6 +192,9 @@ def _print_summary(summary: CheckpointSummary, as_json: bool) -> None:
         ("latents", latents),
         ("mean cosine", cosine),
     ]
+    if summary.shortened_rows and summary.shortened_cosine is not None:
+        kept = f"their length is cut, their mean cosine {summary.shortened_cosine:.4f}"
+        lines.append(("long rows", f"{summary.shortened_rows:,}, far longer than most: {kept}"))
     if summary.distortion is not None and summary.bound_bits is not None:
         lines.append(("lost", f"{summary.distortion:.2%} of the weighted variance"))
         distance = f"{summary.bits_per_weight - summary.bound_bits:.3f} bits per weight less for that"

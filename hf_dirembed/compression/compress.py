@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..embedding_dirembed import CompressedEmbedding
 from ..layout_dirembed import FLOAT_CODES, BudgetError, ModelError, TableError, first_line
@@ -28,6 +29,8 @@ from .table import RowSource, Table
 from .transform import TransformSettings, transform
 from .weights import token_weights
 
+
+logger = logging.get_logger(__name__)
 
 METHODS = ("transform", "direction", "autoencoder", "svd")
 WEIGHING = ("transform", "direction")  # that is, rows by how often their tokens are expected
@@ -102,6 +105,11 @@ def compress_table(
     made_with["versions"] = {name: version(name) for name in MADE_WITH}
     tempering = settings.tempering if isinstance(settings, TransformSettings) else None
     figures = {"dense_bytes": size.dense_bytes, **table_figures(table, coded, weights, metric, tempering)}
+    if shortened := figures.get("shortened_rows"):
+        logger.warning(
+            f"rows of the embedding table that are far longer than most: {shortened:,}. Their direction is kept, to a "
+            f"mean cosine of {figures['shortened_cosine']:.4f}, their length is cut; methods of float latents keep it."
+        )
     is_zero = padding_idx is not None and not table.rows[padding_idx : padding_idx + 1].any()
     zero_row = padding_idx if is_zero else None
     return replace(coded, spec=replace(coded.spec, zero_row=zero_row, settings=made_with, figures=figures))

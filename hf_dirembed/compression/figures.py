@@ -36,7 +36,8 @@ def table_figures(
         tempering: τ of `transform`; by default its default.
 
     Returns:
-        `mean_cosine` over the rows; `token_cosine`, with the token weights, where there are any; `distortion`, the
+        `mean_cosine` over the rows; `token_cosine`, with the token weights, where there are any; `shortened_rows` and
+        `shortened_cosine`, how many rows `transform` cut in length and their mean cosine, if any; `distortion`, the
         share of the table's weighted variance that is lost, in the measure that `transform` minimises; `bound_bits`,
         the bits per weight in which a Gaussian table of the same weighted spectrum could be coded with that
         distortion: see `RateDistortion` for what that assumes.
@@ -51,7 +52,8 @@ def table_figures(
     rows = table if metric is None else table.in_metric(torch.linalg.cholesky(metric.double()))
     if tempering is None:
         tempering = TEMPERING if metric is None else METRIC_TEMPERING
-    omega = Importance.of(rows, weights, tempering, relative=metric is None).omega
+    importance = Importance.of(rows, weights, tempering, relative=metric is None)
+    omega = importance.omega
     spectrum = WeightedSpectrum.of(rows, omega)
     cosines, shares, lost = [], [], omega.new_zeros(())
     for part, chunk in table.chunks():
@@ -62,9 +64,13 @@ def table_figures(
             chunk, error = chunk @ rows.factor, error @ rows.factor
         shares.append((chunk - spectrum.mean.to(chunk)).square().sum(dim=1).to(omega) * omega[part])
         lost += error.square().sum(dim=1).to(omega) @ omega[part]
-    figures = {"mean_cosine": _weighted_mean(torch.cat(cosines), check_weights(None, table))}
+    every = check_weights(None, table)
+    figures = {"mean_cosine": _weighted_mean(torch.cat(cosines), every)}
     if weights is not None:
         figures["token_cosine"] = _weighted_mean(torch.cat(cosines), check_weights(weights, table))
+    if coded.spec.method == "transform" and importance.long_rows.any():
+        figures["shortened_rows"] = int(importance.long_rows.sum())
+        figures["shortened_cosine"] = _weighted_mean(torch.cat(cosines), every * importance.long_rows)
     if (variance := spectrum.values.sum()) > _NOTHING:  # else all rows are alike: nothing to lose
         figures["distortion"] = float(lost / variance)
         figures["bound_bits"] = RateDistortion(torch.cat(shares) / variance, spectrum.values).rate(float(lost))

@@ -12,7 +12,10 @@ from .subspace import check_weights
 from .table import Table
 
 
-_LEAST_NORM = 1e-3  # of the median: an error of a shorter row counts as if the row were that long
+_LEAST_NORM = 0.1  # of the median: an error of a shorter row counts as if the row were that long
+# All rows share the quantisers, whose levels reach a few times the usual length. Rows longer than this many times the
+# length of 95 % of the rows would take the levels from all others, and still be cut off, each latent by itself.
+_LONG, _USUAL = 3.0, 0.95
 
 
 @dataclass(frozen=True)
@@ -22,10 +25,12 @@ class Importance:
     Attributes:
         omega: ω, (num_rows,) float64.
         share: ω ‖y‖², (num_rows,) float64: the row's share of the error of coding nothing. Sums to 1.
+        norms: ‖y‖, (num_rows,) float64.
     """
 
     omega: Tensor
     share: Tensor
+    norms: Tensor
 
     @classmethod
     def of(cls, rows: Table, weights: Tensor | None, tempering: float, *, relative: bool) -> Importance:
@@ -53,8 +58,19 @@ class Importance:
             omega = omega / norms.clamp_min(_LEAST_NORM * typical).square()
         share = omega * norms.square()
         if not share.any():  # a table of zeros, or weights on its zero rows alone: all rows alike
-            return cls(torch.ones_like(omega), torch.full_like(share, 1 / len(share)))
-        return cls(omega / share.sum(), share / share.sum())
+            return cls(torch.ones_like(omega), torch.full_like(share, 1 / len(share)), norms)
+        return cls(omega / share.sum(), share / share.sum(), norms)
+
+    @property
+    def longest(self) -> float:
+        """The length above which rows are outliers: three times that of 95 % of the rows."""
+        lengths = self.norms[self.norms > 0].sort().values
+        return _LONG * float(lengths[int(_USUAL * (len(lengths) - 1))]) if len(lengths) else torch.inf
+
+    @property
+    def long_rows(self) -> Tensor:
+        """(num_rows,) which rows are longer than that."""
+        return self.norms > self.longest
 
 
 @dataclass(frozen=True)

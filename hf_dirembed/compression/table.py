@@ -39,6 +39,7 @@ class Table:
         device: Where the chunks are put, and so where fitting runs.
         chunk_rows: Rows per chunk; by default 16 MiB of float32.
         factor: (dim, dim) what every row is multiplied by, to measure it in the metric `factor @ factor.T`.
+        longest: The length that longer rows are scaled down to, after the factor.
 
     Raises:
         TableError: If `rows` is not a matrix with at least one row and one column.
@@ -58,6 +59,7 @@ class Table:
         device: torch.device | str = "cpu",
         chunk_rows: int | None = None,
         factor: Tensor | None = None,
+        longest: float | None = None,
     ) -> None:
         size = tuple(rows.shape) if shape is None else shape
         if len(size) != 2 or min(size) < 1:
@@ -67,6 +69,7 @@ class Table:
         self.device = torch.device(device)
         self.chunk_rows = chunk_rows or max(1, CHUNK_ELEMENTS // self.dim)
         self.factor = None if factor is None else factor.to(device=self.device, dtype=torch.float32)
+        self.longest = longest
 
     @property
     def num_chunks(self) -> int:
@@ -88,7 +91,11 @@ class Table:
                 raise TableError(f"row {bad} of the embedding table holds a NaN or an infinity: mend the checkpoint")
             if chunk.data_ptr() % ALIGNMENT:
                 chunk = chunk.clone()
-            yield rows, chunk if self.factor is None else chunk @ self.factor
+            if self.factor is not None:
+                chunk = chunk @ self.factor
+            if self.longest is not None:
+                chunk = chunk * (self.longest / chunk.norm(dim=1, keepdim=True)).clamp(max=1)
+            yield rows, chunk
 
     def digest(self) -> str:
         """SHA-256 of the rows in float32, in hexadecimal: which table it is.
@@ -108,5 +115,20 @@ class Table:
 
     def in_metric(self, factor: Tensor) -> Table:
         """The same rows, each multiplied by a (dim, dim) factor of the metric that errors are measured in."""
-        shape, chunk_rows = (self.num_rows, self.dim), self.chunk_rows
-        return Table(self.rows, shape=shape, device=self.device, chunk_rows=chunk_rows, factor=factor)
+        return self._like(factor=factor, longest=None)
+
+    def no_longer_than(self, longest: float) -> Table:
+        """The same rows, those that are longer scaled down to that length.
+
+        Example:
+            >>> rows = Table(torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])).no_longer_than(1)
+            >>> next(rows.chunks())[1].tolist()
+            [[0.6000000238418579, 0.800000011920929], [0.30000001192092896, 0.4000000059604645], [0.0, 0.0]]
+        """
+        return self._like(factor=self.factor, longest=longest)
+
+    def _like(self, *, factor: Tensor | None, longest: float | None) -> Table:
+        shape = (self.num_rows, self.dim)
+        return Table(
+            self.rows, shape=shape, device=self.device, chunk_rows=self.chunk_rows, factor=factor, longest=longest
+        )

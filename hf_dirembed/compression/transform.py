@@ -72,7 +72,8 @@ def transform(
 
     Without a metric it minimises Σ wᵢ^τ ‖xᵢ - x̂ᵢ‖² / ‖xᵢ‖²: the error relative to a row's length, which to first
     order is twice its cosine distance. With a metric M it minimises Σ wᵢ^τ (xᵢ - x̂ᵢ) M (xᵢ - x̂ᵢ)ᵀ: what the metric
-    measures, the rise of a language model's loss, is absolute already.
+    measures, the rise of a language model's loss, is absolute already. Of rows that are far longer than most,
+    `Importance.long_rows`, the direction is coded, and the length cut down to one that the shared levels reach.
 
     Args:
         table: The (num_rows, dim) table.
@@ -110,6 +111,9 @@ def transform(
     tempering, base_share = (TEMPERING, BASE_SHARE) if metric is None else (METRIC_TEMPERING, METRIC_BASE_SHARE)
     tempering = tempering if settings.tempering is None else settings.tempering
     importance = Importance.of(rows, weights, tempering, relative=metric is None)
+    if importance.long_rows.any():
+        rows = rows.no_longer_than(importance.longest)
+        importance = Importance.of(rows, weights, tempering, relative=metric is None)
     sample = Sample.draw(rows, importance, settings.sample_rows, settings.seed)
     codec, refined = _plan(rows, importance, sample, rooms, base_share)
     codec.train(sample, refined[sample.numbers], settings.rounds)

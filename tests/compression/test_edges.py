@@ -42,7 +42,7 @@ TABLES: dict[str, tuple[Tensor, float]] = {
     "zero rows": (with_zero_rows(), 0.15),
     "rows that are all alike": (torch.full((V, D), 0.3), 0.999),
     "nothing but zeros": (torch.zeros(V, D), 1.0),
-    "rows of one direction": (gaussian()[:, :1] @ gaussian(1), 0.999),
+    "rows of one direction": (gaussian()[:, :1] @ gaussian(1), 0.98),  # some of them are very short
     "five rows again and again": (gaussian(5).repeat(V // 5, 1), 0.45),
     "norms from 1e-3 to 1e3": (gaussian() * torch.logspace(-3, 3, V)[:, None], 0.1),
     "1e15 long": (gaussian() * 1e15, 0.15),

@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 
 from ..layout_dirembed import CompressionSpec
-from ..matrix_dirembed import CompressedMatrix
+from ..matrix_dirembed import DENSE_CHUNK, CompressedMatrix
 from .factorization import Factorization
+
+
+_FEW_ROWS = 256  # tell whether a dtype is too coarse
+_ROUNDING = 0.1  # of the rows' lengths
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,28 @@ class CodedTable:
         wide = {name: self.tensors[name].float() for name in names}
         matrix.load_state_dict({**self.tensors, **wide}, assign=True)
         return matrix
+
+    @torch.no_grad()
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Whether a module of that dtype computes what the codes stand for: no overflow, no underflow.
+
+        Example:
+            >>> found = Factorization(torch.tensor([[2.0], [7e4]]), torch.ones(1, 3))
+            >>> coded = CodedTable.of(found, "svd", codes="float32", decoder="float32")
+            >>> coded.fits(torch.float32), coded.fits(torch.float16)
+            (True, False)
+        """
+        if not all(tensor.float().isfinite().all() for tensor in self.tensors.values()):
+            return False
+        if dtype != torch.float16:  # the others reach as far as float32
+            return True
+        matrix = self.to_matrix()
+        for ids in torch.arange(len(matrix.weight)).split(DENSE_CHUNK):
+            latents, rows = matrix.latents(ids), matrix.decode(ids)
+            if not (latents.half().isfinite().all() and rows.half().isfinite().all()):
+                return False
+        rows, narrow = rows[:_FEW_ROWS], matrix.half().decode(ids[:_FEW_ROWS]).float()
+        return bool((narrow - rows).norm() <= _ROUNDING * rows.norm())
 
     @torch.no_grad()
     def reconstruct(self, rows: slice = slice(None)) -> Tensor:

@@ -96,6 +96,12 @@ def compress_table(
         coded = _transform(table, size, budget, dtype, codes, weights, metric, settings)
     else:
         coded = _factorize(table, size, budget, dtype, codes, method, weights, settings, resume)
+    if not coded.fits(dtype):
+        narrow = "float16" if dtype == torch.float16 else coded.spec.codes
+        raise TableError(
+            f"what would replace the embedding table exceeds the range of {narrow}: "
+            "give the model, and float latents, in bfloat16 or float32"
+        )
     made_with: dict[str, Any] = {"budget": str(budget), "token_weights": weights is not None}
     if method == "transform":
         made_with["metric"] = metric is not None
@@ -194,8 +200,10 @@ def _factorize(
     resume: str | Path | None,
 ) -> CodedTable:
     decoder = str(dtype).removeprefix("torch.")
+    if decoder not in FLOAT_CODES:
+        raise TableError(f"the embedding table is of dtype {decoder}: give the model in {' or '.join(FLOAT_CODES)}")
     codes = codes or decoder
-    if codes not in FLOAT_CODES or decoder not in FLOAT_CODES:
+    if codes not in FLOAT_CODES:
         raise BudgetError(f"codes {codes!r} are no dtype of latents: choose one of {', '.join(FLOAT_CODES)}")
     code_dtype = getattr(torch, codes)
     rank = budget.float_rank(

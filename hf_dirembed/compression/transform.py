@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..layout_dirembed import CODEBOOK_SHAPE, PACKED_CODES, BudgetError, CompressionSpec, Refinement
+from ..layout_dirembed import CODEBOOK_SHAPE, PACKED_CODES, BudgetError, CompressionSpec, Refinement, TableError
 from .codec import Codec
 from .coded import CodedTable
 from .decoder import DecoderStorage
@@ -26,6 +26,7 @@ from .table import Table
 TEMPERING, METRIC_TEMPERING = 0.7, 0.5  # of the token weights
 DECODER_DTYPES = (torch.float16, torch.float8_e4m3fn)  # the narrower one leaves more room for codes
 _ROUNDING_LEFT = 0.4  # of a decoder's rounding, once the codes are fitted to the rounded decoder
+_LENGTHS = 1e-15, 1e17  # of rows, whose squares and importance are held in float32
 _QUANTISER_SAMPLE = 1024  # rows that step sizes are searched on
 
 
@@ -85,7 +86,7 @@ def transform(
 
     Raises:
         BudgetError: If the bytes do not hold any code of the table, or weights or metric are malformed.
-        TableError: If the table holds a NaN or an infinity.
+        TableError: If the table holds a NaN or an infinity, or rows too long or short for their squares.
 
     Source: transform coding with bits by reverse water-filling (Cover & Thomas, Elements of Information Theory,
     ch. 10); refitting and requantising in turn are the two steps of Lloyd's algorithm.
@@ -114,6 +115,7 @@ def transform(
     if importance.long_rows.any():
         rows = rows.no_longer_than(importance.longest)
         importance = Importance.of(rows, weights, tempering, relative=metric is None)
+    _check_lengths(rows, importance)
     sample = Sample.draw(rows, importance, settings.sample_rows, settings.seed)
     codec, refined = _plan(rows, importance, sample, rooms, base_share)
     codec.train(sample, refined[sample.numbers], settings.rounds)
@@ -134,6 +136,18 @@ def transform(
         refinement=refinement,
     )
     return CodedTable(spec, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def _check_lengths(rows: Table, importance: Importance) -> None:
+    if importance.norms.any():
+        fits = _LENGTHS[0] <= importance.longest <= _LENGTHS[1]
+    else:
+        fits = not any(chunk.any() for _, chunk in rows.chunks())  # nothing but zeros
+    if not fits:
+        raise TableError(
+            f"rows of the embedding table are up to {importance.norms.max():.0e} long, where squares leave float32: "
+            "scale the table to lengths near 1"
+        )
 
 
 def _factor(metric: Tensor, dim: int) -> Tensor:

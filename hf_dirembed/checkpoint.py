@@ -158,8 +158,12 @@ def find_checkpoint(source: str | os.PathLike[str]) -> Path:
         if not (folder / CONFIG_NAME).is_file():
             raise CheckpointError(f"{folder} holds no {CONFIG_NAME}: name the folder of a transformers model")
         return folder
-    try:
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]
+    try:  # the weights last, by name: what an index does not name, as a copy in another layout, is not fetched
+        patterns = ["*.json", "*/*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]
+        index = Path(
+            huggingface_hub.snapshot_download(os.fspath(source), allow_patterns=patterns), SAFE_WEIGHTS_INDEX_NAME
+        )
+        patterns += [SAFE_WEIGHTS_NAME, *(shards_of(index) if index.is_file() else ())]
         return Path(huggingface_hub.snapshot_download(os.fspath(source), allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         reason = first_line(error)

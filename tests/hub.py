@@ -26,12 +26,14 @@ class StandInHub:
         repos: The files of every repo, by id and path.
         created: What `create_repo` was asked for, in order.
         commits: The revisions that commits went to, in order.
+        downloads: How many bytes of which file were sent, in order.
     """
 
     def __init__(self) -> None:
         self.repos: dict[str, dict[str, bytes]] = {}
         self.created: list[dict[str, Any]] = []
         self.commits: list[str] = []
+        self.downloads: list[tuple[str, int]] = []
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -128,6 +130,8 @@ class StandInHub:
                 code = "EntryNotFound" if match[1] in self.repos else "RepoNotFound"
                 handler.answer(b"", 404, X_Error_Code=code, X_Repo_Commit=COMMIT)
             else:
+                if handler.command == "GET":
+                    self.downloads.append((match[2], len(content)))
                 etag = hashlib.sha256(content).hexdigest()
                 handler.answer(content, ETag=f'"{etag}"', X_Repo_Commit=COMMIT)
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/.+)?", path):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def test_the_same_seed_gives_the_same_bytes(
     )
     assert one == two
     settings = json.loads(one["config.json"])["dirembed"]["settings"]
-    assert settings["versions"].keys() == {"hf_dirembed", "torch", "numba", "transformers", "wordfreq"}
+    assert settings["versions"].keys() == {"hf_dirembed", "torch", "transformers", "numba", "numpy", "wordfreq"}
+    assert all(version(name) == made_with for name, made_with in settings["versions"].items())
     assert settings["threads"] == 1
     assert settings["languages"] == ["en"]
     method = "autoencoder" if "autoencoder" in options else "transform"

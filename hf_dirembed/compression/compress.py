@@ -35,7 +35,7 @@ logger = logging.get_logger(__name__)
 METHODS = ("transform", "direction", "autoencoder", "svd")
 WEIGHING = ("transform", "direction")  # that is, rows by how often their tokens are expected
 SETTINGS = {"transform": TransformSettings, "autoencoder": AutoencoderSettings}
-MADE_WITH = ("hf_dirembed", "torch", "numba", "transformers", "wordfreq")  # what a table's bits depend on
+VERSIONS = ("hf_dirembed", "torch", "transformers", "numba", "numpy", "wordfreq")  # that the bytes may depend on
 RESUME_WITH = "resume goes with calibration on text and with method 'autoencoder': leave it out"
 
 Settings = TransformSettings | AutoencoderSettings
@@ -108,7 +108,7 @@ def compress_table(
     if method in SETTINGS:
         made_with[method] = asdict(settings or SETTINGS[method]())
     made_with |= {"device": device.type, "threads": torch.get_num_threads()}  # sums round differently on others
-    made_with["versions"] = {name: version(name) for name in MADE_WITH}
+    made_with["versions"] = {name: version(name) for name in VERSIONS}
     tempering = settings.tempering if isinstance(settings, TransformSettings) else None
     figures = {"dense_bytes": size.dense_bytes, **table_figures(table, coded, weights, metric, tempering)}
     if shortened := figures.get("shortened_rows"):

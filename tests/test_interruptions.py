@@ -264,7 +264,7 @@ def test_kill_9_leaves_the_old_file_or_the_new(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
-@pytest.mark.parametrize("seconds", [0.3, 1.0])
+@pytest.mark.parametrize("seconds", [0.02, 0.1, 0.3, 1.0])
 def test_an_interrupt_during_the_imports_is_one_line(seconds: float, dense: Path, tmp_path: Path) -> None:
     code = "from hf_dirembed_command import main; print('ready', flush=True); main()"
     command = [sys.executable, "-c", code, "compress", str(dense), str(tmp_path / "out"), "--bits", "4"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForMaskedLM
 
+import hf_dirembed
 from attacks.spoiling import base, spec
 from hf_dirembed.cli import main
 
@@ -66,3 +68,10 @@ def test_a_malformed_auto_map_ends_in_one_line_or_is_ignored(auto_map: Any, fold
     base(auto_map=auto_map)(folder)
     done = CliRunner().invoke(main, ["expand", str(folder), str(tmp_path / "out")])
     assert done.exit_code in (0, 2), done.exception
+
+
+def test_nothing_in_the_package_unpickles() -> None:
+    unpickling = re.compile(r"torch\.(jit\.)?load\b|from torch import.*\bload\b|import.*pickle|pickle\.load|joblib")
+    modules = [*Path(hf_dirembed.__file__).parent.rglob("*.py")]
+    assert len(modules) > 50
+    assert [module for module in modules if unpickling.search(module.read_text(encoding="utf-8"))] == []

@@ -111,13 +111,16 @@ def check_keys(model: PreTrainedModel, info: Any, ignore_mismatched: bool) -> No
 
     Args:
         model: What the tensors were loaded into; the missing ones are still on the meta device.
-        info: What transformers found, with `missing_keys` and `mismatched_keys`.
+        info: What transformers found, with `missing_keys`, `mismatched_keys` and `conversion_errors`.
         ignore_mismatched: Whether tensors of the wrong shape may stay random, as long as they are not the table's.
 
     Raises:
-        CheckpointError: If a tensor of the compressed table is missing, any has the wrong shape, or most of the model
-            is missing.
+        CheckpointError: If a tensor of the compressed table is missing, any has the wrong shape or could not be
+            quantised or converted otherwise, or most of the model is missing.
     """
+    for key, report in info.conversion_errors.items():  # a traceback, what it ends with, what was converted
+        reason = report.strip().splitlines()[-2:][0]
+        raise CheckpointError(f"{key} could not be converted: {reason}: change the quantization_config, or {AGAIN}")
     modules = model.named_modules(remove_duplicate=False)
     compressed = {name for name, module in modules if isinstance(module, CompressedMatrix)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 import hf_dirembed
+from hf_dirembed import CheckpointError
 from hf_dirembed.matrix_dirembed import CompressedMatrix
 
 
@@ -27,10 +29,16 @@ IDS = FAMILIES["llama-tied"].inputs()["input_ids"]
 CASES = [(tied, method) for tied in (True, False) for method in BUDGETS]
 
 
-def int8_of_torchao() -> TorchAoConfig:
-    from torchao.quantization import Int8WeightOnlyConfig
+def of_torchao(kind: str, group: int = 32) -> TorchAoConfig:
+    """Weights alone, for any device. torchao's own int4 layouts are kernels of GPUs."""
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup
 
-    return TorchAoConfig(Int8WeightOnlyConfig())
+    configs = {
+        "int8": Int8WeightOnlyConfig(),
+        "int4": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group)),
+    }
+    return TorchAoConfig(configs[kind])
 
 
 QUANTISERS = {
@@ -38,7 +46,7 @@ QUANTISERS = {
         "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
         "nf4": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     },
-    "torchao": {"int8": int8_of_torchao},
+    "torchao": {kind: partial(of_torchao, kind) for kind in ("int8", "int4")},
 }
 FORMATS = [(package, kind) for package, kinds in QUANTISERS.items() for kind in kinds]
 
@@ -84,3 +92,14 @@ def test_quantised_body(tied: bool, method: str, package: str, kind: str, tmp_pa
     assert torch.equal(logits(again), expected)
     with pytest.raises(RuntimeError, match="mismatch"):  # one quantiser has the config's place: AutoModels load it
         LlamaForCausalLM.from_pretrained(tmp_path / "two")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_quantiser_fails_on_is_said(tmp_path: Path) -> None:
+    """And not that weights are missing, which it did not make."""
+    pytest.importorskip("torchao")
+    make(True, "transform").save_pretrained(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"proj.weight could not be converted: .* 48: change the quantization_conf"
+    ):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=of_torchao("int4", group=48))

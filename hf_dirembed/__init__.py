@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig
 
-from . import adapters, bridge, modeling_dirembed  # noqa: F401 (the first two only register)
+from . import bridge, modeling_dirembed  # noqa: F401 (the first only registers)
 from .compression import AutoencoderSettings, Statistics, TransformSettings, calibrate, compress, expand
 from .configuration_dirembed import MODEL_TYPE, DirEmbedConfig
 from .embedding_dirembed import CompressedEmbedding

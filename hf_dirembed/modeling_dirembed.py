@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
 
+from .adapters_dirembed import refuse_wrapper  # noqa: F401 (which registers itself)
 from .configuration_dirembed import DirEmbedConfigMixin, derive_config_class
 from .embedding_dirembed import CompressedEmbedding
 from .head_dirembed import CompressedLMHead

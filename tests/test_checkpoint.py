@@ -68,9 +68,9 @@ def test_compress_inspect_expand(dense: Path, tmp_path: Path) -> None:
     names = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
     assert names == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "1_Pooling/config.json",
-        "configuration_dirembed.py", "embedding_dirembed.py", "head_dirembed.py", "kernels_dirembed.py",
-        "layout_dirembed.py", "loading_dirembed.py", "matrix_dirembed.py", "modeling_dirembed.py",
-        "packing_dirembed.py", "triton_dirembed.py", "README.md",
+        "adapters_dirembed.py", "configuration_dirembed.py", "embedding_dirembed.py", "head_dirembed.py",
+        "kernels_dirembed.py", "layout_dirembed.py", "loading_dirembed.py", "matrix_dirembed.py",
+        "modeling_dirembed.py", "packing_dirembed.py", "triton_dirembed.py", "README.md",
     }  # fmt: skip
 
     assert run("expand", out, stock).exit_code == 0

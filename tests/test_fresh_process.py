@@ -91,6 +91,7 @@ def test_trust_remote_code_without_plugin(repos: Path, tmp_path: Path) -> None:
         for name in LOADS:
             folder = repos / name / target
             assert {file.name for file in folder.glob("*.py")} == {
+                "adapters_dirembed.py",
                 "configuration_dirembed.py",
                 "embedding_dirembed.py",
                 "head_dirembed.py",

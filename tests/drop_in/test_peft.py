@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from families import FAMILIES
+from test_fresh_process import WITHOUT_PLUGIN, run
 from tiny import BUDGETS, make
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -137,6 +138,22 @@ def test_lora_on_a_shared_decoder_is_refused(method: str, tmp_path: Path) -> Non
             config = peft.LoraConfig(target_parameters=[f"{module}.decoder_weight"], task_type="CAUSAL_LM")
             with pytest.raises(ModelError, match=r"decoder_weight of this Compressed.* is shared with a tied module"):
                 peft.get_peft_model(compressed, config)
+
+
+def test_without_the_plugin_it_is_refused_too(tmp_path: Path) -> None:
+    """By the code in the repo."""
+    make("llama-tied", AUTO).save_pretrained(tmp_path / "model")
+    code = """
+import sys, peft, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+config = peft.LoraConfig(target_parameters=["lm_head.decoder_weight"], task_type="CAUSAL_LM")
+try:
+    peft.get_peft_model(model, config)
+except ValueError as error:
+    print(type(error).__module__.partition(".")[0], error)
+"""
+    said = run(WITHOUT_PLUGIN + code, tmp_path / "model", modules=tmp_path)
+    assert said.startswith("transformers_modules decoder_weight of this CompressedLMHead is shared with a tied module")
 
 
 def test_lora_on_packed_codes_is_refused() -> None:

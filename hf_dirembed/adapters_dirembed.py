@@ -1,6 +1,7 @@
 """PEFT around a compressed table: what would fail late, or come out wrong, is refused when PEFT wraps the table.
 
 PEFT asks a model nothing before it wraps its modules, but torch announces every module that becomes part of another.
+This file travels with every compressed model, so it imports nothing of the package but its travelling neighbours.
 """
 
 from __future__ import annotations

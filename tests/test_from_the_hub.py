@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from families import FAMILIES
-from hub import StandInHub
+
+from benchmarks.stand_in_hub import StandInHub
 
 
 COMPRESS = """
@@ -38,7 +39,7 @@ def dense(hub: StandInHub, tmp_path: Path) -> Path:
     FAMILIES["llama-tied"].make("AutoModelForCausalLM").save_pretrained(folder, max_shard_size="16KB")
     files = {file.name: file.read_bytes() for file in folder.iterdir()}
     shards = b"".join(content for name, content in files.items() if name.endswith(".safetensors"))
-    hub.repos["me/dense"] = {**files, "consolidated.safetensors": shards, "pytorch_model.bin": shards}
+    hub.add("me/dense", {**files, "consolidated.safetensors": shards, "pytorch_model.bin": shards})
     return folder
 
 
@@ -59,7 +60,7 @@ def test_every_shard_comes_once_and_nothing_else(hub: StandInHub, dense: Path, t
 
 def test_a_model_in_one_file(hub: StandInHub, tmp_path: Path) -> None:
     FAMILIES["bert"].make("AutoModel").save_pretrained(tmp_path / "dense")
-    hub.repos["me/dense"] = {file.name: file.read_bytes() for file in (tmp_path / "dense").iterdir()}
+    hub.add("me/dense", {file.name: file.read_bytes() for file in (tmp_path / "dense").iterdir()})
     hub.run(COMPRESS, tmp_path / "out", cache=tmp_path / "cache")
     assert sorted(name for name, _ in hub.downloads) == ["config.json", "model.safetensors"]
     assert (tmp_path / "out" / "model.safetensors").is_file()

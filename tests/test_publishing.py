@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from families import FAMILIES
-from hub import StandInHub
 from huggingface_hub import ModelCard
 from transformers import PreTrainedTokenizerFast
 
 import hf_dirembed
+from benchmarks.stand_in_hub import StandInHub
 
 
 PUSH = """
@@ -24,7 +24,7 @@ model = AutoModelForMaskedLM.from_pretrained(source)
 if not isinstance(model.get_input_embeddings(), hf_dirembed.CompressedEmbedding):
     hf_dirembed.compress(model, method="direction", rank=5)
 model.push_to_hub(repo, **options)
-again = AutoModelForMaskedLM.from_pretrained(repo)
+again = AutoModelForMaskedLM.from_pretrained(repo, revision=options.get("revision", "main"))
 ids = torch.tensor([[2, 9, 3]])
 assert torch.equal(again.eval()(ids).logits, model.eval()(ids).logits)
 """
@@ -46,29 +46,34 @@ def dense(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
     return folder
 
 
-def card_of(hub: StandInHub, repo: str) -> ModelCard:
-    return ModelCard(hub.repos[repo]["README.md"].decode())
+def card_of(hub: StandInHub, repo: str, revision: str = "main") -> ModelCard:
+    return ModelCard(hub.repos[repo].files(revision)["README.md"].decode())
 
 
 def test_push_to_hub_takes_the_base_models_licence(hub: StandInHub, dense: Path, tmp_path: Path) -> None:
     files = {file.name: file.read_bytes() for file in dense.iterdir()}
-    hub.repos["org/base"] = {**files, "README.md": BASE_CARD.encode()}
+    hub.add("org/base", {**files, "README.md": BASE_CARD.encode()})
     hub.run(PUSH, "org/base", "me/small", {"private": True, "tags": ["mine"], "revision": "v1"}, cache=tmp_path / "hf")
-    assert hub.asked_for_private()
-    assert hub.commits == ["v1"]
-    assert {"config.json", "model.safetensors", "README.md", "modeling_dirembed.py"} <= hub.repos["me/small"].keys()
-    card = card_of(hub, "me/small")
+    repo = hub.repos["me/small"]
+    assert repo.private
+    assert not repo.files("main")
+    assert {"config.json", "model.safetensors", "README.md", "modeling_dirembed.py"} <= repo.files("v1").keys()
+    card = card_of(hub, "me/small", "v1")
     assert card.data.base_model == "org/base"
     assert card.data.get("base_model_relation") == "quantized"
     assert (card.data.license, card.data.language, card.data.pipeline_tag) == ("mit", "en", "fill-mask")
     assert set(card.data.tags) == {"dirembed", "mine"}
     assert 'from_pretrained("me/small")' in card.text
-    settings = json.loads(hub.repos["me/small"]["config.json"])["dirembed"]["settings"]
+    settings = json.loads(repo.files("v1")["config.json"])["dirembed"]["settings"]
     assert settings["base_model"] == "org/base"
+    code = "import hf_dirembed, transformers; transformers.AutoConfig.from_pretrained('me/small', revision='v1')"
+    hub.run(code, cache=tmp_path / "friend")
+    with pytest.raises(AssertionError, match="private"):
+        hub.run(code, cache=tmp_path / "stranger", token="")
 
 
 def test_a_card_written_by_hand_stays(hub: StandInHub, dense: Path, tmp_path: Path) -> None:
-    hub.repos["me/small"] = {"README.md": b"---\nlicense: mit\n---\n# Mine\n"}
+    hub.add("me/small", {"README.md": b"---\nlicense: mit\n---\n# Mine\n"})
     hub.run(PUSH, dense, "me/small", {}, cache=tmp_path / "hf")
     assert card_of(hub, "me/small").text.strip() == "# Mine"
 
@@ -86,6 +91,6 @@ def test_the_command_line_uploads_folder_card_and_results(hub: StandInHub, dense
     code = "import sys; from hf_dirembed.cli import main; main(sys.argv[1:])"
     options = ("--method", "direction", "--rank", 4, "--push-to-hub", "me/small", "--private")
     hub.run(code, "compress", dense, tmp_path / "out", *options, cache=tmp_path / "hf")
-    assert hub.asked_for_private()
+    assert hub.repos["me/small"].private
     assert 'from_pretrained("me/small")' in card_of(hub, "me/small").text
-    assert "tokenizer.json" in hub.repos["me/small"]
+    assert "tokenizer.json" in hub.repos["me/small"].files()

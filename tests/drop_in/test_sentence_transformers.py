@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from hub import StandInHub
 from transformers import PreTrainedTokenizerFast
 
 import hf_dirembed
+from benchmarks.stand_in_hub import StandInHub
 from hf_dirembed.checkpoint import compress_checkpoint
 
 
@@ -81,10 +81,9 @@ def test_in_place_and_to_the_hub(dense: Path, tmp_path: Path) -> None:
     hf_dirembed.compress(model[0].auto_model, model.tokenizer, bits=7)
     model.save_pretrained(str(tmp_path / "one"))
     with StandInHub() as hub:
-        hub.repos["me/small"] = {}
         names, vector = hub.run(PUSH, tmp_path / "one", cache=tmp_path / "hf").splitlines()[-2:]
-        assert hub.asked_for_private()
-        files = hub.repos["me/small"]
+        assert hub.repos["me/small"].private
+        files = hub.repos["me/small"].files()
     assert names == str(MODULES)
     assert vector == str(model.encode(["the cat sat on a mat"])[0].tolist())
     assert {"modules.json", "1_Pooling/config.json", "model.safetensors", "tokenizer.json"} <= files.keys()

@@ -23,7 +23,21 @@ from hf_dirembed import CompressedEmbedding, ModelError
 
 
 SENTENCES = ["The cat sat on the mat.", "Snow fell on the old harbour all night long.", "Why do birds sing?"]
+PROMPT = "The three most important things to know about the sea are"
+NEW_TOKENS = 20
 CLOSE = 1e-4  # of the largest value: float32 sums in another order
+
+# How a process starts that shall not have the plugin.
+BLOCK_PLUGIN = """
+import sys
+
+class Block:
+    def find_spec(self, name, *rest):
+        if name.partition(".")[0] == "hf_dirembed":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Block())
+"""
 
 
 class Skip(Exception):  # noqa: N818 (no error)

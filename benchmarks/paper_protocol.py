@@ -7,7 +7,7 @@ import copy
 import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from hf_dirembed.evaluation import (
     squad,
     sts,
 )
-from hf_dirembed.evaluation.running import find_device, longest_input
+from hf_dirembed.evaluation.running import find_device, longest_input, settings_of
 from hf_dirembed.modeling_dirembed import convert, embedding_of, tied_modules
 
 
@@ -210,7 +210,7 @@ class Measures:
         if isinstance(found, FineTunedFigures):
             settings = {**found.settings, "train": str(found.training), "data": str(found.data)}
         else:
-            settings = {key: value for key, value in asdict(found).items() if key not in found.MEASURES}
+            settings = settings_of(found)
         left_out = ("head", "train_decoder", "whole_word", "subset")
         self.settings[name] = {key: value for key, value in settings.items() if key not in left_out}
 

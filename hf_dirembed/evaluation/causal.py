@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import EvaluationError, Text, load_text
-from .running import IGNORED, check_counts, check_head, check_window, exp, longest_input, mean_nll
+from .running import IGNORED, check_counts, check_head, check_window, exp, longest_input, sum_nll
 
 
 if TYPE_CHECKING:
@@ -30,9 +30,12 @@ class PerplexityFigures:
         data: Where the text is from.
         window: Most tokens that the model sees at once, BOS included where the tokenizer sets one.
         stride: Tokens from the start of one window to that of the next: all but the first count these only.
+        window_nll: The sum over the counted tokens of each window, in nats.
+        window_tokens: How many these are.
     """
 
     MEASURES: ClassVar[tuple[str, ...]] = ("perplexity", "nll")
+    ITEMS: ClassVar[tuple[str, ...]] = ("window_nll", "window_tokens")
 
     perplexity: float
     nll: float
@@ -41,6 +44,8 @@ class PerplexityFigures:
     data: str
     window: int
     stride: int
+    window_nll: tuple[float, ...] = field(repr=False)
+    window_tokens: tuple[int, ...] = field(repr=False)
 
 
 def perplexity(
@@ -95,8 +100,10 @@ def perplexity(
     stride = min(stride or room, room)
     windows = _windows(torch.tensor(prefix, dtype=torch.long), torch.tensor(ids, dtype=torch.long), room, stride)
     batches = [_batch(windows[start : start + batch_size]) for start in range(0, len(windows), batch_size)]
-    nll, counted = mean_nll(model, batches, description="perplexity")
-    return PerplexityFigures(exp(nll), nll, counted, len(ids), data.name, window, stride)
+    totals, counts = sum_nll(model, batches, description="perplexity")
+    nll, counted = totals.sum().item() / int(counts.sum()), int(counts.sum())
+    items = tuple(totals.tolist()), tuple(counts.tolist())
+    return PerplexityFigures(exp(nll), nll, counted, len(ids), data.name, window, stride, *items)
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:

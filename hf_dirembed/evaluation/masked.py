@@ -39,6 +39,7 @@ class MaskedPerplexityFigures:
     """
 
     MEASURES: ClassVar[tuple[str, ...]] = ("perplexity", "nll")
+    ITEMS: ClassVar[tuple[str, ...]] = ()
 
     perplexity: float
     nll: float

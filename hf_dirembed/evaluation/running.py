@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
@@ -21,9 +20,22 @@ IGNORED = -100  # the label of a position that does not count, in transformers a
 
 
 class Figures(Protocol):
-    """What an evaluation returns: a frozen dataclass that says which of its fields are the results."""
+    """What an evaluation returns: a frozen dataclass that says which of its fields are what.
+
+    Attributes:
+        MEASURES: The fields that are the results.
+        ITEMS: Those that hold a number for each item of the data, from which differences can be tested.
+    """
 
     MEASURES: ClassVar[tuple[str, ...]]
+    ITEMS: ClassVar[tuple[str, ...]]
+
+
+def settings_of(figures: Figures) -> dict[str, Any]:
+    """How figures were taken, and on what data: the fields that are neither results nor items."""
+    left_out = {*figures.MEASURES, *figures.ITEMS}
+    names = [field.name for field in fields(figures)]  # type: ignore[arg-type]
+    return {name: getattr(figures, name) for name in names if name not in left_out}
 
 
 AnyFigures = TypeVar("AnyFigures", bound=Figures)
@@ -99,13 +111,25 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 
 def mean_nll(model: PreTrainedModel, batches: Sequence[dict[str, Tensor]], *, description: str) -> tuple[float, int]:
-    """The mean negative log-likelihood of the labels, in nats, and how many there are.
+    """The mean of what [`sum_nll`] gives, and how many labels there are."""
+    totals, counts = sum_nll(model, batches, description=description)
+    count = int(counts.sum())
+    return totals.sum().item() / count, count
+
+
+def sum_nll(
+    model: PreTrainedModel, batches: Sequence[dict[str, Tensor]], *, description: str
+) -> tuple[Tensor, Tensor]:
+    """The negative log-likelihood of the labels of each row, in nats, and how many labels it has.
 
     Args:
         model: A model with a language-model head.
         batches: Inputs of the model, and `labels` (batch, length) aligned with the logits, `IGNORED` where a position
             does not count.
         description: What the progress bar says.
+
+    Returns:
+        (rows,) sums in float64, and (rows,) counts; of the rows of all batches, on the CPU.
 
     Raises:
         EvaluationError: If nothing counts, an id is beyond the model's vocabulary, or the model gives NaN.
@@ -116,7 +140,7 @@ def mean_nll(model: PreTrainedModel, batches: Sequence[dict[str, Tensor]], *, de
     vocabulary = head.weight.shape[0]
     if (largest := max(int(batch["input_ids"].max()) for batch in batches)) >= vocabulary:
         raise EvaluationError(f"token id {largest} is beyond the model's {vocabulary} rows: give its own tokenizer")
-    total, count = 0.0, 0
+    totals: list[Tensor] = []
     with inference(model):
         for batch in logging.tqdm(batches, desc=description):
             inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
@@ -125,11 +149,12 @@ def mean_nll(model: PreTrainedModel, batches: Sequence[dict[str, Tensor]], *, de
             counted = labels != IGNORED
             # The logits that do not count are dropped before the copy in float32, which is the large one.
             losses = F.cross_entropy(logits[counted].float(), labels[counted], reduction="none")
-            total += losses.cpu().double().sum().item()
-            count += len(losses)
-    if math.isnan(total):
+            rows = counted.nonzero()[:, 0].cpu()
+            totals.append(torch.zeros(len(labels), dtype=torch.float64).index_add_(0, rows, losses.cpu().double()))
+    total = torch.cat(totals)
+    if total.isnan().any():
         raise EvaluationError(f"{type(model).__name__} gives NaN: load it in float32 or bfloat16")
-    return total / count, count
+    return total, torch.cat([(batch["labels"] != IGNORED).sum(dim=1) for batch in batches]).cpu()
 
 
 def exp(nll: float) -> float:

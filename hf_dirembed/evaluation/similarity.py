@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
@@ -41,9 +41,11 @@ class STSFigures:
         pooling: `mean` over tokens, `cls` (the first token), or `modules`, the model's own.
         prefix: What was put before every sentence.
         max_length: Most tokens of a sentence, special ones included; None where the model's own modules say.
+        cosines: The similarity of each pair.
     """
 
     MEASURES: ClassVar[tuple[str, ...]] = ("spearman", "pearson")
+    ITEMS: ClassVar[tuple[str, ...]] = ("cosines",)
 
     spearman: float
     pearson: float
@@ -52,6 +54,7 @@ class STSFigures:
     pooling: str
     prefix: str
     max_length: int | None
+    cosines: tuple[float, ...] = field(repr=False)
 
 
 class STSOptions(TypedDict, total=False):
@@ -180,6 +183,7 @@ def _figures(encoder: _Encoder, embeddings: Tensor, pairs: SentencePairs, prefix
         pooling=encoder.pooling,
         prefix=prefix,
         max_length=encoder.max_length,
+        cosines=tuple(cosines.tolist()),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from .finetuning import FineTunedFigures, FineTuningSettings
 from .glue import GLUE, glue
 from .masked import masked_perplexity
 from .results import ReferenceResult, Result
-from .running import Figures, find_device
+from .running import Figures, find_device, settings_of
 from .similarity import POOLINGS, compare_sts, sts
 from .squad import SquadSettings, squad
 
@@ -192,13 +192,13 @@ def _result(
     **further: Any,
 ) -> Result:
     """From the figures of a model, and of its reference, which say which of their fields are measures."""
-    values = asdict(figures)  # type: ignore[call-overload]
+    settings = settings_of(figures)
+    del settings["data"]
     if reference is not None and expected is not None:
         measures = {name: getattr(expected, name) for name in expected.MEASURES}
         further["reference"] = ReferenceResult(_name(reference), measures)
-    metrics = {name: values.pop(name) for name in figures.MEASURES}
-    del values["data"]
-    return Result(task=task, dataset=source, metrics=metrics, settings=values, **further)
+    metrics = {name: getattr(figures, name) for name in figures.MEASURES}
+    return Result(task=task, dataset=source, metrics=metrics, settings=settings, **further)
 
 
 def _name(model: Name) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -81,6 +82,10 @@ def test_every_token_is_predicted_once_from_its_window(model, tokenizer, window,
     assert figures.nll == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert figures.perplexity == pytest.approx(math.exp(figures.nll))
     assert (figures.window, figures.stride) == (window, min(stride or room, room))
+    assert sum(figures.window_tokens) == len(losses)
+    of_windows = iter(losses)  # window after window
+    expected = [sum(itertools.islice(of_windows, count)) for count in figures.window_tokens]
+    assert figures.window_nll == pytest.approx(expected, rel=1e-5)
 
 
 def test_stops_at_max_tokens_and_leaves_the_model_as_it_was(model, tokenizer) -> None:

@@ -50,6 +50,7 @@ def test_correlates_cosines_of_sentence_embeddings_with_gold_scores(model, token
     figures = sts(model, PAIRS, tokenizer, pooling=pooling, prefix="a cat ", batch_size=3)
     assert model.training
     found, gold = cosines(model, tokenizer, pooling, "a cat "), [score for *_, score in PAIRS]
+    assert figures.cosines == pytest.approx(found, abs=1e-5)
     assert figures.spearman == pytest.approx(stats.spearmanr(found, gold).statistic)
     assert figures.pearson == pytest.approx(stats.pearsonr(found, gold).statistic, abs=1e-5)
     assert (figures.num_pairs, figures.pooling, figures.prefix, figures.max_length) == (6, pooling, "a cat ", 32)

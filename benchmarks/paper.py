@@ -32,11 +32,11 @@ from transformers import PreTrainedModel
 from hf_dirembed import CompressedEmbedding, DirEmbedError
 from hf_dirembed.compression.subspace import mean_cosine
 from hf_dirembed.compression.table import Table
-from hf_dirembed.evaluation import GLUE, EvaluationError
+from hf_dirembed.evaluation import GLUE
 from hf_dirembed.evaluation.results import installed_versions
 from hf_dirembed.evaluation.tasks import parse_seeds
 from hf_dirembed.modeling_dirembed import embedding_of
-from hf_dirembed.staging import staged_file
+from hf_dirembed.staging import save_bytes
 
 
 COLUMNS = ("method", "ratio", "rank", "bits", "fit, s", "mean cosine", "token cosine", "RMSE")
@@ -165,13 +165,9 @@ def keep(file: Path, content: dict[str, Any]) -> None:
     """Writes JSON; readers see the old file or the new one.
 
     Raises:
-        EvaluationError: If it cannot be written.
+        CheckpointError: If it cannot be written.
     """
-    try:
-        with staged_file(file) as sibling:
-            sibling.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise EvaluationError(f"{file} cannot be written ({error.strerror}): choose another place") from error
+    save_bytes(file, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def run(arguments: argparse.Namespace, command: str) -> None:

@@ -108,6 +108,25 @@ def save_state(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta
         raise _unwritable(path, error, "file") from error
 
 
+def save_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Writes a file, whole or not at all.
+
+    Raises:
+        CheckpointError: If it cannot be written.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_bytes(f"{folder}/report.json", b"{}")
+        ...     Path(folder, "report.json").read_text()
+        '{}'
+    """
+    try:
+        with staged_file(path) as sibling:
+            sibling.write_bytes(content)
+    except OSError as error:
+        raise _unwritable(path, error, "file") from error
+
+
 def _unwritable(path: str | os.PathLike[str], error: Exception, kind: str) -> CheckpointError:
     if isinstance(error, shutil.Error):  # of copying a folder: a list of what went wrong, of which one is enough
         error = OSError(error.args[0][0][2].partition(": ")[0])

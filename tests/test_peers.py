@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +19,14 @@ from families import FAMILIES
 from torch import Tensor
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from benchmarks.peers import __main__ as command
-from benchmarks.peers import methods, running, static
-from benchmarks.peers.__main__ import main
+from benchmarks.peers import command, methods, running, static
+from benchmarks.peers.command import main
 from benchmarks.peers.methods import Method, Stored, Table
+from benchmarks.peers.noise import difference
+from benchmarks.peers.plots import draw
+from benchmarks.peers.record import read
 from benchmarks.peers.registry import METHODS
-from benchmarks.peers.report import ModelReport, failures, wins
+from benchmarks.peers.report import ModelReport, Report, compare, comparison_parts, failures
 from benchmarks.peers.running import Bench, Point, Settings, measure_scaling, synthetic_table
 from hf_dirembed import BudgetError
 
@@ -141,13 +148,22 @@ def test_a_language_model_with_its_head(causal: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_process")
-def test_scaling_goes_up_to_the_rows_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "SIZES", (300, 600, 900))
-    points = measure_scaling(600, 16, settings(), tmp_path)
+def test_scaling_of_the_rows_asked_for(tmp_path: Path) -> None:
+    points: list[Point] = []
+    measure_scaling([600, 300], 16, settings(), tmp_path, points, lambda: None)
     assert [(point.method, point.rows) for point in points] == [
         ("dense", 300), ("svd", 300), ("dense", 600), ("svd", 600),
     ]  # fmt: skip
-    assert all(point.measured["fit_s"] >= 0 and point.measured["lookup"]["ms"] > 0 for point in points)
+    for point in points:
+        assert point.measured["fit_s"] >= 0
+        assert point.measured["lookup"]["ms"] > 0
+        assert point.measured["head"]["1"]["ms"] > 0
+    report = Report("peers", {}, 16, scaling=points)
+    assert re.search(r"^\| svd \| 3\.\d+ \| 300 \| 0\.0 \| \d", report.to_markdown(), re.MULTILINE)
+    shown = draw(report)["scaling.svg"].decode()
+    assert all(
+        f">{title}</text>" in shown for title in ("fitting", "loading", "lookup of 32 x 128 tokens", "head, 1 state")
+    )
 
 
 def test_a_process_of_its_own(tmp_path: Path) -> None:
@@ -204,25 +220,75 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found.float() - expected.float()).norm() / expected.float().norm())
 
 
-def test_ties_are_no_wins_and_more_bits_are_no_merit() -> None:
-    def point(method: str, bits: float, quality: float) -> Point:
-        return Point(method, bits, 100, {"bits": bits, "fit_s": bits}, {"file": quality})
+GOLD = torch.arange(200.0)
 
-    points = [
-        point("dense", 32, 0),
-        point("transform", 4, -0.5),
-        point("transform", 2, -1.0),
-        point("svd", 4, 3.0),  # ours
-        point("torchao-int4", 4.5, -0.5),  # a tie
-        point("torchao-int2", 2.5, -0.9),  # better than 2 bits, and 4 are more than its own
-        point("sklearn-svd", 1, 5.0),  # in fewer bits than any of ours
+
+def cosines(error: float, seed: int = 0) -> list[float]:
+    """Cosines that follow the gold scores but for an error."""
+    noise = torch.randn(200, generator=torch.Generator().manual_seed(seed))
+    return ((GOLD + 200 * error * noise) / 200).tolist()
+
+
+def encoder_report(points: dict[tuple[str, float], list[float]]) -> ModelReport:
+    """Of methods with these cosines at these bits."""
+    found = [
+        Point(method, bits, 100, {"bits": bits, "fit_s": bits}, {"file": -1.0}, items={"file": items})
+        for (method, bits), items in {("dense", 32): GOLD.tolist(), **points}.items()
     ]
-    model = ModelReport("m", "Spearman", "difference", False, (100, 8), False, {"file": 90}, points)
-    better, faster = wins(model)
-    assert better == "**torchao-int2 is better than transform on file**: -0.9 in 2.5 bits against -1 in 2 bits"
-    assert faster == "Faster than transform in fitting: sklearn-svd"
-    model.points = points[:5]
-    assert wins(model) == ["No method of another package is better than transform of as many bits or fewer"]
+    base = {"file": GOLD.tolist()}
+    return ModelReport("m", "Spearman x 100", "difference", False, (100, 8), False, {"file": 90}, found, base=base)
+
+
+def test_a_difference_within_the_noise_is_said_to_be_that() -> None:
+    model = encoder_report(
+        {
+            ("transform", 4): cosines(0.3),
+            ("transform", 2): cosines(0.6),
+            ("svd", 4): cosines(0),  # ours
+            ("torchao-int8", 8): cosines(0.3),  # a tie
+            ("torchao-int4", 4.5): cosines(0.31, seed=1),
+            ("torchao-int3", 3.5): cosines(0.1),  # against 2 bits, as 4 are more than its own
+            ("torchao-int2", 2.5): cosines(1.5),
+            ("sklearn-svd", 1): cosines(0),  # in fewer bits than any of ours
+        }
+    )
+    model.comparisons = compare(model)
+    found = {each.method: (each.against, each.verdict) for each in model.comparisons}
+    assert found == {
+        "torchao-int8": (4, "within the noise"),
+        "torchao-int4": (4, "within the noise"),
+        "torchao-int3": (2, "better"),
+        "torchao-int2": (2, "worse"),
+    }
+    intro, shown, faster = comparison_parts(model)
+    assert "the 95% interval of a paired bootstrap over the 200 pairs (2,000 draws)" in intro
+    assert re.search(r"^\| torchao-int4 .* \| [+-][\d.]+ \| -[\d.]+ to \+[\d.]+ \| within the noise \|$", shown, re.M)
+    assert re.search(r"^\| torchao-int3 .* \| \+[\d.]+ \| \+[\d.]+ to \+[\d.]+ \| \*\*better\*\* \|$", shown, re.M)
+    assert faster == "- Faster than transform in fitting: sklearn-svd"
+
+
+def test_nothing_to_compare_with() -> None:
+    assert comparison_parts(encoder_report({("torchao-int4", 4): cosines(0)})) == []
+    model = encoder_report({("transform", 4): cosines(0.3), ("torchao-int2", 2.5): cosines(0.3)})
+    model.comparisons = compare(model)
+    said, faster = comparison_parts(model)
+    assert said == "No method of another package has as many bits as transform or more."
+    assert faster == "- Faster than transform in fitting: torchao-int2"
+
+
+def test_the_interval_of_perplexities_is_that_of_the_windows_losses() -> None:
+    """Against the normal distribution, which the mean of so many losses has."""
+    seeded = torch.Generator().manual_seed(0)
+    dense = 100 + 10 * torch.randn(400, generator=seeded)
+    ours, theirs = dense + 5, dense + 5 + 4 * torch.randn(400, generator=seeded)
+    counts = torch.full((400,), 50.0)
+    found, interval = difference("perplexity", *(each.tolist() for each in (theirs, ours, dense, counts)))
+    ratio = math.exp(5 / 50)
+    by = (theirs - ours).double()
+    assert found == pytest.approx(ratio * (math.exp(by.mean() / 50) - 1))
+    spread = 1.96 * ratio * float(by.std()) / 50 / 400**0.5
+    assert interval == pytest.approx((found - spread, found + spread), abs=0.15 * spread)
+    assert difference("perplexity", [3.0], [2.0], [1.0], [1.0])[1] is None
 
 
 def test_a_failure_is_told_once() -> None:
@@ -240,8 +306,11 @@ MISTAKES = {
     "no such data": (["{encoder}", "--pairs", "{tmp}/no.csv"], "no.csv"),
     "no such method": (["{encoder}", "--methods", "svd,magic"], "'magic' is no method: choose among dense, transform"),
     "no such budget": (["{encoder}", "--bits", "4,-1"], "give some like 4,2"),
-    "too few rows": (["--rows", "10"], "--rows"),
-    "an existing folder": (["{encoder}", "--out", "{encoder}"], "exists already"),
+    "no rows": (["--rows", "10000,0"], "give some like 4,2"),
+    "no such calibration text": (["{encoder}", "--calibrate", "{tmp}/no.txt"], "no.txt"),
+    "an existing folder": (["{encoder}", "--out", "{encoder}"], "exists already: remove it, or"),
+    "nothing to go on with": (["{encoder}", "--out", "{encoder}", "--resume"], "holds no report to go on with"),
+    "one name twice": (["{encoder}", "--pairs", "a/pairs.csv", "--pairs", "b/pairs.csv"], "two files are called"),
 }
 
 
@@ -258,3 +327,103 @@ def test_mistakes(name: str, encoder: Path, tmp_path: Path, capsys: pytest.Captu
     assert expected in line
     assert all("the dense model" in each for each in progress)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.fixture
+def asked(encoder: Path, pairs: Path) -> list[str]:
+    return [str(encoder), "--pairs", str(pairs), "--bits", "8,6", "--methods", "svd,direction", "--repeats", "3"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+def test_what_an_interrupted_run_has_measured_is_kept(asked: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.peers", *asked, "--out", str(out)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        cwd=Path(__file__).parents[1],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # where the suite runs in the background
+    )  # fmt: skip
+    while not (out / "report.json").exists() or len(read(out).models[0].points) < 2:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the measuring process hears it, too
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout) == (130, "")
+    *progress, line = (each for each in stderr.splitlines() if each)
+    kept = read(out).num_rows
+    assert line == f"peers: interrupted; {kept} rows are kept in {out}: the same command with --resume goes on"
+    assert all(": " in each and "Traceback" not in each for each in progress)
+    assert sorted(file.name for file in out.iterdir()) == ["items.safetensors", "report.json"]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_resuming_measures_what_is_missing_alone(
+    asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured: list[tuple[str, str, float | None]] = []
+    whole = running.run_process
+    stop_at = 5
+
+    def run(measurement: Any, job: str, work: Path, timeout: float) -> tuple[dict[str, Any], str | None]:
+        told = json.loads(job)
+        measured.append((told["method"], told["kind"], told["bits"]))
+        if len(measured) == stop_at:
+            raise KeyboardInterrupt
+        return whole(measurement, job, work, timeout)
+
+    monkeypatch.setattr(running, "run_process", run)
+    out = tmp_path / "out"
+    assert main([*asked, "--out", str(out)]) == 130
+    assert measured[-1] == ("direction", "fit", 6)
+    assert "peers: interrupted; 2 rows are kept" in capsys.readouterr().err
+    assert main([*asked, "--out", str(out)]) == 2
+    assert f"{out} exists already: go on with it by --resume" in capsys.readouterr().err
+    assert main([*asked, "--limit", "4", "--out", str(out), "--resume"]) == 2
+    assert f"{out} was begun with limit None, and this is 4: give the same" in capsys.readouterr().err
+    before = read(out).models[0].points
+    assert main([*asked, "--out", str(out), "--resume"]) == 0
+    assert len(measured) == len(set(measured)) + 1, "only the interrupted one is measured again"
+    report = json.loads((out / "report.json").read_text())
+    (model,) = report["models"]
+    assert [(point["method"], point["asked_bits"]) for point in model["points"]] == [
+        ("dense", None), ("direction", 8), ("direction", 6), ("svd", 8), ("svd", 6),
+    ]  # fmt: skip
+    assert read(out).models[0].points[:2] == before
+    assert "--resume" not in report["command"]
+    assert {file.name for file in out.iterdir()} == {
+        "items.safetensors", "quality-encoder.svg", "report.json", "report.md",
+    }  # fmt: skip
+    done = list(measured)
+    assert main([*asked, "--out", str(out), "--resume"]) == 0
+    assert measured == done
+
+
+@pytest.mark.usefixtures("in_process")
+def test_what_failed_is_tried_again(asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, out = running.run_process, tmp_path / "out"
+    monkeypatch.setattr(running, "run_process", lambda *_: ({}, "took longer than 1 s"))
+    assert main([*asked, "--out", str(out)]) == 0
+    assert "- svd: took longer than 1 s" in (out / "report.md").read_text()
+    monkeypatch.setattr(running, "run_process", whole)
+    assert main([*asked, "--out", str(out), "--resume"]) == 0
+    assert "took longer" not in (out / "report.md").read_text()
+    assert len(read(out).models[0].points) == 5
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_spoiled_report_is_refused_in_one_line(
+    asked: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main([*asked, "--out", str(out)]) == 0
+    whole = (out / "report.json").read_text()
+    for spoiled in (whole[:100], "[]", '{"command": "peers"}', whole.replace('"points"', '"dots"')):
+        (out / "report.json").write_text(spoiled)
+        capsys.readouterr()
+        assert main([*asked, "--out", str(out), "--resume"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{out} holds no report to go on with" in line
+    (out / "report.json").write_text(whole)
+    (out / "items.safetensors").write_bytes(b"no")
+    assert main([*asked, "--out", str(out), "--resume"]) == 2
+    assert "holds no report to go on with" in capsys.readouterr().err

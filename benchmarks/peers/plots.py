@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
+from .measure import LOOKUP
 from .registry import METHODS
 from .report import ModelReport, Report
 from .running import Point
@@ -28,43 +29,44 @@ STYLES: dict[str, tuple[str, str]] = {
     "dense": ("#444444", "x"),
 }
 LINEAR = {False: 0.1, True: 1.0}  # below it the axis of losses is linear: points of Spearman, per cent of perplexity
+TOKENS = " x ".join(map(str, LOOKUP))
 TICKS = (0.25, 0.5, 1, 2, 4, 8, 16, 32)
 
 
-def draw(report: Report, folder: Path, suffix: str = "svg") -> list[Path]:
+def draw(report: Report, suffix: str = "svg") -> dict[str, bytes]:
     """Draws all pictures of a report for which there is something to draw.
 
     Returns:
-        The files.
+        The files' contents, by name.
     """
-    files = []
+    files = {}
     for model in report.models:
         if not any(point.quality for point in model.points if point.method != "dense"):
             continue
-        file = folder / f"quality-{re.sub(r'[^A-Za-z0-9.-]', '_', model.name)}.{suffix}"
-        _draw_quality(model, file)
-        files.append(file)
+        name = f"quality-{re.sub(r'[^A-Za-z0-9.-]', '_', model.name)}.{suffix}"
+        files[name] = _rendered(_quality(model), suffix)
     if any("fit_s" in point.measured for point in report.scaling):
-        files.append(folder / f"scaling.{suffix}")
-        _draw_scaling(report, files[-1])
+        files[f"scaling.{suffix}"] = _rendered(_scaling(report), suffix)
     return files
 
 
-def _figure(panels: int) -> tuple[Any, Any]:
+def _figure(columns: int, rows: int = 1) -> tuple[Any, list[Axes]]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.6 * panels + 1.9, 4.1), layout="constrained")
-    return figure, figure.subplots(1, panels, squeeze=False)[0]
+    figure = Figure(figsize=(4.6 * columns + 1.9, 3.8 * rows + 0.3), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def _save(figure: Any, file: Path) -> None:
+def _rendered(figure: Any, suffix: str) -> bytes:
     import matplotlib
 
+    content = BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "peers", "svg.fonttype": "none"}):  # the same bytes again
-        figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
+        figure.savefig(content, format=suffix, dpi=150, metadata={"Date": None} if suffix == "svg" else None)
+    return content.getvalue()
 
 
-def _draw_quality(model: ModelReport, file: Path) -> None:
+def _quality(model: ModelReport) -> Any:
     names = list(model.dense)
     figure, panels = _figure(len(names))
     for axes, name in zip(panels, names, strict=True):
@@ -82,7 +84,7 @@ def _draw_quality(model: ModelReport, file: Path) -> None:
         _label(axes, "bits per weight", unit)
     _legend(figure, panels)
     figure.suptitle(f"{model.name}: lower and further left is better", fontsize=12)
-    _save(figure, file)
+    return figure
 
 
 def _scale(axes: Axes, linear: float) -> None:
@@ -101,19 +103,28 @@ def _scale(axes: Axes, linear: float) -> None:
     axes.minorticks_off()
 
 
-def _draw_scaling(report: Report, file: Path) -> None:
-    figure, (left, right) = _figure(2)
-    fitted = [point for point in report.scaling if point.method != "dense"]
-    _lines(left, fitted, lambda point: point.rows, lambda point: point.measured.get("fit_s"))
-    _lines(right, report.scaling, lambda point: point.rows, lambda point: point.measured.get("lookup", {}).get("ms"))
-    for axes, title, unit in ((left, "fitting", "seconds"), (right, "lookup of 32 x 128 tokens", "milliseconds")):
+def _scaling(report: Report) -> Any:
+    figure, panels = _figure(2, 2)
+    batch = next((min(point.measured["head"], key=int) for point in report.scaling if point.measured.get("head")), "")
+    shown: list[tuple[str, str, Callable[[Point], float | None]]] = [
+        ("fitting", "seconds", lambda point: None if point.method == "dense" else point.measured.get("fit_s")),
+        ("loading", "milliseconds", lambda point: point.measured.get("load", {}).get("ms")),
+        (f"lookup of {TOKENS} tokens", "milliseconds", lambda point: point.measured.get("lookup", {}).get("ms")),
+        (
+            f"head, {batch} state{'s' if batch != '1' else ''}",
+            "milliseconds",
+            lambda point: (point.measured.get("head") or {}).get(batch, {}).get("ms"),
+        ),
+    ]
+    for axes, (title, unit, value) in zip(panels, shown, strict=True):
+        _lines(axes, report.scaling, lambda point: point.rows, value)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_title(title, fontsize=10)
         _label(axes, "rows of the table", unit)
-    _legend(figure, (left, right))
+    _legend(figure, panels)
     figure.suptitle(f"Time against vocabulary size, {report.scaling_dim} columns", fontsize=12)
-    _save(figure, file)
+    return figure
 
 
 def _lines(

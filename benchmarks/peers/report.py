@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from .noise import LEVEL, RESAMPLES, Comparison, difference
 from .registry import METHODS
 from .running import Point
 
@@ -38,6 +37,8 @@ class ModelReport:
         dense: Its figures as it is, on each file.
         points: Every method at every budget.
         static: What `static.distill` found, or why there is nothing; empty for a language model.
+        base: What stays the same on each file; see `Subject`.
+        comparisons: What `compare` finds when all points are there.
     """
 
     name: str
@@ -47,8 +48,10 @@ class ModelReport:
     shape: tuple[int, int]
     tied: bool
     dense: dict[str, float]
-    points: list[Point]
+    points: list[Point] = field(default_factory=list)
     static: dict[str, Any] = field(default_factory=dict)
+    base: dict[str, Sequence[float]] = field(default_factory=dict)
+    comparisons: list[Comparison] = field(default_factory=list)
 
 
 @dataclass
@@ -57,25 +60,28 @@ class Report:
 
     Attributes:
         command: As it was typed.
-        seconds: How long it took.
+        settings: What it was told that figures depend on.
+        scaling_dim: Columns of synthetic tables.
         models: Each model's.
         scaling: Points on synthetic tables.
-        scaling_dim: Columns of these.
+        seconds: How long it took.
         machine: Where it ran.
         versions: Of the packages that are there.
     """
 
     command: str
-    seconds: float
-    models: list[ModelReport]
-    scaling: list[Point]
+    settings: dict[str, Any]
     scaling_dim: int
+    models: list[ModelReport] = field(default_factory=list)
+    scaling: list[Point] = field(default_factory=list)
+    seconds: float = 0.0
     machine: dict[str, Any] = field(default_factory=lambda: machine())
     versions: dict[str, str] = field(default_factory=lambda: versions())
 
-    def to_json(self) -> str:
-        """All of it."""
-        return json.dumps(asdict(self), indent=1)
+    @property
+    def num_rows(self) -> int:
+        """How many rows its tables have."""
+        return len(self.scaling) + sum(len(model.points) for model in self.models)
 
     def to_markdown(self) -> str:
         """For people."""
@@ -139,7 +145,7 @@ def _model_parts(model: ModelReport) -> list[str]:
     dense = next((point for point in model.points if point.method == "dense" and _fitted(point)), None)
     if dense is not None:
         parts.append(_dense_times(dense))
-    parts += [_bullets(failures(model.points)), _bullets(wins(model)), *_static_parts(model)]
+    parts += [_bullets(failures(model.points)), *comparison_parts(model), *_static_parts(model)]
     return [part for part in parts if part]
 
 
@@ -196,28 +202,57 @@ def failures(points: Iterable[Point]) -> list[str]:
     return list(found)
 
 
-def wins(model: ModelReport) -> list[str]:
-    """Where the method of another package is better than `transform` in at least as many bits, in plain words."""
-    ours = [point for point in model.points if point.method == OURS and point.quality]
-    others = [point for point in model.points if METHODS[point.method].package not in ("hf_dirembed", "torch")]
-    lines = []
+def compare(model: ModelReport) -> list[Comparison]:
+    """The methods of other packages against `transform` in as many bits or fewer, the most that are there."""
+    ours, others = _ours_and_others(model)
+    dense = next((point.items for point in model.points if point.method == "dense"), {})
+    found = []
     for name in model.dense:
-        for point in (each for each in others if each.quality):
+        for point in others:
             below = [each for each in ours if each.bits <= point.bits]
-            if not below:
+            if not below or name not in point.items:
                 continue
-            sign = 1 if model.lower_is_better else -1
-            best = min(below, key=lambda each: sign * each.quality[name])
-            if sign * point.quality[name] < sign * best.quality[name]:
-                lines.append(
-                    f"**{point.method} is better than {OURS} on {name}**: {point.quality[name]:.4g} in "
-                    f"{point.bits:.3g} bits against {best.quality[name]:.4g} in {best.bits:.3g} bits"
-                )
+            best = max(below, key=lambda each: each.bits)
+            numbers = point.items[name], best.items[name], dense[name], model.base[name]
+            by, interval = difference(model.measure, *numbers)
+            count = len(model.base[name])
+            found.append(
+                Comparison(point.method, point.bits, best.bits, name, count, by, interval, model.lower_is_better)
+            )
+    return found
+
+
+def _ours_and_others(model: ModelReport) -> tuple[list[Point], list[Point]]:
+    evaluated = [point for point in model.points if point.quality]
+    ours = [point for point in evaluated if point.method == OURS]
+    return ours, [point for point in evaluated if METHODS[point.method].package not in ("hf_dirembed", "torch")]
+
+
+def comparison_parts(model: ModelReport) -> list[str]:
+    """Where other packages are better than `transform`, or as good, and where they are faster."""
+    ours, others = _ours_and_others(model)
     if not ours or not others:
-        return lines
-    if not lines:
-        lines.append(f"No method of another package is better than {OURS} of as many bits or fewer")
-    return lines + [line for what in TIMES if (line := _faster(what, ours, others))]
+        return []
+    faster = _bullets([line for what in TIMES if (line := _faster(what, ours, others))])
+    if not model.comparisons:
+        return [f"No method of another package has as many bits as {OURS} or more.", faster]
+    items = "windows of text" if model.lower_is_better else "pairs"
+    counts = " and ".join(f"{count:,}" for count in dict.fromkeys(each.items for each in model.comparisons))
+    intro = (
+        f"Against `{OURS}` in as many bits or fewer: the method's figure less that of `{OURS}`, and the {LEVEL:.0%} "
+        f"interval of a paired bootstrap over the {counts} {items} ({RESAMPLES:,} draws), each by itself."
+    )
+    digits = 4 if model.lower_is_better else 3
+    rows = [
+        [
+            each.method, f"{each.bits:.3f}", f"{each.against:.3f}", each.file, f"{each.difference:+.{digits}f}",
+            "" if each.interval is None else " to ".join(f"{end:+.{digits}f}" for end in each.interval),
+            f"**{each.verdict}**" if each.verdict == "better" else each.verdict,
+        ]
+        for each in model.comparisons
+    ]  # fmt: skip
+    header = ["method", "bits", f"bits of {OURS}", "on", "difference", f"{LEVEL:.0%} interval", f"than {OURS}"]
+    return [intro, table(header, rows), faster]
 
 
 TIMES = {"fit": "fitting", "load": "loading", "lookup": "lookup"}
@@ -255,22 +290,36 @@ def _static_parts(model: ModelReport) -> list[str]:
 
 
 def _scaling_parts(points: Sequence[Point]) -> list[str]:
-    header = ["method", "bits", "rows", "fit, s", "fit, MB", "lookup, ms", "over dense"]
+    intro = (
+        "Float32, a deviation of k^-½ along the k-th axis. In brackets how many times as long as the dense table "
+        "takes, measured in turns in the same process; memory above that of the process before."
+    )
+    heads = sorted({batch for point in points for batch in point.measured.get("head") or {}}, key=int)
+    header = [
+        "method", "bits", "rows", "file, MB", "fit, s", "fit, MB", "load, ms", "lookup, ms", "lookup, MB",
+        *(f"head {batch}, ms" for batch in heads), *(["head, MB"] if heads else []),
+    ]  # fmt: skip
     order = list(dict.fromkeys(point.method for point in points))
-    rows = []
-    for point in sorted(points, key=lambda each: (order.index(each.method), each.rows)):
-        found = point.measured
-        if not _fitted(point):
-            continue
-        lookup = found.get("lookup")
-        times = ["", ""] if lookup is None else [f"{lookup['ms']:.2f}", _ratio(lookup)]
-        fit = [f"{found['fit_s']:.2f}", _megabytes(found["fit_peak_bytes"])]
-        rows.append([point.method, f"{point.bits:.2f}", f"{point.rows:,}", *fit, *times])
+    fitted = [point for point in points if _fitted(point)]
+    rows = [_scaling_row(point, heads) for point in sorted(fitted, key=lambda p: (order.index(p.method), p.rows))]
     gone = [f"{p.method}, {p.rows:,} rows, {kind}: {reason}" for p in points for kind, reason in p.failures.items()]
-    return [part for part in (table(header, rows), _bullets(gone)) if part]
+    without = [
+        f"{p.method}: its package has no head over this table" for p in fitted if p.measured.get("head", 0) is None
+    ]
+    return [part for part in (intro, table(header, rows), _bullets([*gone, *dict.fromkeys(without)])) if part]
 
 
-def write(report: Report, folder: Path) -> None:
-    """Writes both files."""
-    (folder / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")
-    (folder / "report.md").write_text(report.to_markdown(), encoding="utf-8")
+def _scaling_row(point: Point, heads: Sequence[str]) -> list[str]:
+    found = point.measured
+    times = found.get("head") or {}
+    return [
+        point.method, f"{point.bits:.2f}", f"{point.rows:,}", f"{found['file_bytes'] / 1e6:.1f}",
+        f"{found['fit_s']:.2f}", _megabytes(found["fit_peak_bytes"]), _milliseconds(found.get("load")),
+        _milliseconds(found.get("lookup")), _megabytes(found.get("lookup_peak_bytes")),
+        *(_milliseconds(times.get(batch)) for batch in heads),
+        *([_megabytes(found.get("head_peak_bytes"))] if heads else []),
+    ]  # fmt: skip
+
+
+def _milliseconds(found: dict[str, float] | None) -> str:
+    return "" if found is None else f"{found['ms']:.2f} ({found['ratio']:.2f}x)"

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +26,8 @@ from .subjects import Subject
 # Forked from a process that has imported torch and transformers and done nothing else: importing takes seconds.
 PROCESSES: Any = multiprocessing.get_context("forkserver" if sys.platform.startswith("linux") else "spawn")
 PROCESSES.set_forkserver_preload(["benchmarks.peers.measure"])
-SIZES = (10_000, 30_000, 100_000, 300_000, 1_000_000)  # rows of synthetic tables
 Progress = Callable[[str], None]
+PointKey = tuple[str, "float | None", int]  # method, budget, rows
 
 
 @dataclass
@@ -36,6 +40,7 @@ class Point:
         rows: V.
         measured: What the processes found; see `measure`.
         quality: How the model's figures change on each file.
+        items: What they are made of on each file, a number for each pair or window; see `Subject`.
         failures: Why a measurement has no result, by its kind.
     """
 
@@ -45,6 +50,12 @@ class Point:
     measured: dict[str, Any] = field(default_factory=dict)
     quality: dict[str, float] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    items: dict[str, Sequence[float]] = field(default_factory=dict)
+
+    @property
+    def key(self) -> PointKey:
+        """What it is of; there is one of a kind."""
+        return self.method, self.asked_bits, self.rows
 
     @property
     def bits(self) -> float:
@@ -96,9 +107,11 @@ def run_process(
     """
     result, log = work / "result.json", work / "log.txt"
     result.unlink(missing_ok=True)
+    _start_server()
     process = PROCESSES.Process(target=_write, args=(measurement, job, result, log))
-    process.start()
     try:
+        with _interrupt_later():  # until there is something to kill
+            process.start()
         process.join(timeout)
     finally:
         late = process.is_alive()
@@ -112,6 +125,30 @@ def run_process(
         lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
         return {}, f"does not run here: {lines[-1] if lines else f'exit code {process.exitcode}'}"
     return json.loads(result.read_text(encoding="utf-8")), None
+
+
+@cache
+def _start_server() -> None:
+    """Starts what measuring processes are forked from, deaf to Ctrl-C as they are: who hears it kills them."""
+    if PROCESSES.get_start_method() == "forkserver":
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _interrupt_later() -> Iterator[None]:
+    """Raises what Ctrl-C raises in the end, not in between."""
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if heard:
+        raise KeyboardInterrupt
 
 
 def _write(measurement: Callable[[str], dict[str, Any]], job: str, result: Path, log: Path) -> None:
@@ -165,32 +202,60 @@ class Bench:
         return Table.load(self.work / "rows.safetensors").rows
 
 
-def measure_subject(subject: Subject, settings: Settings, work: Path) -> list[Point]:
-    """All methods on a model's table."""
-    bench = Bench(subject.table, settings, work)
-    points = []
-    for method, bits in settings.budgets():
-        point = bench.measure(method, bits, with_head=subject.tied, keep_rows=True)
+def measure_subject(
+    subject: Subject, table: Table, settings: Settings, work: Path, points: list[Point], save: Callable[[], None]
+) -> None:
+    """All methods on a model's table.
+
+    Args:
+        subject: The model.
+        table: Its table.
+        settings: How to measure.
+        work: A folder for what is written meanwhile.
+        points: Those that are there already; the others are added.
+        save: Called after each that is added.
+    """
+    bench = Bench(table, settings, work)
+    asked = [(method.name, bits, bench.num_rows) for method, bits in settings.budgets()]
+    for name, bits, _ in missing(asked, points):
+        point = bench.measure(METHODS[name], bits, with_head=subject.tied, keep_rows=True)
         if "fit" not in point.failures:
-            point.quality = subject.quality(bench.rows())
+            point.quality, point.items = subject.quality(bench.rows())
         points.append(point)
-    return points
+        points.sort(key=lambda each: asked.index(each.key))
+        save()
 
 
-def measure_scaling(max_rows: int, dim: int, settings: Settings, work: Path) -> list[Point]:
-    """Fitting and lookup on synthetic tables; a method that fails at one size is not tried at the next."""
-    points: list[Point] = []
-    given_up: dict[tuple[str, float | None], Point] = {}
-    for rows in (size for size in SIZES if size <= max_rows):
-        bench = Bench(synthetic_table(rows, dim), settings, work)
-        for method, bits in settings.budgets():
-            if (method.name, bits) in given_up:
-                continue
-            point = bench.measure(method, bits, with_head=False, keep_rows=False)
+def measure_scaling(
+    sizes: Sequence[int],
+    dim: int,
+    settings: Settings,
+    work: Path,
+    points: list[Point],
+    save: Callable[[], None],
+) -> None:
+    """Synthetic tables of so many rows, with a head; a method that fails at one size is not tried at the next.
+
+    The other arguments are those of `measure_subject`.
+    """
+    given_up: set[tuple[str, float | None]] = set()
+    for rows in sorted(set(sizes)):
+        asked = [(method.name, bits, rows) for method, bits in settings.budgets()]
+        lacking = [each for each in missing(asked, points) if each[:2] not in given_up]
+        bench = Bench(synthetic_table(rows, dim), settings, work) if lacking else None
+        for name, bits, _ in lacking:
+            assert bench is not None
+            point = bench.measure(METHODS[name], bits, with_head=True, keep_rows=False)
             if point.failures:
-                given_up[method.name, bits] = point
+                given_up.add((name, bits))
             points.append(point)
-    return points
+            save()
+
+
+def missing(asked: Iterable[PointKey], points: Iterable[Point]) -> list[PointKey]:
+    """What is asked for and not there."""
+    there = {point.key for point in points}
+    return [key for key in asked if key not in there]
 
 
 def synthetic_table(rows: int, dim: int, seed: int = 0) -> Table:

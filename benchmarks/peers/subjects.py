@@ -23,6 +23,9 @@ from hf_dirembed.modeling_dirembed import CompressedEmbedding, embedding_of, tie
 from .methods import Table
 
 
+Items = Sequence[float]
+
+
 @dataclass(frozen=True)
 class Data:
     """What models are evaluated on.
@@ -45,6 +48,12 @@ class Data:
     prefix: str = ""
     limit: int | None = None
 
+    def __post_init__(self) -> None:
+        for sources in (self.pairs, self.text):
+            names = [Path(source).name for source in sources]
+            if twice := {name for name in names if names.count(name) > 1}:
+                raise EvaluationError(f"two files are called {twice.pop()}: rename one, as figures go by the name")
+
 
 class Subject(ABC):
     """A model whose table is replaced.
@@ -54,9 +63,10 @@ class Subject(ABC):
         change: How a figure is compared with the dense model's.
         name: The model's.
         folder: Where it lies.
-        table: Its table, with what hf_dirembed's methods know of it.
+        shape: Of its table.
         tied: Whether its head is the same table.
         dense: Its figures on each file, as it is.
+        base: What stays the same on each file: the gold score of each pair, the counted tokens of each window.
     """
 
     measure: ClassVar[str]
@@ -67,25 +77,39 @@ class Subject(ABC):
         self.name, self.folder, self.data = name, folder, data
         self._model, self._tokenizer = model, tokenizer
         self.tied = model.get_output_embeddings() is not None and len(tied_modules(model)) > 1
-        rows = embedding_of(model).weight.detach().clone()
-        weights, metric = self._hints(rows)
-        self.table = Table(rows, weights, metric)
-        self.dense = self._figures()
+        self._rows = embedding_of(model).weight.detach().clone()
+        self.shape: tuple[int, int] = (self._rows.shape[0], self._rows.shape[1])
+        self.base: dict[str, Items] = {}
+        self.dense = {name: figure for name, (figure, _) in self._figures().items()}
 
-    def _hints(self, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def table(self, state: Path) -> Table:
+        """Its table, with what hf_dirembed's methods know of it.
+
+        Args:
+            state: A file that calibration on text goes on from, and is written to meanwhile.
+        """
+        embedding_of(self._model).weight.data.copy_(self._rows)
+        return Table(self._rows, *self._hints(state))
+
+    def _hints(self, state: Path) -> tuple[Tensor | None, Tensor | None]:
         """Token weights and metric."""
         languages = tuple(self.data.languages) or card_languages(self.folder) or None
-        return token_weights(self._tokenizer, len(rows), languages=languages), None
+        return token_weights(self._tokenizer, self.shape[0], languages=languages), None
 
     @torch.no_grad()
-    def quality(self, rows: Tensor) -> dict[str, float]:
-        """How the figures change on each file, with these rows as the table, and as the tied head."""
+    def quality(self, rows: Tensor) -> tuple[dict[str, float], dict[str, Items]]:
+        """With these rows as the table, and as the tied head: how the figures change, and their items, on each file.
+
+        Items are the cosine of each pair, or the sum of the losses of each window.
+        """
         embedding_of(self._model).weight.copy_(rows)
-        return {name: self._changed(found, self.dense[name]) for name, found in self._figures().items()}
+        figures = self._figures()
+        changed = {name: self._changed(found, self.dense[name]) for name, (found, _) in figures.items()}
+        return changed, {name: items for name, (_, items) in figures.items()}
 
     @abstractmethod
-    def _figures(self) -> dict[str, float]:
-        """The figure on each file."""
+    def _figures(self) -> dict[str, tuple[float, Items]]:
+        """The figure on each file, and its items; notes `base`."""
 
     @staticmethod
     @abstractmethod
@@ -100,13 +124,13 @@ class Encoder(Subject):
     change = "difference to dense"
     lower_is_better = False
 
-    def _figures(self) -> dict[str, float]:
-        found = {}
+    def _figures(self) -> dict[str, tuple[float, Items]]:
+        found: dict[str, tuple[float, Items]] = {}
         for source in self.data.pairs:
-            figures = sts(
-                self._model, load_pairs(source), self._tokenizer, prefix=self.data.prefix, limit=self.data.limit
-            )
-            found[Path(source).name] = 100 * figures.spearman
+            pairs, name = load_pairs(source), Path(source).name
+            figures = sts(self._model, pairs, self._tokenizer, prefix=self.data.prefix, limit=self.data.limit)
+            found[name] = 100 * figures.spearman, figures.cosines
+            self.base[name] = pairs.scores[: self.data.limit]
         return found
 
     @staticmethod
@@ -121,22 +145,22 @@ class CausalLM(Subject):
     change = "ratio to dense"
     lower_is_better = True
 
-    def _hints(self, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _hints(self, state: Path) -> tuple[Tensor | None, Tensor | None]:
         if self.data.calibrate is None:
-            return super()._hints(rows)
+            return super()._hints(state)
         languages = tuple(self.data.languages) or card_languages(self.folder) or None
         tokens = self.data.calibration_tokens
-        statistics = calibrate(self._model, self._tokenizer, self.data.calibrate, max_tokens=tokens)
+        statistics = calibrate(self._model, self._tokenizer, self.data.calibrate, max_tokens=tokens, resume=state)
         found = Calibration.of(self._model, self._tokenizer, statistics, languages)
         return found.weights, found.metric
 
-    def _figures(self) -> dict[str, float]:
-        found = {}
+    def _figures(self) -> dict[str, tuple[float, Items]]:
+        found: dict[str, tuple[float, Items]] = {}
         for source in self.data.text:
-            figures = perplexity(
-                self._model, self._tokenizer, load_text(source), max_tokens=self.data.limit, batch_size=2
-            )
-            found[Path(source).name] = figures.perplexity
+            text, name = load_text(source), Path(source).name
+            figures = perplexity(self._model, self._tokenizer, text, max_tokens=self.data.limit, batch_size=2)
+            found[name] = figures.perplexity, figures.window_nll
+            self.base[name] = figures.window_tokens
         return found
 
     @staticmethod

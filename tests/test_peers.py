@@ -166,6 +166,21 @@ def test_scaling_of_the_rows_asked_for(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(("kind", "sizes"), [("fit", [300]), ("lookup", [300]), ("head", [300, 600])])
+def test_what_fails_but_in_a_head_is_not_tried_with_more_rows(
+    kind: str, sizes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(measurement: Any, job: str, *_: Any) -> tuple[dict[str, Any], str | None]:
+        told = json.loads(job)
+        return {}, "killed by signal 9" if (told["method"], told["kind"]) == ("svd", kind) else None
+
+    monkeypatch.setattr(running, "run_process", run)
+    points: list[Point] = []
+    measure_scaling([300, 600], 16, settings(), tmp_path, points, lambda: None)
+    assert [point.rows for point in points if point.method == "svd"] == sizes
+    assert [point.rows for point in points if point.method == "dense"] == [300, 600]
+
+
 def test_a_process_of_its_own(tmp_path: Path) -> None:
     bench = Bench(synthetic_table(300, 16), settings(), tmp_path)
     point = bench.measure(METHODS["svd"], 4.0, with_head=False, keep_rows=True)

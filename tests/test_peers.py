@@ -414,6 +414,17 @@ def test_resuming_measures_what_is_missing_alone(
 
 
 @pytest.mark.usefixtures("in_process")
+def test_scaling_alone_goes_on_too(tmp_path: Path) -> None:
+    told = ["--rows", "300", "--dim", "16", "--methods", "svd", "--batches", "1", "--repeats", "3"]
+    out = tmp_path / "out"
+    assert main([*told, "--out", str(out)]) == 0
+    (out / "report.md").unlink()
+    assert main([*told, "--out", str(out), "--resume"]) == 0
+    assert "| svd | " in (out / "report.md").read_text()
+    assert [point.method for point in read(out).scaling] == ["dense", "svd"]
+
+
+@pytest.mark.usefixtures("in_process")
 def test_what_failed_is_tried_again(asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, out = running.run_process, tmp_path / "out"
     monkeypatch.setattr(running, "run_process", lambda *_: ({}, "took longer than 1 s"))

@@ -30,7 +30,7 @@ STYLES: dict[str, tuple[str, str]] = {
 }
 LINEAR = {False: 0.1, True: 1.0}  # below it the axis of losses is linear: points of Spearman, per cent of perplexity
 TOKENS = " x ".join(map(str, LOOKUP))
-TICKS = (0.25, 0.5, 1, 2, 4, 8, 16, 32)
+TICKS = (0.25, 0.5, 1, 2, 3, 4, 6, 8, 16, 32)
 
 
 def draw(report: Report, suffix: str = "svg") -> dict[str, bytes]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_dirembed.layout_dirembed import CheckpointError
@@ -64,7 +65,8 @@ class Record:
         """
         self.report.seconds = time.perf_counter() - self._start
         self.make_folder()
-        save_state(self.folder / ITEMS, _tensors(self.report), {})
+        if items := _tensors(self.report):
+            save_state(self.folder / ITEMS, items, {})
         save_bytes(self.folder / REPORT, (json.dumps(_figures(self.report), indent=1) + "\n").encode())
 
     def finish(self, suffix: str) -> None:
@@ -97,8 +99,7 @@ def read(folder: Path) -> Report:
     """
     try:
         values = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-        with safe_open(folder / ITEMS, framework="pt") as opened:
-            items = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        items = load_file(folder / ITEMS) if values["models"] else {}
         return Report(
             **{
                 **values,

@@ -77,8 +77,6 @@ UNREADABLE = (
     ValueError,
     StrictDataclassError,
 )
-
-
 _FIGURES = ("mean_cosine", "token_cosine", "shortened_cosine", "distortion", "bound_bits")
 
 
@@ -107,17 +105,18 @@ class CheckpointSummary:
         rank: Latents of every row.
         refined_rows: Rows that have further latents.
         refinement_rank: How many they have.
+        outliers: Rows that are kept as they are.
         codes: `packed`, or the dtype of the latents.
         bits_per_weight: 8 x `bytes` / (V x d).
         ratio: `dense_bytes` / `bytes`.
         bytes: Of all tensors that replace the table.
-        code_bytes: Of these, the codes and the numbers of the refined rows.
+        code_bytes: Of these, the codes, the outliers and the numbers of such rows.
         decoder_bytes: Of these, the decoder and its bias.
         expanded_bytes: Memory that a tied head takes beside them, on CPU from its first pass on: codes unpacked.
         dense_bytes: Of the table, as the source checkpoint stored it.
         mean_cosine: Between the rows of the table and what replaces them; None where the checkpoint does not say.
         token_cosine: The same, each row weighed by how often its token is expected.
-        shortened_rows: How many rows are far longer than most, so that `transform` kept their direction alone.
+        shortened_rows: How many rows are far longer than most, and had to be coded all the same: only their direction.
         shortened_cosine: The mean cosine of these; None where there are none.
         distortion: The share of the table's weighted variance that is lost, in the measure that `transform` minimises.
         bound_bits: Bits per weight in which a Gaussian table of the same weighted spectrum could be coded with that
@@ -131,6 +130,7 @@ class CheckpointSummary:
     rank: int
     refined_rows: int
     refinement_rank: int
+    outliers: int
     codes: str
     bits_per_weight: float
     ratio: float
@@ -362,6 +362,7 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSummary:
         rank=spec.rank,
         refined_rows=spec.refinement.rows if spec.refinement else 0,
         refinement_rank=spec.refinement.rank if spec.refinement else 0,
+        outliers=spec.outliers or 0,
         codes=spec.codes,
         bits_per_weight=8 * num_bytes / (num_rows * dim),
         ratio=dense_bytes / num_bytes,

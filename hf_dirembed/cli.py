@@ -192,6 +192,8 @@ def _print_summary(summary: CheckpointSummary, as_json: bool) -> None:
         ("latents", latents),
         ("mean cosine", cosine),
     ]
+    if summary.outliers:
+        lines.append(("outlier rows", f"{summary.outliers:,} kept as they are"))
     if summary.shortened_rows and summary.shortened_cosine is not None:
         kept = f"their length is cut, their mean cosine {summary.shortened_cosine:.4f}"
         lines.append(("long rows", f"{summary.shortened_rows:,}, far longer than most: {kept}"))

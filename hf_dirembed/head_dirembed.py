@@ -120,6 +120,9 @@ class CompressedLMHead(CompressedMatrix):
             logits = logits.index_add(-1, self.refined_rows_weight.long(), refinement)  # int64 is what ONNX has
         if self.decoder_bias_weight is not None:
             logits = logits + (hidden_states @ self.decoder_bias_weight).unsqueeze(-1)
+        if self.outlier_rows_weight is not None and self.outlier_weight is not None:
+            exact = F.linear(hidden_states, self.outlier_weight).to(logits.dtype)
+            logits = logits.index_copy(-1, self.outlier_rows_weight.long(), exact)
         if self.spec.zero_row is not None:
             zero = torch.tensor([self.spec.zero_row], device=logits.device)
             logits = logits.index_fill(-1, zero, 0)

@@ -26,6 +26,8 @@ CODE_TENSORS = (
     "decoder_bias_weight",
     "refinement_weight",
     "refined_rows_weight",
+    "outlier_weight",
+    "outlier_rows_weight",
 )
 
 
@@ -134,6 +136,8 @@ class CompressionSpec:
         bias: Whether the decoder is affine. Over packed codes it is.
         bit_allocation: For packed codes, how many latents have 8, 4, 2 and 1 bits; they sum to the rank.
         refinement: For packed codes, a second layer that only some rows have.
+        outliers: Over packed codes, how many rows are kept as they are, whatever their codes stand for: those that the
+            codes would lose.
         zero_row: The row that is exactly zero, whatever its codes stand for: that of the padding token, where it was
             zero in the table.
         settings: What the codes were made with (budget, seed, versions): for people, never read by the code.
@@ -158,6 +162,7 @@ class CompressionSpec:
     bias: bool = False
     bit_allocation: tuple[int, ...] | None = None
     refinement: Refinement | None = None
+    outliers: int | None = None
     zero_row: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
@@ -181,10 +186,14 @@ class CompressionSpec:
         elif self.codes not in FLOAT_CODES:
             known = ", ".join((*FLOAT_CODES, PACKED_CODES))
             raise SpecError(f"dirembed codes {self.codes!r} are not one of {known}: compress the model again")
-        elif self.bit_allocation is not None or self.refinement is not None:
-            raise SpecError("dirembed bit_allocation and refinement go with packed codes only: compress again")
+        elif (self.bit_allocation, self.refinement, self.outliers) != (None, None, None):
+            raise SpecError(
+                "dirembed bit_allocation, refinement and outliers go with packed codes only: compress again"
+            )
         if not isinstance(self.refinement, (Refinement, type(None))):
             raise SpecError(f"dirembed refinement {self.refinement!r} is not an object: compress the model again")
+        if self.outliers is not None and (type(self.outliers) is not int or self.outliers < 1):
+            raise SpecError(f"dirembed outliers {self.outliers!r} is not a positive whole number: compress again")
         if self.zero_row is not None and (type(self.zero_row) is not int or self.zero_row < 0):
             raise SpecError(f"dirembed zero_row {self.zero_row!r} is no row's number: compress the model again")
         for name in ("settings", "figures"):
@@ -221,11 +230,14 @@ class CompressionSpec:
         if self.refinement is not None:
             shapes["refinement_weight"] = (self.refinement.rows, self.refinement.code_width)
             shapes["refined_rows_weight"] = (self.refinement.rows,)
+        if self.outliers is not None:
+            shapes["outlier_weight"] = (self.outliers, dim)
+            shapes["outlier_rows_weight"] = (self.outliers,)
         return shapes
 
     def stored_dtypes(self, tensor: str) -> tuple[str, ...]:
         """The dtypes that one of `CODE_TENSORS` may have in a file, as safetensors calls them."""
-        if tensor == "refined_rows_weight":
+        if tensor in ("refined_rows_weight", "outlier_rows_weight"):
             return ("I32",)
         if tensor in ("codebook_weight", "exponent_weight"):
             return ("I8",)
@@ -239,10 +251,11 @@ class CompressionSpec:
         """Refuses a layout that does not fit a table, or that a stock class would take for the table itself.
 
         Raises:
-            SpecError: If the code matrix is as wide as the table, or ranks, refined rows or the zero row exceed it.
+            SpecError: If the code matrix is as wide as the table, or ranks, refined rows, outliers or the zero row
+                exceed it.
         """
         ranks = [self.rank, self.refinement.rank if self.refinement else 1]
-        rows = [self.refinement.rows if self.refinement else 1, 1 + (self.zero_row or 0)]
+        rows = [self.refinement.rows if self.refinement else 1, self.outliers or 1, 1 + (self.zero_row or 0)]
         if max(ranks) > dim or max(rows) > num_rows:
             raise SpecError(f"the dirembed layout exceeds a table of {num_rows} x {dim}: compress the model again")
         if self.code_width == dim:

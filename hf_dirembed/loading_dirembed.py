@@ -73,21 +73,24 @@ def shards_of(index: Path) -> set[str]:
 
 
 def check_stored_dtypes(spec: CompressionSpec, dtypes: Mapping[str, str]) -> None:
-    """Refuses integers for floats and floats for integers: transformers would cast one to the other.
+    """Refuses integers for floats and floats for integers, which transformers would cast, and what it would leave out.
 
     Args:
         spec: The layout that the config states.
         dtypes: Of every tensor of the checkpoint, by its name, as safetensors calls them.
 
     Raises:
-        CheckpointError: If a tensor of a compressed table is of another kind than the layout says.
+        CheckpointError: If a tensor of a compressed table is of another kind than the layout says, or not part of it.
     """
+    parts = spec.stored_shapes(1, 1)
     for name in dtypes:
         prefix = name.removesuffix("decoder_weight")
         if not name.endswith(".decoder_weight") or f"{prefix}weight" not in dtypes:
             continue
         for tensor in CODE_TENSORS:
             found, expected = dtypes.get(prefix + tensor), spec.stored_dtypes(tensor)
+            if found is not None and tensor not in parts:
+                raise CheckpointError(f"{prefix}{tensor} is not part of the layout that the config states: {AGAIN}")
             if found is not None and found not in expected:
                 raise CheckpointError(f"{prefix}{tensor} is of dtype {found}, not {' or '.join(expected)}: {AGAIN}")
 
@@ -149,15 +152,15 @@ def check_table(matrix: CompressedMatrix) -> None:
     """Refuses values that no compressed table has.
 
     Raises:
-        CheckpointError: If a float is not finite, or the refined rows are not distinct rows in ascending order.
+        CheckpointError: If a float is not finite, or the refined rows or outliers are not distinct rows in ascending
+            order.
     """
     for name, tensor in matrix.code_tensors().items():
         if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
             raise CheckpointError(f"{name} of the compressed table holds a NaN or an infinity: {AGAIN}")
-    rows = matrix.refined_rows_weight
-    if rows is None or rows.is_meta:
-        return
-    if int(rows[0]) < 0 or int(rows[-1]) >= len(matrix.weight) or not (rows[1:] > rows[:-1]).all():
-        raise CheckpointError(
-            f"refined_rows_weight does not name rows of {len(matrix.weight)} in ascending order: {AGAIN}"
-        )
+    for name in ("refined_rows_weight", "outlier_rows_weight"):
+        rows = getattr(matrix, name)
+        if rows is None or rows.is_meta:
+            continue
+        if int(rows[0]) < 0 or int(rows[-1]) >= len(matrix.weight) or not (rows[1:] > rows[:-1]).all():
+            raise CheckpointError(f"{name} does not name rows of {len(matrix.weight)} in ascending order: {AGAIN}")

@@ -27,7 +27,8 @@ class CompressedMatrix(nn.Module):
     The latents zᵢ are the floats of row i of the code matrix or, where it is packed, the integers that it stands for
     plus ½ (a mid-rise quantiser), times a power of two for each latent: these exponents keep D at the size that
     optimisers expect of weights and that narrow floats hold well. Rows that a refinement names have further latents,
-    which follow in D. Training changes the decoder alone; float latents too, once they are unfrozen.
+    which follow in D; outliers, rows that the codes would lose, are kept as they are. Training changes the decoder
+    alone; float latents too, once they are unfrozen.
 
     The code matrix is the parameter named `weight`: native tying of an LM head's `weight` then works unchanged, and a
     stock class that is given this checkpoint fails on its shape instead of loading it for a table. The float
@@ -51,6 +52,8 @@ class CompressedMatrix(nn.Module):
     decoder_bias_weight: nn.Parameter | None
     refinement_weight: nn.Parameter | None
     refined_rows_weight: nn.Parameter | None
+    outlier_weight: nn.Parameter | None
+    outlier_rows_weight: nn.Parameter | None
     tied = False  # whether other modules of the model share its tensors
 
     def __init__(
@@ -81,6 +84,8 @@ class CompressedMatrix(nn.Module):
         self.exponent_weight = parameter(spec.decoder_rows, dtype=torch.int8) if packed else None
         self.refinement_weight = parameter(refined.rows, refined.code_width, dtype=torch.uint8) if refined else None
         self.refined_rows_weight = parameter(refined.rows, dtype=torch.int32) if refined else None
+        self.outlier_weight = parameter(spec.outliers, dim, dtype=dtype) if spec.outliers else None
+        self.outlier_rows_weight = parameter(spec.outliers, dtype=torch.int32) if spec.outliers else None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -98,8 +103,11 @@ class CompressedMatrix(nn.Module):
                 codes.random_(torch.iinfo(codes.dtype).min, torch.iinfo(codes.dtype).max + 1)
         if self.exponent_weight is not None:
             self.exponent_weight.fill_(-7)  # as levels go up to 127.5
-        if self.refined_rows_weight is not None:
-            torch.arange(len(self.refined_rows_weight), out=self.refined_rows_weight)
+        if self.outlier_weight is not None:
+            nn.init.normal_(self.outlier_weight)
+        for rows in (self.refined_rows_weight, self.outlier_rows_weight):
+            if rows is not None:
+                torch.arange(len(rows), out=rows)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -135,6 +143,10 @@ class CompressedMatrix(nn.Module):
         rows = self.latents(ids) @ self.decoder_weight
         if self.decoder_bias_weight is not None:
             rows = rows + self.decoder_bias_weight
+        if self.outlier_rows_weight is not None and self.outlier_weight is not None:
+            outliers, slots = self.outlier_rows_weight, _slots(self.outlier_rows_weight, ids, len(self.weight))
+            kept = F.embedding(slots, self.outlier_weight).to(rows.dtype)
+            rows = torch.where((outliers[slots] == ids).unsqueeze(-1), kept, rows)
         if self.spec.zero_row is not None:
             rows = rows.masked_fill((ids == self.spec.zero_row).unsqueeze(-1), 0)
         return rows
@@ -148,6 +160,7 @@ class CompressedMatrix(nn.Module):
     @torch.no_grad()
     def resize_rows(self, num_rows: int) -> None:
         """Drops rows from the end, or adds rows: the mean latents or, packed, the codes of the row nearest to it."""
+        self._resize_outliers(num_rows)
         kept = self.weight[:num_rows]
         if (added := num_rows - len(kept)) > 0:
             kept = torch.cat([kept, self._mean_codes().expand(added, -1)])
@@ -160,15 +173,28 @@ class CompressedMatrix(nn.Module):
             for name in ("refined_rows_weight", "refinement_weight"):
                 setattr(self, name, nn.Parameter(getattr(self, name)[:number].clone(), requires_grad=False))
 
+    def _resize_outliers(self, num_rows: int) -> None:
+        if self.outlier_rows_weight is None or self.outlier_weight is None:
+            return
+        inside = self.outlier_rows_weight < num_rows
+        rows, kept = self.outlier_rows_weight[inside], self.outlier_weight[inside]
+        if not len(rows):  # none at all would be another layout: the first row becomes one
+            rows = self.outlier_rows_weight.new_zeros(1)
+            kept = self.decode(rows)
+        self.outlier_rows_weight = nn.Parameter(rows, requires_grad=False)
+        self.outlier_weight = nn.Parameter(kept, requires_grad=False)
+
     def _mean_codes(self) -> Tensor:
         if self.weight.is_floating_point():
             return self.weight.float().mean(dim=0, keepdim=True).to(self.weight.dtype)
         chunks = torch.arange(len(self.weight), device=self.weight.device).split(DENSE_CHUNK)
         mean = torch.stack([self.decode(ids).double().sum(dim=0) for ids in chunks]).sum(dim=0) / len(self.weight)
         distances = torch.cat([(self.decode(ids) - mean).square().sum(dim=1) for ids in chunks])
-        # Not those whose codes alone stand for another row; a row that is added is neither zero nor refined.
+        # Not those whose codes alone stand for another row: zero, refined or an outlier, which no added row is.
         if self.refined_rows_weight is not None:
             distances[self.refined_rows_weight.long()] += distances.max()
+        if self.outlier_rows_weight is not None:
+            distances[self.outlier_rows_weight.long()] = torch.inf
         if self.spec.zero_row is not None:
             distances[self.spec.zero_row] = torch.inf
         return self.weight[distances.argmin()].unsqueeze(0)
@@ -204,7 +230,7 @@ class CompressedMatrix(nn.Module):
         return 8 * self.num_bytes / (self.weight.shape[0] * self.decoder_weight.shape[1])
 
     def current_spec(self, decoder: Tensor | None = None) -> CompressionSpec:
-        """The spec with the dtypes and the number of refined rows as training, casts and resizing left them.
+        """The spec with the dtypes and the numbers of rows as training, casts and resizing left them.
 
         Args:
             decoder: As for [`stored_decoder`].
@@ -214,6 +240,8 @@ class CompressedMatrix(nn.Module):
             changes["codes"] = str(self.weight.dtype).removeprefix("torch.")
         if self.spec.refinement is not None and self.refined_rows_weight is not None:
             changes["refinement"] = replace(self.spec.refinement, rows=len(self.refined_rows_weight))
+        if self.outlier_rows_weight is not None:
+            changes["outliers"] = len(self.outlier_rows_weight)
         return replace(self.spec, **changes)
 
     def align(self) -> None:
@@ -288,15 +316,17 @@ class CompressedMatrix(nn.Module):
         rank = f"rank={self.spec.rank}"
         if self.refined_rows_weight is not None and self.spec.refinement is not None:
             rank += f"+{self.spec.refinement.rank} for {len(self.refined_rows_weight)} rows"
+        if self.outlier_rows_weight is not None:
+            rank += f", outliers={len(self.outlier_rows_weight)}"
         return f"{shape}, method={self.spec.method}, {rank}, bits_per_weight={self.bits_per_weight:.3g}"
 
 
-def _slots(refined_rows: Tensor, ids: Tensor, num_rows: int) -> Tensor:
-    """Where in the refinement the latents of rows are; any slot for a row that has none."""
+def _slots(some_rows: Tensor, ids: Tensor, num_rows: int) -> Tensor:
+    """Where among some rows, in ascending order, `ids` are; any slot for those that are not."""
     if torch.compiler.is_compiling():  # exporters to ONNX know no searchsorted
-        numbers = torch.arange(len(refined_rows), dtype=torch.int32, device=ids.device)
-        return numbers.new_zeros(num_rows).scatter(0, refined_rows.long(), numbers)[ids].long()
-    return torch.searchsorted(refined_rows, ids.to(refined_rows.dtype)).clamp(max=len(refined_rows) - 1)
+        numbers = torch.arange(len(some_rows), dtype=torch.int32, device=ids.device)
+        return numbers.new_zeros(num_rows).scatter(0, some_rows.long(), numbers)[ids].long()
+    return torch.searchsorted(some_rows, ids.to(some_rows.dtype)).clamp(max=len(some_rows) - 1)
 
 
 def _narrower(name: str, dtype: torch.dtype) -> torch.dtype:

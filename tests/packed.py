@@ -16,7 +16,7 @@ from hf_dirembed.packing_dirembed import PackedCodes, pack
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 DTYPES = tuple(TOLERANCE)
 
-NUM_ROWS, DIM, NUM_REFINED = 160, 32, 37
+NUM_ROWS, DIM, NUM_REFINED, NUM_OUTLIERS = 160, 32, 37, 5
 SPEC = CompressionSpec(
     method="transform",
     rank=25,
@@ -25,6 +25,7 @@ SPEC = CompressionSpec(
     bias=True,
     bit_allocation=(1, 3, 10, 11),
     refinement=Refinement(rows=NUM_REFINED, rank=13, bit_allocation=(0, 0, 3, 10)),
+    outliers=NUM_OUTLIERS,
 )
 
 
@@ -64,6 +65,8 @@ def draw_tensors(seed: int = 0) -> dict[str, Tensor]:
         "decoder_bias_weight": torch.randn(DIM),
         "refinement_weight": draw_codes(NUM_REFINED, SPEC.refinement.bit_allocation, seed)[0].packed,
         "refined_rows_weight": torch.randperm(NUM_ROWS)[:NUM_REFINED].sort().values.int(),
+        "outlier_weight": torch.randn(NUM_OUTLIERS, DIM),
+        "outlier_rows_weight": torch.randperm(NUM_ROWS)[:NUM_OUTLIERS].sort().values.int(),
     }
 
 
@@ -90,4 +93,8 @@ def brute_force_rows(module: CompressedMatrix) -> tuple[Tensor, Tensor]:
     for slot, row in enumerate(module.refined_rows_weight.tolist()):
         latents[row, SPEC.rank :] = further[slot]
     latents = latents * 2.0 ** module.exponent_weight.double()
-    return latents @ decoder + bias, latents.abs() @ decoder.abs() + bias.abs()
+    rows, terms = latents @ decoder + bias, latents.abs() @ decoder.abs() + bias.abs()
+    outliers = module.outlier_rows_weight.long()
+    rows[outliers] = module.outlier_weight.double()
+    terms[outliers] = module.outlier_weight.double().abs()
+    return rows, terms

@@ -18,7 +18,6 @@ from .table import Table
 from .trellis import LARGEST_LEVEL, Codebooks, encode, round_to_levels
 
 
-_PASSES = 2  # over the whole table, after the training on a sample
 _WORTHWHILE = 0.005  # the fall of the error that makes another round of training worth it
 
 
@@ -55,21 +54,27 @@ class Codec:
         decoder = torch.cat([self.decoder, other.decoder])
         return replace(self, refinement=other.base, decoder=decoder, bias=self.bias + other.bias)
 
-    def encode(self, rows: Tensor, refined: Tensor) -> Symbols:
-        """The symbols of rows, and the latents that they stand for, found in two sweeps over the sections.
+    def encode(self, rows: Tensor, refined: Tensor) -> tuple[Symbols, Tensor]:
+        """Finds the symbols of rows, in two sweeps over the sections.
 
         Args:
             rows: y, (n, dim).
             refined: (n,) which rows have the second layer.
+
+        Returns:
+            The symbols, and what they leave of each row, ‖y - ŷ‖², (n,).
         """
         latents = rows.new_zeros(len(rows), len(self.decoder))
         nothing = Symbols(torch.zeros_like(latents, dtype=torch.uint8), latents, refined)
         coded, residual = self._sweep(rows - self.bias, nothing, keep_better=False)
-        return self._sweep(residual, coded, keep_better=True)[0]
+        coded, residual = self._sweep(residual, coded, keep_better=True)
+        return coded, residual.square().sum(dim=1)
 
-    def improve(self, rows: Tensor, coded: Symbols) -> Symbols:
+    def improve(self, rows: Tensor, coded: Symbols) -> tuple[Symbols, Tensor]:
         """Codes rows anew for the decoder there is, from the symbols they have; no row's error rises."""
-        return self._sweep(rows - self.bias - coded.latents @ self.decoder, coded, keep_better=True)[0]
+        residual = rows - self.bias - coded.latents @ self.decoder
+        coded, residual = self._sweep(residual, coded, keep_better=True)
+        return coded, residual.square().sum(dim=1)
 
     def _sweep(self, residual: Tensor, coded: Symbols, keep_better: bool) -> tuple[Symbols, Tensor]:
         """Codes one section of latents after the other, each for what all others leave; with what all then leave."""
@@ -106,10 +111,6 @@ class Codec:
                     yield slice(first, first + count), width, of_refined
                 first += count
 
-    def error(self, rows: Tensor, latents: Tensor, omega: Tensor) -> float:
-        """Σ ω ‖y - ŷ‖²."""
-        return float((rows - latents @ self.decoder - self.bias).square().sum(dim=1).double() @ omega.double())
-
     def refit(self, fit: DecoderFit) -> StoredDecoder:
         """Takes over the best decoder for the latents that `fit` has seen, as it is stored."""
         stored = self.storage.round(fit.solve())
@@ -129,43 +130,54 @@ class Codec:
             refined: (n,) which of them have the second layer.
             rounds: The most rounds.
         """
-        coded = self.encode(sample.rows, refined)
-        before = self.error(sample.rows, coded.latents, sample.omega)
+        coded, errors = self.encode(sample.rows, refined)
+        before = errors.double() @ sample.omega.double()
         for _ in range(rounds):
             fit = self._fit()
             fit.add(sample.rows, coded.latents, sample.omega)
             self.refit(fit)
-            coded = self.improve(sample.rows, coded)
-            after = self.error(sample.rows, coded.latents, sample.omega)
+            coded, errors = self.improve(sample.rows, coded)
+            after = errors.double() @ sample.omega.double()
             if after > (1 - _WORTHWHILE) * before:
                 break
             before = after
 
-    def encode_table(self, table: Table, omega: Tensor, refined: Tensor) -> dict[str, Tensor]:
-        """Codes all rows, refits the decoder to them, and does both once more.
+    def encode_table(self, table: Table, omega: Tensor, refined: Tensor) -> CodedRows:
+        """Codes all rows, and fits the decoder to them.
 
         Args:
             table: The rows y.
             omega: (num_rows,) what an error of each counts.
             refined: (num_rows,) which rows have the second layer.
+        """
+        fit, chunks, errors = self._fit(), [], []
+        for part, rows in table.chunks():
+            coded, left = self.encode(rows, refined[part])
+            fit.add(rows, coded.latents, omega[part].float())
+            chunks.append(PackedSymbols.of(coded, self))
+            errors.append(left)
+        self.refit(fit)
+        return CodedRows(chunks, refined, torch.cat(errors))
+
+    def improve_table(self, table: Table, omega: Tensor, coded: CodedRows, refined: Tensor) -> dict[str, Tensor]:
+        """Codes all rows anew for the decoder there is, and fits that to them once more.
+
+        Args:
+            table: The rows y.
+            omega: (num_rows,) what an error of each counts.
+            coded: What `encode_table` found.
+            refined: (num_rows,) which of the rows that have the second layer keep it.
 
         Returns:
-            The packed codes `weight`, (num_rows, bytes), and with a second layer `refinement_weight`; the codebook,
-            and the decoder with its exponents.
+            The packed codes `weight`, (num_rows, bytes), and with a second layer `refinement_weight` and
+            `refined_rows_weight`; the codebook, and the decoder with its exponents.
         """
-        kept: list[PackedSymbols | None] = [None] * table.num_chunks
-        for _ in range(_PASSES):
-            fit = self._fit()
-            for index, (part, rows) in enumerate(table.chunks()):
-                packed = kept[index]
-                if packed is None:
-                    coded = self.encode(rows, refined[part])
-                else:
-                    coded = self.improve(rows, packed.unpack(self, refined[part]))
-                fit.add(rows, coded.latents, omega[part].float())
-                kept[index] = PackedSymbols.of(coded, self)
-            decoder = self.refit(fit)
-        chunks = [packed for packed in kept if packed is not None]
+        fit, chunks = self._fit(), []
+        for packed, (part, rows) in zip(coded.chunks, table.chunks(), strict=True):
+            found, _ = self.improve(rows, packed.unpack(self, coded.refined[part], refined[part]))
+            fit.add(rows, found.latents, omega[part].float())
+            chunks.append(PackedSymbols.of(found, self))
+        decoder = self.refit(fit)
         tensors = {
             "weight": torch.cat([packed.base for packed in chunks]),
             "codebook_weight": self.codebooks.stored(),
@@ -174,6 +186,7 @@ class Codec:
         }
         if self.refinement is not None:
             tensors["refinement_weight"] = torch.cat([packed.further for packed in chunks])
+            tensors["refined_rows_weight"] = refined.nonzero().squeeze(1).to(torch.int32)
         return tensors
 
 
@@ -213,17 +226,32 @@ class PackedSymbols:
             further = pack(symbols[coded.refined, rank:], codec.refinement.counts)
         return cls(pack(symbols[:, :rank], codec.base.counts), further)
 
-    def unpack(self, codec: Codec, refined: Tensor) -> Symbols:
-        """The symbols, with their latents."""
+    def unpack(self, codec: Codec, refined: Tensor, kept: Tensor) -> Symbols:
+        """The symbols, with their latents; of the rows that have the second layer, (n,) bool, some keep it."""
         symbols = torch.zeros(len(self.base), len(codec.decoder), dtype=torch.uint8, device=self.base.device)
         latents = torch.zeros_like(symbols, dtype=torch.float32)
         layers = [(self.base, codec.base, torch.ones_like(refined))]
         if codec.refinement is not None:
-            layers.append((self.further, codec.refinement, refined))
+            layers.append((self.further[kept[refined]], codec.refinement, kept))
         first = 0
         for packed, allocation, rows in layers:
             of_layer = slice(first, first := first + allocation.rank)
             found = torch.cat([each for _, each in sections(packed, allocation.counts)], dim=1)
             symbols[rows, of_layer] = found.to(torch.uint8)
             latents[rows, of_layer] = unpack(packed, allocation.counts, codec.codebooks.stored()).float() + HALF
-        return Symbols(symbols, latents, refined)
+        return Symbols(symbols, latents, kept)
+
+
+@dataclass(frozen=True)
+class CodedRows:
+    """A table once it was coded.
+
+    Attributes:
+        chunks: Of the table.
+        refined: (num_rows,) which rows have the second layer.
+        errors: (num_rows,) ‖y - ŷ‖².
+    """
+
+    chunks: list[PackedSymbols]
+    refined: Tensor
+    errors: Tensor

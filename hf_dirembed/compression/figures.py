@@ -68,13 +68,21 @@ def table_figures(
     figures = {"mean_cosine": _weighted_mean(torch.cat(cosines), every)}
     if weights is not None:
         figures["token_cosine"] = _weighted_mean(torch.cat(cosines), check_weights(weights, table))
-    if coded.spec.method == "transform" and importance.long_rows.any():
-        figures["shortened_rows"] = int(importance.long_rows.sum())
-        figures["shortened_cosine"] = _weighted_mean(torch.cat(cosines), every * importance.long_rows)
+    if coded.spec.method == "transform" and (shortened := _shortened(importance, coded)).any():
+        figures["shortened_rows"] = int(shortened.sum())
+        figures["shortened_cosine"] = _weighted_mean(torch.cat(cosines), every * shortened)
     if (variance := spectrum.values.sum()) > _NOTHING:  # else all rows are alike: nothing to lose
         figures["distortion"] = float(lost / variance)
         figures["bound_bits"] = RateDistortion(torch.cat(shares) / variance, spectrum.values).rate(float(lost))
     return {name: round(value, _DIGITS) for name, value in figures.items()}
+
+
+def _shortened(importance: Importance, coded: CodedTable) -> Tensor:
+    """(num_rows,) the long rows that are not kept as they are."""
+    shortened = importance.long_rows.clone()
+    if coded.spec.outliers is not None:
+        shortened[coded.tensors["outlier_rows_weight"].to(shortened.device).long()] = False
+    return shortened
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """Transform coding: a subspace's latents in few bits each, and a decoder fitted to what the bits can say.
 
 Every row gets the same bits of the leading latents; what is left of the rows of frequent tokens gets a second layer
-(successive refinement). Codes and decoder are then fitted to each other in turn.
+(successive refinement). Codes and decoder are then fitted to each other in turn. Outliers are kept as they are.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -17,7 +17,8 @@ from .codec import Codec
 from .coded import CodedTable
 from .decoder import DecoderStorage
 from .importance import Importance, Sample
-from .layers import BASE_SHARE, METRIC_BASE_SHARE, LayerPlan, Room, plan_layers
+from .layers import BASE_SHARE, METRIC_BASE_SHARE, ROW_NUMBER_ITEMSIZE, LayerPlan, Room, plan_layers
+from .outliers import RESERVED_SHARE, count_outliers, outlier_bytes
 from .quantisation import BitAllocator, Quantisers
 from .subspace import eigenbasis, second_moment
 from .table import Table
@@ -73,8 +74,9 @@ def transform(
 
     Without a metric it minimises Σ wᵢ^τ ‖xᵢ - x̂ᵢ‖² / ‖xᵢ‖²: the error relative to a row's length, which to first
     order is twice its cosine distance. With a metric M it minimises Σ wᵢ^τ (xᵢ - x̂ᵢ) M (xᵢ - x̂ᵢ)ᵀ: what the metric
-    measures, the rise of a language model's loss, is absolute already. Of rows that are far longer than most,
-    `Importance.long_rows`, the direction is coded, and the length cut down to one that the shared levels reach.
+    measures, the rise of a language model's loss, is absolute already. Rows that the codes would lose are kept as
+    they are, as far as the bytes go; of rows that are far longer than most, `Importance.long_rows`, and have to be
+    coded all the same, the length is cut down to one that the shared levels reach.
 
     Args:
         table: The (num_rows, dim) table.
@@ -112,21 +114,36 @@ def transform(
     tempering, base_share = (TEMPERING, BASE_SHARE) if metric is None else (METRIC_TEMPERING, METRIC_BASE_SHARE)
     tempering = tempering if settings.tempering is None else settings.tempering
     importance = Importance.of(rows, weights, tempering, relative=metric is None)
-    if importance.long_rows.any():
+    cut = importance.long_rows
+    if cut.any():
         rows = rows.no_longer_than(importance.longest)
         importance = Importance.of(rows, weights, tempering, relative=metric is None)
     _check_lengths(rows, importance)
+    row_bytes = outlier_bytes(table.dim, dtype)
+    reserved = min(row_bytes * int(cut.sum()), int(RESERVED_SHARE * max_bytes), room - least)
+    planned = [replace(each, num_bytes=room - reserved) for each in rooms]
     sample = Sample.draw(rows, importance, settings.sample_rows, settings.seed)
-    codec, refined = _plan(rows, importance, sample, rooms, base_share)
+    codec, refined = _plan(rows, importance, sample, planned, base_share)
     codec.train(sample, refined[sample.numbers], settings.rounds)
-    tensors = codec.encode_table(rows, importance.omega, refined)
+    coded = codec.encode_table(rows, importance.omega, refined)
+    errors = importance.omega * coded.errors
+    storing = Room(room, table.num_rows, table.dim, codec.storage)
+    outliers, refined = _keep_outliers(errors, cut, refined, importance, codec, storing, row_bytes)
+    tensors = codec.improve_table(rows, importance.omega.masked_fill(outliers, 0), coded, refined)
     bias = codec.bias if factor is None else codec.bias @ torch.linalg.inv(factor).to(codec.bias)
     tensors["decoder_bias_weight"] = bias.to(dtype)
+    if outliers.any():
+        tensors["outlier_weight"] = torch.cat([chunk[outliers[part]].to(dtype) for part, chunk in table.chunks()])
+        tensors["outlier_rows_weight"] = outliers.nonzero().squeeze(1).to(torch.int32)
+    spec = _spec(codec, int(refined.sum()), int(outliers.sum()))
+    return CodedTable(spec, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def _spec(codec: Codec, refined_rows: int, outliers: int) -> CompressionSpec:
     refinement = None
     if codec.refinement is not None:
-        tensors["refined_rows_weight"] = refined.nonzero().squeeze(1).to(torch.int32)
-        refinement = Refinement(int(refined.sum()), codec.refinement.rank, codec.refinement.counts)
-    spec = CompressionSpec(
+        refinement = Refinement(refined_rows, codec.refinement.rank, codec.refinement.counts)
+    return CompressionSpec(
         method="transform",
         rank=codec.base.rank,
         codes=PACKED_CODES,
@@ -134,8 +151,8 @@ def transform(
         bias=True,
         bit_allocation=codec.base.counts,
         refinement=refinement,
+        outliers=outliers or None,
     )
-    return CodedTable(spec, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
 
 
 def _check_lengths(rows: Table, importance: Importance) -> None:
@@ -203,7 +220,7 @@ def _refine(
     if not chosen.any():  # too few rows to learn a second layer from
         return codec, torch.zeros_like(refined)
     heavy = Sample(sample.numbers[chosen], sample.rows[chosen], sample.omega[chosen])
-    coded = codec.encode(heavy.rows, torch.zeros_like(chosen[chosen]))
+    coded, _ = codec.encode(heavy.rows, torch.zeros_like(chosen[chosen]))
     residual = heavy.rows - codec.bias - coded.latents @ codec.decoder
     moment = ((residual * heavy.omega.unsqueeze(1)).T @ residual).double()
     variances, axes = (each.to(residual) for each in eigenbasis(moment / heavy.omega.sum()))
@@ -217,6 +234,30 @@ def _refine(
     refined[order[:number]] = True
     further = Codec.from_quantisers(allocation, quantisers, axes, torch.zeros_like(codec.bias), room.storage)
     return codec.refined_by(further), refined
+
+
+def _keep_outliers(
+    errors: Tensor, cut: Tensor, refined: Tensor, importance: Importance, codec: Codec, room: Room, row_bytes: int
+) -> tuple[Tensor, Tensor]:
+    """Which rows are kept as they are, those that are cut off first, and which rows are still refined.
+
+    Kept rows take the bytes that are left, and those of the least important refined rows.
+    """
+    number = int(cut.sum()) + count_outliers(errors[~cut], room.dim, row_bytes)
+    worst = errors.masked_fill(cut, torch.inf).argsort(descending=True, stable=True)
+    outliers, left = torch.zeros_like(refined), room.left_by(codec.base)
+    if codec.refinement is None:
+        outliers[worst[: min(number, left // row_bytes)]] = True
+        return outliers, refined
+    refined_bytes = codec.refinement.num_bytes + ROW_NUMBER_ITEMSIZE
+    left -= room.decoder_bytes(codec.refinement.rank)
+    number = min(number, (left - refined_bytes) // row_bytes)  # one refined row stays in any case
+    outliers[worst[:number]] = True
+    order = importance.share.argsort(descending=True, stable=True)
+    order = order[(refined & ~outliers)[order]][: (left - number * row_bytes) // refined_bytes]
+    if not len(order):
+        return torch.zeros_like(outliers), refined
+    return outliers, torch.zeros_like(refined).index_fill(0, order, True)
 
 
 def _principal_axes(rows: Table, importance: Importance) -> tuple[Tensor, Tensor, Tensor]:

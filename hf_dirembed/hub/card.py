@@ -177,6 +177,8 @@ def layout(spec: CompressionSpec) -> list[tuple[str, str]]:
     if spec.refinement:
         further = f"{spec.refinement.rank}: {_widths(spec.refinement)}"
         lines.append((f"further latents of the {spec.refinement.rows:,} most important rows", further))
+    if spec.outliers:
+        lines.append(("rows that are kept as they are", f"{spec.outliers:,}"))
     return [*lines, ("decoder", f"{spec.decoder}, {'affine' if spec.bias else 'linear'}")]
 
 

@@ -29,6 +29,7 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bias=True,
         bit_allocation=(4, 4, 4, 4),
         refinement=Refinement(rows=100, rank=8, bit_allocation=(0, 4, 4, 0)),
+        outliers=3,
     )
     convert(model, spec, CompressedMatrix(3000, 32, spec).code_tensors())
     folder = tmp_path_factory.mktemp("intact")

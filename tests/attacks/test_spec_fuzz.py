@@ -26,6 +26,7 @@ GOOD = {
     "bias": True,
     "bit_allocation": [4, 4, 4, 4],
     "refinement": {"rows": 100, "rank": 8, "bit_allocation": [0, 4, 4, 0]},
+    "outliers": 3,
     "settings": {},
     "figures": {},
 }

@@ -138,17 +138,24 @@ def test_improving_never_raises_a_row_s_error() -> None:
     codec = codec.refined_by(Codec.from_quantisers(further, quantisers, *axes))
     turn = torch.eye(44) + 0.2 * torch.randn(44, 44, generator=torch.Generator().manual_seed(1))
     codec.decoder = turn @ codec.decoder
-    coded = codec.encode(rows, refined)
+    coded, left = codec.encode(rows, refined)
     errors = [(rows - coded.latents @ codec.decoder).square().sum(dim=1)]
+    assert torch.allclose(left, errors[0], rtol=1e-3, atol=1e-4)
     for _ in range(4):
-        coded = codec.improve(rows, coded)
+        coded, left = codec.improve(rows, coded)
         errors.append((rows - coded.latents @ codec.decoder).square().sum(dim=1))
         assert (errors[-1] <= errors[-2] * (1 + 1e-5) + 1e-6).all()
     assert errors[-1].sum() < 0.95 * errors[0].sum()
     assert not coded.latents[~refined, base.rank :].any()
-    packed = PackedSymbols.of(coded, codec).unpack(codec, refined)
+    assert torch.allclose(left, errors[-1], rtol=1e-3, atol=1e-4)
+    packed = PackedSymbols.of(coded, codec).unpack(codec, refined, refined)
     assert torch.equal(packed.symbols, coded.symbols)
     assert torch.equal(packed.latents, coded.latents)
+    fewer = refined & (torch.arange(300) < 100)
+    packed = PackedSymbols.of(coded, codec).unpack(codec, refined, fewer)
+    assert torch.equal(packed.latents[fewer], coded.latents[fewer])
+    assert not packed.latents[~fewer, base.rank :].any()
+    assert torch.equal(packed.symbols[:, : base.rank], coded.symbols[:, : base.rank])
 
 
 def test_decoder_fit_against_numpy() -> None:

@@ -70,7 +70,7 @@ else:
         fully_shard(part, mesh=mesh)
     trained = model
 batch = {key: value.roll(dist.get_rank(), 0)[:2] for key, value in load_file(batch).items()}
-optimizer = torch.optim.SGD([p for p in trained.parameters() if p.requires_grad], lr=1e-2)
+optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-4)
 losses = []
 for _ in range(4):
     loss = trained(**batch).loss

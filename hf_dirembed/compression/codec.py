@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..layout_dirembed import BIT_WIDTHS
+from ..layout_dirembed import BIT_WIDTHS, code_bytes
 from ..matrix_dirembed import HALF
 from ..packing_dirembed import pack, sections, trellis_states, unpack
 from .decoder import DecoderFit, DecoderStorage, StoredDecoder
@@ -142,51 +142,53 @@ class Codec:
                 break
             before = after
 
-    def encode_table(self, table: Table, omega: Tensor, refined: Tensor) -> CodedRows:
+    def encode_table(self, table: Table, omega: Tensor, refined: Tensor) -> tuple[PackedTable, Tensor]:
         """Codes all rows, and fits the decoder to them.
 
         Args:
             table: The rows y.
             omega: (num_rows,) what an error of each counts.
             refined: (num_rows,) which rows have the second layer.
+
+        Returns:
+            The codes, and what they leave of each row, ‖y - ŷ‖², (num_rows,).
         """
-        fit, chunks, errors = self._fit(), [], []
+        packed, errors, fit = PackedTable.empty(self, refined), torch.empty_like(omega), self._fit()
         for part, rows in table.chunks():
             coded, left = self.encode(rows, refined[part])
             fit.add(rows, coded.latents, omega[part].float())
-            chunks.append(PackedSymbols.of(coded, self))
-            errors.append(left)
+            packed.put(part, coded)
+            errors[part] = left.to(errors)
         self.refit(fit)
-        return CodedRows(chunks, refined, torch.cat(errors))
+        return packed, errors
 
-    def improve_table(self, table: Table, omega: Tensor, coded: CodedRows, refined: Tensor) -> dict[str, Tensor]:
+    def improve_table(self, table: Table, omega: Tensor, packed: PackedTable) -> dict[str, Tensor]:
         """Codes all rows anew for the decoder there is, and fits that to them once more.
 
         Args:
             table: The rows y.
             omega: (num_rows,) what an error of each counts.
-            coded: What `encode_table` found.
-            refined: (num_rows,) which of the rows that have the second layer keep it.
+            packed: The codes that the rows have; they change.
 
         Returns:
             The packed codes `weight`, (num_rows, bytes), and with a second layer `refinement_weight` and
             `refined_rows_weight`; the codebook, and the decoder with its exponents.
         """
-        fit, chunks = self._fit(), []
-        for packed, (part, rows) in zip(coded.chunks, table.chunks(), strict=True):
-            found, _ = self.improve(rows, packed.unpack(self, coded.refined[part], refined[part]))
-            fit.add(rows, found.latents, omega[part].float())
-            chunks.append(PackedSymbols.of(found, self))
+        fit = self._fit()
+        for part, rows in table.chunks():
+            coded, _ = self.improve(rows, packed.get(part))
+            fit.add(rows, coded.latents, omega[part].float())
+            packed.put(part, coded)
         decoder = self.refit(fit)
         tensors = {
-            "weight": torch.cat([packed.base for packed in chunks]),
+            "weight": packed.base,
             "codebook_weight": self.codebooks.stored(),
             "decoder_weight": decoder.weight,
             "exponent_weight": decoder.exponents,
         }
         if self.refinement is not None:
-            tensors["refinement_weight"] = torch.cat([packed.further for packed in chunks])
-            tensors["refined_rows_weight"] = refined.nonzero().squeeze(1).to(torch.int32)
+            tensors["refinement_weight"] = packed.further
+            tensors["refined_rows_weight"] = packed.refined.nonzero().squeeze(1).to(torch.int32)
         return tensors
 
 
@@ -206,52 +208,55 @@ class Symbols:
 
 
 @dataclass(frozen=True)
-class PackedSymbols:
-    """The symbols of a chunk of rows, packed as they are stored.
+class PackedTable:
+    """The symbols of all rows, packed as they are stored; made once, so that chunk after chunk needs no more memory.
 
     Attributes:
-        base: (n, bytes) uint8.
+        codec: What they are symbols of.
+        refined: (num_rows,) which rows have the second layer.
+        base: (num_rows, bytes) uint8.
         further: (refined rows, bytes) uint8.
     """
 
+    codec: Codec
+    refined: Tensor
     base: Tensor
     further: Tensor
 
     @classmethod
-    def of(cls, coded: Symbols, codec: Codec) -> PackedSymbols:
-        """Packs both layers."""
-        symbols, rank = coded.symbols, codec.base.rank
-        further = symbols.new_zeros(0, 0)
-        if codec.refinement is not None:
-            further = pack(symbols[coded.refined, rank:], codec.refinement.counts)
-        return cls(pack(symbols[:, :rank], codec.base.counts), further)
+    def empty(cls, codec: Codec, refined: Tensor) -> PackedTable:
+        """Room for the symbols of rows, (num_rows,) of which are `refined`."""
+        base = refined.new_zeros(len(refined), code_bytes(codec.base.counts), dtype=torch.uint8)
+        further_bytes = code_bytes(codec.refinement.counts) if codec.refinement else 0
+        return cls(codec, refined, base, base.new_zeros(int(refined.sum()), further_bytes))
 
-    def unpack(self, codec: Codec, refined: Tensor, kept: Tensor) -> Symbols:
-        """The symbols, with their latents; of the rows that have the second layer, (n,) bool, some keep it."""
-        symbols = torch.zeros(len(self.base), len(codec.decoder), dtype=torch.uint8, device=self.base.device)
+    def refining(self, refined: Tensor) -> PackedTable:
+        """The same with the second layer of fewer rows."""
+        return replace(self, refined=refined, further=self.further[refined[self.refined]])
+
+    def _further(self, part: slice) -> Tensor:
+        first = int(self.refined[: part.start].sum())
+        return self.further[first : first + int(self.refined[part].sum())]
+
+    def put(self, part: slice, coded: Symbols) -> None:
+        """Packs the symbols of some rows."""
+        symbols, rank = coded.symbols, self.codec.base.rank
+        self.base[part] = pack(symbols[:, :rank], self.codec.base.counts)
+        if self.codec.refinement is not None:
+            self._further(part).copy_(pack(symbols[coded.refined, rank:], self.codec.refinement.counts))
+
+    def get(self, part: slice) -> Symbols:
+        """The symbols of some rows, with their latents."""
+        codec, refined = self.codec, self.refined[part]
+        symbols = torch.zeros(len(refined), len(codec.decoder), dtype=torch.uint8, device=refined.device)
         latents = torch.zeros_like(symbols, dtype=torch.float32)
-        layers = [(self.base, codec.base, torch.ones_like(refined))]
+        layers = [(self.base[part], codec.base, torch.ones_like(refined))]
         if codec.refinement is not None:
-            layers.append((self.further[kept[refined]], codec.refinement, kept))
+            layers.append((self._further(part), codec.refinement, refined))
         first = 0
         for packed, allocation, rows in layers:
             of_layer = slice(first, first := first + allocation.rank)
             found = torch.cat([each for _, each in sections(packed, allocation.counts)], dim=1)
             symbols[rows, of_layer] = found.to(torch.uint8)
             latents[rows, of_layer] = unpack(packed, allocation.counts, codec.codebooks.stored()).float() + HALF
-        return Symbols(symbols, latents, kept)
-
-
-@dataclass(frozen=True)
-class CodedRows:
-    """A table once it was coded.
-
-    Attributes:
-        chunks: Of the table.
-        refined: (num_rows,) which rows have the second layer.
-        errors: (num_rows,) ‖y - ŷ‖².
-    """
-
-    chunks: list[PackedSymbols]
-    refined: Tensor
-    errors: Tensor
+        return Symbols(symbols, latents, refined)

@@ -125,11 +125,11 @@ def transform(
     sample = Sample.draw(rows, importance, settings.sample_rows, settings.seed)
     codec, refined = _plan(rows, importance, sample, planned, base_share)
     codec.train(sample, refined[sample.numbers], settings.rounds)
-    coded = codec.encode_table(rows, importance.omega, refined)
-    errors = importance.omega * coded.errors
+    packed, errors = codec.encode_table(rows, importance.omega, refined)
+    errors = importance.omega * errors
     storing = Room(room, table.num_rows, table.dim, codec.storage)
     outliers, refined = _keep_outliers(errors, cut, refined, importance, codec, storing, row_bytes)
-    tensors = codec.improve_table(rows, importance.omega.masked_fill(outliers, 0), coded, refined)
+    tensors = codec.improve_table(rows, importance.omega.masked_fill(outliers, 0), packed.refining(refined))
     bias = codec.bias if factor is None else codec.bias @ torch.linalg.inv(factor).to(codec.bias)
     tensors["decoder_bias_weight"] = bias.to(dtype)
     if outliers.any():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_dirembed.compression import trellis
-from hf_dirembed.compression.codec import Codec, PackedSymbols
+from hf_dirembed.compression.codec import Codec, PackedTable, Symbols
 from hf_dirembed.compression.coded import CodedTable
 from hf_dirembed.compression.decoder import DecoderFit, DecoderStorage
 from hf_dirembed.compression.importance import Importance, Sample
@@ -148,14 +148,17 @@ def test_improving_never_raises_a_row_s_error() -> None:
     assert errors[-1].sum() < 0.95 * errors[0].sum()
     assert not coded.latents[~refined, base.rank :].any()
     assert torch.allclose(left, errors[-1], rtol=1e-3, atol=1e-4)
-    packed = PackedSymbols.of(coded, codec).unpack(codec, refined, refined)
-    assert torch.equal(packed.symbols, coded.symbols)
-    assert torch.equal(packed.latents, coded.latents)
-    fewer = refined & (torch.arange(300) < 100)
-    packed = PackedSymbols.of(coded, codec).unpack(codec, refined, fewer)
-    assert torch.equal(packed.latents[fewer], coded.latents[fewer])
-    assert not packed.latents[~fewer, base.rank :].any()
-    assert torch.equal(packed.symbols[:, : base.rank], coded.symbols[:, : base.rank])
+    packed = PackedTable.empty(codec, refined)
+    for part in (slice(0, 130), slice(130, 300)):
+        packed.put(part, Symbols(coded.symbols[part], coded.latents[part], refined[part]))
+    found = packed.get(slice(0, 300))
+    assert torch.equal(found.symbols, coded.symbols)
+    assert torch.equal(found.latents, coded.latents)
+    fewer = refined & (torch.arange(300) % 2 == 0)
+    found, part = packed.refining(fewer).get(slice(100, 250)), slice(100, 250)
+    assert torch.equal(found.latents[fewer[part]], coded.latents[part][fewer[part]])
+    assert not found.latents[~fewer[part], base.rank :].any()
+    assert torch.equal(found.symbols[:, : base.rank], coded.symbols[part, : base.rank])
 
 
 def test_decoder_fit_against_numpy() -> None:

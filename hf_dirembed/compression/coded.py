@@ -73,7 +73,8 @@ class CodedTable:
             >>> coded.fits(torch.float32), coded.fits(torch.float16)
             (True, False)
         """
-        if not all(tensor.float().isfinite().all() for tensor in self.tensors.values()):
+        floats = [tensor for tensor in self.tensors.values() if tensor.is_floating_point()]
+        if not all(tensor.float().isfinite().all() for tensor in floats):
             return False
         if dtype != torch.float16:  # the others reach as far as float32
             return True

@@ -16,7 +16,7 @@ NUM_STATES = 1 << STATE_BITS
 LARGEST_LEVEL = 127.5  # of 8 bits
 _SURVIVOR_BYTES = 1 << 28  # of the survivors' symbols that a device holds until the best path is known
 _TRAINING_SYMBOLS = 40_000
-_POSITIVE = 1e-3  # added to each squared error: path costs must stay positive, as their bits are compared
+POSITIVE = 1e-3  # added to each squared error: path costs must stay positive, as their bits are compared
 
 
 def encode(targets: Tensor, importance: Tensor, levels: Tensor, width: int) -> Tensor:
@@ -84,9 +84,7 @@ def _search(targets: Tensor, importance: Tensor, levels: Tensor, width: int) -> 
     factors = torch.stack([levels.square(), -2 * levels, torch.ones_like(levels)], dim=1)
     # The squared error of each state is a product of these and the powers of the target.
     weights = importance.unsqueeze(1)
-    powers = torch.stack(
-        [weights.expand_as(targets), weights * targets, weights * targets.square() + _POSITIVE], dim=1
-    )
+    powers = torch.stack([weights.expand_as(targets), weights * targets, weights * targets.square() + POSITIVE], dim=1)
     cost = torch.empty(NUM_STATES, num_rows, device=targets.device)
     by_oldest = cost.view(torch.int32).view(fan, pasts, num_rows)
     by_newest = cost.view(pasts, fan, num_rows)

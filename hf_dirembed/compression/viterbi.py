@@ -10,11 +10,12 @@ import numpy
 import torch
 from torch import Tensor
 
-from ..layout_dirembed import STATE_BITS
+from .trellis import NUM_STATES, POSITIVE
 
 
-_NUM_STATES = 1 << STATE_BITS
+# Numba's cache does not see it when these change: clear it then.
 _LANES = 32  # rows that are searched in step: their path costs stay in a core's first cache
+_SMALLEST = numpy.float32(POSITIVE)
 _UNREACHABLE = numpy.float32(1e30)  # the path cost of what the stream cannot start on
 
 
@@ -60,10 +61,10 @@ def _cached(function: Callable[..., None]) -> Callable[..., None]:
 def _search(targets, importance, levels, width, symbols, thread, threads):  # type: ignore[no-untyped-def]
     """Fills in the symbols of every so many'th block of rows."""
     steps, num_rows = targets.shape
-    pasts = _NUM_STATES >> width  # what of a state the next one still knows
+    pasts = NUM_STATES >> width  # what of a state the next one still knows
     survivors = numpy.empty((steps, pasts, _LANES), dtype=numpy.uint8)
     best = numpy.empty((pasts, _LANES), dtype=numpy.float32)
-    cost = numpy.empty((_NUM_STATES, _LANES), dtype=numpy.float32)
+    cost = numpy.empty((NUM_STATES, _LANES), dtype=numpy.float32)
     target = numpy.zeros(_LANES, dtype=numpy.float32)
     for first in range(thread * _LANES, num_rows, threads * _LANES):
         rows = min(_LANES, num_rows - first)
@@ -102,12 +103,11 @@ def _survive(cost, best, survivors, width):  # type: ignore[no-untyped-def]
 @numba.njit
 def _branch(best, target, importance, levels, width, cost):  # type: ignore[no-untyped-def]
     """Every past goes on with every symbol."""
-    smallest = numpy.float32(1e-3)  # added to each squared error: path costs must stay positive
-    for state in range(_NUM_STATES):
+    for state in range(NUM_STATES):
         level, so_far, after = levels[state], best[state >> width], cost[state]
         for lane in range(_LANES):
             error = target[lane] - level
-            after[lane] = so_far[lane] + (importance * (error * error) + smallest)
+            after[lane] = so_far[lane] + (importance * (error * error) + _SMALLEST)
 
 
 @numba.njit

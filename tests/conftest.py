@@ -22,6 +22,8 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.stand_in_hub import StandInHub
+
 
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 transformers.logging.set_verbosity_error()
@@ -45,6 +47,13 @@ WORDS = [
     "green",
     "blue",
 ]
+
+
+@pytest.fixture
+def hub() -> Iterator[StandInHub]:
+    """A stand-in of the Hub, without repos."""
+    with StandInHub() as stand_in:
+        yield stand_in
 
 
 @pytest.fixture(scope="session")

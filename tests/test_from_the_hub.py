@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,12 +23,6 @@ finally:
     print(*(name for name in copied if name.endswith(".safetensors")))
 """
 TABLE = "model.embed_tokens.weight"
-
-
-@pytest.fixture
-def hub() -> Iterator[StandInHub]:
-    with StandInHub() as stand_in:
-        yield stand_in
 
 
 @pytest.fixture

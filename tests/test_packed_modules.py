@@ -85,6 +85,19 @@ def test_a_reloaded_model_gives_the_same_logits(dtype, tmp_path):
         torch.testing.assert_close(again.lm_head(hidden), before[..., :90])
 
 
+@torch.no_grad()
+def test_outliers_that_a_resize_drops():
+    """The first row takes their place, as it is."""
+    embedding = make_embedding()
+    kept = int(embedding.outlier_rows_weight[0])
+    rows = embedding.dense_weight()
+    for num_rows, outliers in ((kept + 1, [kept]), (kept, [0])):
+        embedding.resize_rows(num_rows)
+        assert embedding.outlier_rows_weight.tolist() == outliers
+        assert embedding.current_spec().outliers == 1
+        torch.testing.assert_close(embedding.dense_weight(), rows[:num_rows])
+
+
 def test_copies_of_a_head_and_moves_free_the_expansion():
     head, hidden = make_head(), torch.randn(2, DIM)
     empty, expected = len(pickle.dumps(head)), head(hidden)

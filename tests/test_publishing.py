@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,12 +29,6 @@ assert torch.equal(again.eval()(ids).logits, model.eval()(ids).logits)
 """
 
 BASE_CARD = "---\nlicense: mit\nlanguage: en\nmodel-index: nonsense\n---\n# The base\n"
-
-
-@pytest.fixture
-def hub() -> Iterator[StandInHub]:
-    with StandInHub() as stand_in:
-        yield stand_in
 
 
 @pytest.fixture

@@ -97,6 +97,8 @@ def _known_language(tag: str) -> str | None:
     import wordfreq  # here, because it takes a third of a second and few commands need it
 
     available = list(wordfreq.available_languages())
+    if tag in available:  # matching would load a database of languages
+        return tag
     try:
         # wordfreq unifies scripts: zh-Hant has the word list of zh
         for candidate in (tag, langcodes.Language.get(tag).language or "und"):

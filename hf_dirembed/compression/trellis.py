@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,7 @@ from ..packing_dirembed import trellis_states
 NUM_STATES = 1 << STATE_BITS
 LARGEST_LEVEL = 127.5  # of 8 bits
 _SURVIVOR_BYTES = 1 << 28  # of the survivors' symbols that a device holds until the best path is known
-_TRAINING_SYMBOLS = 40_000
+_TRAINING_SYMBOLS, _LLOYD_ROUNDS = 40_000, 10
 POSITIVE = 1e-3  # added to each squared error: path costs must stay positive, as their bits are compared
 
 
@@ -126,15 +125,17 @@ class Codebooks:
 
     @classmethod
     def train(cls, latents: Tensor) -> Codebooks:
-        """Levels for latents of unit variance: those for a Gaussian, moved to what the latents are.
+        """Levels for latents of unit variance, by Lloyd's algorithm from a Gaussian's quantiles in random order.
 
         Args:
             latents: (n, rank) float32; about 40,000 of them are used.
         """
         rows = max(1, _TRAINING_SYMBOLS // latents.shape[1])
         latents = latents[:: max(1, len(latents) // rows)]
-        starts = ((width, _gaussian_levels(width).to(latents)) for width in BIT_WIDTHS[1:])
-        levels = torch.stack([_lloyd(latents, start, width, rounds=2) for width, start in starts])
+        parts = (torch.arange(NUM_STATES, dtype=torch.float64) + 0.5) / NUM_STATES
+        order = torch.randperm(NUM_STATES, generator=torch.Generator().manual_seed(0))
+        start = torch.special.ndtri(parts).to(latents)[order.to(latents.device)]
+        levels = torch.stack([_lloyd(latents, start, width) for width in BIT_WIDTHS[1:]])
         units = levels.abs().amax(dim=1) / LARGEST_LEVEL
         return cls(round_to_levels(levels / units.unsqueeze(1)), units)
 
@@ -143,22 +144,12 @@ class Codebooks:
         return self.levels.floor().to(torch.int8)
 
 
-def _lloyd(latents: Tensor, levels: Tensor, width: int, rounds: int) -> Tensor:
+def _lloyd(latents: Tensor, levels: Tensor, width: int) -> Tensor:
     """Moves levels to the means of the latents that they are chosen for, in turn with the choice."""
     importance = latents.new_ones(latents.shape[1])
-    for _ in range(rounds):
+    for _ in range(_LLOYD_ROUNDS):
         states = trellis_states(encode(latents, importance, levels, width), width).reshape(-1).long()
         visits = torch.bincount(states, minlength=NUM_STATES)
         sums = torch.zeros_like(levels).index_add_(0, states, latents.reshape(-1))
         levels = torch.where(visits > 0, sums / visits, levels)
     return levels
-
-
-@functools.cache
-def _gaussian_levels(width: int) -> Tensor:
-    """Levels for Gaussian latents, (256,) on CPU: what Lloyd's algorithm makes of levels in random order."""
-    generator = torch.Generator().manual_seed(0)
-    parts = (torch.arange(NUM_STATES, dtype=torch.float64) + 0.5) / NUM_STATES
-    levels = torch.special.ndtri(parts).float()[torch.randperm(NUM_STATES, generator=generator)]
-    latents = torch.randn(_TRAINING_SYMBOLS // 100, 100, generator=generator)
-    return _lloyd(latents, levels, width, rounds=10)

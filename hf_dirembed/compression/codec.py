@@ -55,7 +55,7 @@ class Codec:
         return replace(self, refinement=other.base, decoder=decoder, bias=self.bias + other.bias)
 
     def encode(self, rows: Tensor, refined: Tensor) -> tuple[Symbols, Tensor]:
-        """Finds the symbols of rows, in two sweeps over the sections.
+        """Finds the symbols of rows, for the decoder there is.
 
         Args:
             rows: y, (n, dim).
@@ -67,12 +67,13 @@ class Codec:
         latents = rows.new_zeros(len(rows), len(self.decoder))
         nothing = Symbols(torch.zeros_like(latents, dtype=torch.uint8), latents, refined)
         coded, residual = self._sweep(rows - self.bias, nothing, keep_better=False)
-        coded, residual = self._sweep(residual, coded, keep_better=True)
         return coded, residual.square().sum(dim=1)
 
     def improve(self, rows: Tensor, coded: Symbols) -> tuple[Symbols, Tensor]:
         """Codes rows anew for the decoder there is, from the symbols they have; no row's error rises."""
-        residual = rows - self.bias - coded.latents @ self.decoder
+        rank = self.base.rank
+        residual = rows - self.bias - coded.latents[:, :rank] @ self.decoder[:rank]
+        residual[coded.refined] -= coded.latents[coded.refined, rank:] @ self.decoder[rank:]
         coded, residual = self._sweep(residual, coded, keep_better=True)
         return coded, residual.square().sum(dim=1)
 
@@ -122,6 +123,10 @@ class Codec:
         rank, dim = self.decoder.shape
         return DecoderFit(rank, dim, self.decoder.device)
 
+    def _count_in(self, rows: Tensor, coded: Symbols, omega: Tensor, fit: DecoderFit) -> None:
+        for chosen, rank in ((coded.refined, len(self.decoder)), (~coded.refined, self.base.rank)):
+            fit.add(rows[chosen], coded.latents[chosen, :rank], omega[chosen])
+
     def train(self, sample: Sample, refined: Tensor, rounds: int) -> None:
         """Fits decoder and codes to each other on a sample, in turn, while it helps.
 
@@ -134,7 +139,7 @@ class Codec:
         before = errors.double() @ sample.omega.double()
         for _ in range(rounds):
             fit = self._fit()
-            fit.add(sample.rows, coded.latents, sample.omega)
+            self._count_in(sample.rows, coded, sample.omega, fit)
             self.refit(fit)
             coded, errors = self.improve(sample.rows, coded)
             after = errors.double() @ sample.omega.double()
@@ -156,13 +161,13 @@ class Codec:
         packed, errors, fit = PackedTable.empty(self, refined), torch.empty_like(omega), self._fit()
         for part, rows in table.chunks():
             coded, left = self.encode(rows, refined[part])
-            fit.add(rows, coded.latents, omega[part].float())
+            self._count_in(rows, coded, omega[part].float(), fit)
             packed.put(part, coded)
             errors[part] = left.to(errors)
         self.refit(fit)
         return packed, errors
 
-    def improve_table(self, table: Table, omega: Tensor, packed: PackedTable) -> dict[str, Tensor]:
+    def improve_table(self, table: Table, omega: Tensor, packed: PackedTable) -> StoredDecoder:
         """Codes all rows anew for the decoder there is, and fits that to them once more.
 
         Args:
@@ -171,25 +176,14 @@ class Codec:
             packed: The codes that the rows have; they change.
 
         Returns:
-            The packed codes `weight`, (num_rows, bytes), and with a second layer `refinement_weight` and
-            `refined_rows_weight`; the codebook, and the decoder with its exponents.
+            The decoder as it is stored.
         """
         fit = self._fit()
         for part, rows in table.chunks():
             coded, _ = self.improve(rows, packed.get(part))
-            fit.add(rows, coded.latents, omega[part].float())
+            self._count_in(rows, coded, omega[part].float(), fit)
             packed.put(part, coded)
-        decoder = self.refit(fit)
-        tensors = {
-            "weight": packed.base,
-            "codebook_weight": self.codebooks.stored(),
-            "decoder_weight": decoder.weight,
-            "exponent_weight": decoder.exponents,
-        }
-        if self.refinement is not None:
-            tensors["refinement_weight"] = packed.further
-            tensors["refined_rows_weight"] = packed.refined.nonzero().squeeze(1).to(torch.int32)
-        return tensors
+        return self.refit(fit)
 
 
 @dataclass(frozen=True)
@@ -260,3 +254,16 @@ class PackedTable:
             symbols[rows, of_layer] = found.to(torch.uint8)
             latents[rows, of_layer] = unpack(packed, allocation.counts, codec.codebooks.stored()).float() + HALF
         return Symbols(symbols, latents, refined)
+
+    def tensors(self, decoder: StoredDecoder) -> dict[str, Tensor]:
+        """What files hold, by name: the codes of both layers, the codebook, and their decoder."""
+        tensors = {
+            "weight": self.base,
+            "codebook_weight": self.codec.codebooks.stored(),
+            "decoder_weight": decoder.weight,
+            "exponent_weight": decoder.exponents,
+        }
+        if self.codec.refinement is not None:
+            tensors["refinement_weight"] = self.further
+            tensors["refined_rows_weight"] = self.refined.nonzero().squeeze(1).to(torch.int32)
+        return tensors

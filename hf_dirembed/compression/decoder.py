@@ -28,22 +28,22 @@ class DecoderFit:
         self._shared = torch.zeros(rank + 1, dim, dtype=torch.float64, device=device)
 
     def add(self, rows: Tensor, latents: Tensor, importance: Tensor) -> None:
-        """Counts rows in: (n, dim) rows, (n, rank) latents, (n,) importance ω."""
-        affine = torch.cat([latents, latents.new_ones(len(latents), 1)], dim=1)
-        weighted = (affine * importance.unsqueeze(1)).T
-        self._gram += (weighted @ affine).double()
-        self._shared += (weighted @ rows).double()
+        """Counts rows in: (n, dim) rows, (n, up to rank) leading latents, the others being 0, (n,) importance ω."""
+        affine = torch.cat([latents.new_ones(len(latents), 1), latents], dim=1)
+        weighted, leading = (affine * importance.unsqueeze(1)).T, slice(affine.shape[1])
+        self._gram[leading, leading] += (weighted @ affine).double()
+        self._shared[leading] += (weighted @ rows).double()
 
     def solve(self) -> Tensor:
         """The decoder that fits best beside its own bias, (rank, dim) float32."""
         gram = self._gram.clone()
         gram.diagonal().add_(_RIDGE * gram.diagonal().mean() + _TINY)
-        return torch.linalg.solve(gram, self._shared)[:-1].float()
+        return torch.linalg.solve(gram, self._shared)[1:].float()
 
     def bias(self, decoder: Tensor) -> Tensor:
         """The bias that fits best beside a decoder, (dim,) float32."""
-        total, latents = self._gram[-1, -1], self._gram[-1, :-1]
-        return ((self._shared[-1] - latents @ decoder.double()) / total.clamp_min(_TINY)).float()
+        total, latents = self._gram[0, 0], self._gram[0, 1:]
+        return ((self._shared[0] - latents @ decoder.double()) / total.clamp_min(_TINY)).float()
 
 
 @dataclass(frozen=True)

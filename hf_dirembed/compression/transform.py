@@ -28,6 +28,7 @@ TEMPERING, METRIC_TEMPERING = 0.7, 0.5  # of the token weights
 DECODER_DTYPES = (torch.float16, torch.float8_e4m3fn)  # the narrower one leaves more room for codes
 _ROUNDING_LEFT = 0.4  # of a decoder's rounding, once the codes are fitted to the rounded decoder
 _LENGTHS = 1e-15, 1e17  # of rows, whose squares and importance are held in float32
+_FURTHER_PASSES = 2  # over the table, each with the decoder of the one before
 _QUANTISER_SAMPLE = 1024  # rows that step sizes are searched on
 
 
@@ -129,7 +130,10 @@ def transform(
     errors = importance.omega * errors
     storing = Room(room, table.num_rows, table.dim, codec.storage)
     outliers, refined = _keep_outliers(errors, cut, refined, importance, codec, storing, row_bytes)
-    tensors = codec.improve_table(rows, importance.omega.masked_fill(outliers, 0), packed.refining(refined))
+    packed, omega = packed.refining(refined), importance.omega.masked_fill(outliers, 0)
+    for _ in range(_FURTHER_PASSES):
+        decoder = codec.improve_table(rows, omega, packed)
+    tensors = packed.tensors(decoder)
     bias = codec.bias if factor is None else codec.bias @ torch.linalg.inv(factor).to(codec.bias)
     tensors["decoder_bias_weight"] = bias.to(dtype)
     if outliers.any():

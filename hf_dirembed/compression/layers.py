@@ -12,11 +12,8 @@ from .quantisation import Allocation, BitAllocator
 
 
 ROW_NUMBER_ITEMSIZE = 4  # int32
-# The first layer's share of the bytes that a row could have, and the second's bytes relative to the first's.
-# No split and one split: what the quantisers promise is good enough to choose between these, not to tune the split.
-BASE_SHARE, METRIC_BASE_SHARE = 0.6, 0.8
-_REFINEMENT_SHARES = (0.25, 1.0)
-_ONE_LAYER_BELOW = 0.8  # of the error that two layers promise: what one must promise to be preferred
+_BASE_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # the first layer's, of the bytes that a row could have
+_REFINEMENT_SHARES = (0.25, 0.5, 1.0, 1.5, 2.0)  # the second's bytes relative to the first's
 _TRIED_SIZES = 100
 _CLEARLY_WORSE = 1.2
 
@@ -58,8 +55,7 @@ class LayerPlan:
     Attributes:
         base: The bits of every row.
         refinement_bytes: Of each refined row; 0 for no second layer.
-        error: What is promised, to be compared with that of other plans: for one layer it is raised, as coding in two
-            stages comes out better than its estimate.
+        error: What the quantisers promise.
     """
 
     base: Allocation
@@ -68,18 +64,17 @@ class LayerPlan:
 
 
 def plan_layers(
-    allocator: BitAllocator, shares: Tensor, room: Room, base_share: float, rounding: Tensor
+    allocator: BitAllocator, shares: Tensor, room: Room, least_base_share: float, rounding: Tensor
 ) -> LayerPlan | None:
     """Splits the bytes between the two layers, to the least error that the quantisers promise.
 
-    The error of a refined row is taken for that of a row with the bytes of both layers in one. Where all rows count
-    alike, one layer is best; the more uneven the weights are, the more bytes go to the second.
+    Where all rows count alike, one layer is best; the more uneven the weights are, the more bytes go to the second.
 
     Args:
         allocator: Of the latents of all rows.
         shares: (num_rows,) each row's share of the error, descending.
         room: For codes and decoder.
-        base_share: The first layer's share of the bytes that a row could have, if there are two.
+        least_base_share: The first layer's least share of the bytes that a row could have.
         rounding: (dim,) the error that storing the decoder adds, of each latent.
 
     Returns:
@@ -88,20 +83,17 @@ def plan_layers(
     covered = torch.cat([shares.new_zeros(1), shares.cumsum(dim=0)]).tolist()
     rounded = torch.cat([rounding.new_zeros(1), rounding.cumsum(dim=0)]).tolist()
     plans = []
-    for share in (1.0, base_share):
-        base = _first_layer(allocator, room, share)
-        if base is None:
-            continue
-        plans.append(LayerPlan(base, 0, (base.error + rounded[base.rank]) / _ONE_LAYER_BELOW))
-        for relative in _REFINEMENT_SHARES:
-            further = max(1, int(relative * base.num_bytes))
-            refined = allocator.allocate(base.num_bytes + further, room.dim)
-            rank = min(room.dim, base.rank * further // base.num_bytes)  # of what the first layer leaves, roughly
-            rows = room.refinable_rows(room.left_by(base), further, rank)
+    shares_of_base = (share for share in _BASE_SHARES if share >= least_base_share)
+    for base in filter(None, {_first_layer(allocator, room, share) for share in shares_of_base}):
+        plans.append(LayerPlan(base, 0, base.error + rounded[base.rank]))
+        further = allocator.after(base)
+        for num_bytes in {max(1, int(share * base.num_bytes)) for share in _REFINEMENT_SHARES}:
+            refined = further.allocate(num_bytes, room.dim)
+            rows = room.refinable_rows(room.left_by(base), num_bytes, refined.rank) if refined else 0
             if refined is not None and rows:
-                error = base.error * (1 - covered[rows]) + refined.error * covered[rows] + rounded[base.rank]
-                plans.append(LayerPlan(base, further, error))
-    return min(plans, key=lambda plan: plan.error, default=None)
+                error = base.error * (1 - covered[rows]) + refined.error * covered[rows]
+                plans.append(LayerPlan(base, num_bytes, error + rounded[base.rank]))
+    return min(plans, key=lambda plan: (plan.error, plan.refinement_bytes), default=None)
 
 
 def _first_layer(allocator: BitAllocator, room: Room, share: float) -> Allocation | None:

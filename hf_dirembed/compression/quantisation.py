@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import combinations, permutations
 
@@ -18,7 +19,7 @@ from .trellis import Codebooks, encode, round_to_levels
 # on the wide side, as latents have heavier tails.
 _STEPS = tuple(0.031 * stretch for stretch in (0.7, 0.8, 0.9, 1.0, 1.12, 1.25, 1.4, 1.6, 1.85))
 
-_STARTS = 3  # that allocations are improved from
+_PRICES = 100  # of a bit, from next to nothing to the strongest latent's variance
 
 
 @dataclass(frozen=True)
@@ -113,17 +114,40 @@ class BitAllocator:
 
     Latents are in descending order of variance, so an allocation is four counts, and each byte is spent on one latent
     of 8 bits, two of 4, four of 2 or eight of 1: the budget is met to the byte. Bytes are moved from one width to
-    another while that lowers the error, from starts that spend all bytes on two neighbouring widths.
+    another while that lowers the error, from what a Lagrangian finds without regard to whole bytes, and from the best
+    way to spend all bytes on two widths.
 
     Args:
-        quantisers: Of the latents.
+        errors: (1 + widths, rank) mean squared error of each latent without any bits, then at each of `BIT_WIDTHS`.
     """
 
-    def __init__(self, quantisers: Quantisers) -> None:
-        errors = quantisers.errors.double().cpu()
-        zero = errors.new_zeros(len(errors), 1)
-        self._sums = torch.cat([zero, errors.cumsum(dim=1)], dim=1).tolist()
+    def __init__(self, errors: Tensor) -> None:
+        self._errors = errors.double().cpu()
+        zero = self._errors.new_zeros(len(errors), 1)
+        self._sums = torch.cat([zero, self._errors.cumsum(dim=1)], dim=1).tolist()
         self.rank = errors.shape[1]
+        self._on_hull = self._lagrangian()
+
+    def _lagrangian(self) -> list[tuple[int, ...]]:
+        """Bytes of each width where each latent takes what is worth its bits, from cheap bits to dear ones."""
+        bits = torch.tensor([0, *BIT_WIDTHS], dtype=torch.float64)
+        usable = self._errors[0].amax().clamp_min(torch.finfo(torch.float64).tiny)
+        prices = usable * torch.logspace(-10, 0, _PRICES, dtype=torch.float64)
+        costs = self._errors + (prices.view(-1, 1) * bits).unsqueeze(2)
+        counts = torch.nn.functional.one_hot(costs.argmin(dim=1), len(bits)).sum(dim=1)[:, 1:]
+        return [tuple(row) for row in (counts * bits[1:].long() // 8).tolist()]
+
+    def after(self, base: Allocation) -> BitAllocator:
+        """Allocates further bits to what an allocation leaves, were it like the latents: so successive codes add up.
+
+        What is left of each latent is a latent of that variance, which each width makes smaller by its usual factor.
+        """
+        width = torch.tensor([1 + index for index, count in enumerate(base.counts) for _ in range(count)])
+        left = self._errors[0].clone()
+        left[: base.rank] = self._errors[width, torch.arange(base.rank)]
+        factors = self._errors / self._errors[0].clamp_min(torch.finfo(torch.float64).tiny)
+        factors = factors[:, : base.rank].mean(dim=1, keepdim=True)
+        return BitAllocator(factors * left.sort(descending=True).values)
 
     def error(self, spent: tuple[int, ...]) -> float:
         """The error when so many bytes are spent on each width; infinite if they exceed the latents there are."""
@@ -138,10 +162,14 @@ class BitAllocator:
 
     def allocate(self, num_bytes: int, max_rank: int) -> Allocation | None:
         """The best allocation of exactly `num_bytes` to at most `max_rank` latents; None if there is none."""
-        starts = sorted(self._starts(num_bytes, max_rank))[:_STARTS]
-        if not starts:
+        found = [
+            self._descend(start, max_rank)
+            for starts in (self._two_widths(num_bytes), self._near_hull(num_bytes, max_rank))
+            if (start := self._least(starts, max_rank)) is not None and start[0] < torch.inf
+        ]
+        if not found:
             return None
-        error, spent = min(self._descend(start, max_rank) for start in starts)
+        error, spent = min(found)
         counts = tuple(number * (8 // width) for number, width in zip(spent, BIT_WIDTHS, strict=True))
         return Allocation(counts, error)
 
@@ -157,18 +185,29 @@ class BitAllocator:
                 return error, spent
             error, spent = found
 
-    def _starts(self, num_bytes: int, max_rank: int) -> set[tuple[float, tuple[int, ...]]]:
-        """All bytes on one or two widths."""
-        starts = set()
+    def _two_widths(self, num_bytes: int) -> Iterator[tuple[int, ...]]:
+        """Sixteenths of the bytes on one width, the others on another."""
         for first, second in combinations(range(len(BIT_WIDTHS)), 2):
             for share in range(17):
                 spent = [0] * len(BIT_WIDTHS)
                 spent[first] = num_bytes * share // 16
                 spent[second] = num_bytes - spent[first]
-                starts.add(tuple(spent))
-        return {(self.error(s), s) for s in starts if _rank_of(s) <= max_rank and self.error(s) < torch.inf}
+                yield tuple(spent)
 
-    def _least(self, spent: list[tuple[int, ...]], max_rank: int) -> tuple[float, tuple[int, ...]] | None:
+    def _near_hull(self, num_bytes: int, max_rank: int) -> Iterator[tuple[int, ...]]:
+        """Between the Lagrangian's two nearest, and on one of the widths the bytes that are missing then."""
+        nothing = (0,) * len(BIT_WIDTHS)
+        possible = [nothing] + [spent for spent in self._on_hull if _rank_of(spent) <= max_rank]
+        below = max((spent for spent in possible if sum(spent) <= num_bytes), key=sum)
+        above = min((spent for spent in possible if sum(spent) > num_bytes), key=sum, default=below)
+        share = (num_bytes - sum(below)) / max(1, sum(above) - sum(below))
+        between = [first + math.floor(share * (last - first)) for first, last in zip(below, above, strict=True)]
+        for index in range(len(BIT_WIDTHS)):
+            spent = list(between)
+            spent[index] += num_bytes - sum(between)
+            yield tuple(spent)
+
+    def _least(self, spent: Iterable[tuple[int, ...]], max_rank: int) -> tuple[float, tuple[int, ...]] | None:
         return min(((self.error(each), each) for each in spent if _rank_of(each) <= max_rank), default=None)
 
 

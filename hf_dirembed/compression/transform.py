@@ -17,7 +17,7 @@ from .codec import Codec
 from .coded import CodedTable
 from .decoder import DecoderStorage
 from .importance import Importance, Sample
-from .layers import BASE_SHARE, METRIC_BASE_SHARE, ROW_NUMBER_ITEMSIZE, LayerPlan, Room, plan_layers
+from .layers import ROW_NUMBER_ITEMSIZE, LayerPlan, Room, plan_layers
 from .outliers import RESERVED_SHARE, count_outliers, outlier_bytes
 from .quantisation import BitAllocator, Quantisers
 from .subspace import eigenbasis, second_moment
@@ -25,6 +25,9 @@ from .table import Table
 
 
 TEMPERING, METRIC_TEMPERING = 0.7, 0.5  # of the token weights
+# The first layer's, of the bytes that a row could have. With a metric there is a head, which has to tell each token
+# from all others: there large errors of rare rows cost more than their squares.
+_LEAST_BASE_SHARE, _METRIC_LEAST_BASE_SHARE = 0.5, 0.8
 DECODER_DTYPES = (torch.float16, torch.float8_e4m3fn)  # the narrower one leaves more room for codes
 _ROUNDING_LEFT = 0.4  # of a decoder's rounding, once the codes are fitted to the rounded decoder
 _LENGTHS = 1e-15, 1e17  # of rows, whose squares and importance are held in float32
@@ -112,8 +115,9 @@ def transform(
             f"ask for at least bits={enough:.3g}"
         )
     rows = table if factor is None else table.in_metric(factor)
-    tempering, base_share = (TEMPERING, BASE_SHARE) if metric is None else (METRIC_TEMPERING, METRIC_BASE_SHARE)
-    tempering = tempering if settings.tempering is None else settings.tempering
+    usual = TEMPERING if metric is None else METRIC_TEMPERING
+    least_base_share = _LEAST_BASE_SHARE if metric is None else _METRIC_LEAST_BASE_SHARE
+    tempering = usual if settings.tempering is None else settings.tempering
     importance = Importance.of(rows, weights, tempering, relative=metric is None)
     cut = importance.long_rows
     if cut.any():
@@ -124,7 +128,7 @@ def transform(
     reserved = min(row_bytes * int(cut.sum()), int(RESERVED_SHARE * max_bytes), room - least)
     planned = [replace(each, num_bytes=room - reserved) for each in rooms]
     sample = Sample.draw(rows, importance, settings.sample_rows, settings.seed)
-    codec, refined = _plan(rows, importance, sample, planned, base_share)
+    codec, refined = _plan(rows, importance, sample, planned, least_base_share)
     codec.train(sample, refined[sample.numbers], settings.rounds)
     packed, errors = codec.encode_table(rows, importance.omega, refined)
     errors = importance.omega * errors
@@ -182,18 +186,18 @@ def _factor(metric: Tensor, dim: int) -> Tensor:
 
 
 def _plan(
-    rows: Table, importance: Importance, sample: Sample, rooms: list[Room], base_share: float
+    rows: Table, importance: Importance, sample: Sample, rooms: list[Room], least_base_share: float
 ) -> tuple[Codec, Tensor]:
     """Chooses subspace, bits, storage and refined rows: the quantisers as a codec, and which rows are refined."""
     mean, variances, basis = _principal_axes(rows, importance)
     centred = sample.rows - mean
     quantisers = Quantisers.fit((centred @ basis)[sample.resample(centred, _QUANTISER_SAMPLE)], variances)
-    allocator = BitAllocator(quantisers)
+    allocator = BitAllocator(quantisers.errors)
     order = importance.share.argsort(descending=True, stable=True)
     plans: list[tuple[LayerPlan, Room]] = []
     for room in rooms:
         rounding = _rounding(room.storage, variances, basis)
-        if plan := plan_layers(allocator, importance.share[order], room, base_share, rounding):
+        if plan := plan_layers(allocator, importance.share[order], room, least_base_share, rounding):
             plans.append((plan, room))
     if not plans:
         raise BudgetError(
@@ -230,7 +234,7 @@ def _refine(
     variances, axes = (each.to(residual) for each in eigenbasis(moment / heavy.omega.sum()))
     latents = (residual @ axes)[heavy.resample(residual, _QUANTISER_SAMPLE)]
     quantisers = Quantisers.fit(latents, variances, quantisers.codebooks)
-    allocation = BitAllocator(quantisers).allocate(layers.refinement_bytes, room.dim)
+    allocation = BitAllocator(quantisers.errors).allocate(layers.refinement_bytes, room.dim)
     number = 0 if allocation is None else room.refinable_rows(left, layers.refinement_bytes, allocation.rank)
     refined = torch.zeros_like(refined)
     if allocation is None or not number:

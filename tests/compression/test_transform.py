@@ -116,7 +116,7 @@ def test_quantisers_of_a_gaussian() -> None:
 def test_allocation_against_all_allocations(budget: int, rank: int, decay: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     sample = torch.randn(200, rank, generator=generator) * (-decay * torch.arange(rank)).exp()
-    allocator = BitAllocator(quantisers_of(sample))
+    allocator = BitAllocator(quantisers_of(sample).errors)
     all_spent = [s for s in itertools.product(range(budget + 1), repeat=4) if sum(s) == budget]
     best = min(allocator.error(spent) for spent in all_spent)
     found = allocator.allocate(budget, max_rank=rank)

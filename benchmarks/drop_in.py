@@ -5,7 +5,7 @@
 
 MODEL is a local folder or a Hub id: a causal language model or an encoder. It is compressed without data and brought
 to float32, in a temporary folder, and expanded beside it. Prints a Markdown table; a row that fails says so there, its
-traceback goes to stderr, and the exit code is 1. The rows are those of drop_in_rows.py.
+traceback goes to stderr, and the exit code is 1. The rows are those of drop_in_rows/.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import torch
 import transformers
@@ -37,11 +38,12 @@ def trainer(subject: Subject) -> str:
     assert after < before, f"loss {before:.3f} -> {after:.3f}"
     same_codes(first, subject)
     make(second).train(resume_from_checkpoint=str(subject.work / "runs" / "checkpoint-2"))
-    last = subject.trainee(subject.work / "runs" / "checkpoint-4").state_dict()
+    assert whole.state.best_model_checkpoint is not None
+    best = subject.trainee(Path(whole.state.best_model_checkpoint)).state_dict()  # not always the last
     resumed = second.state_dict()
     for key, tensor in first.state_dict().items():
         exact(resumed[key], tensor)
-        exact(last[key], tensor)
+        exact(best[key], tensor)
     return f"loss {before:.3f} -> {after:.3f}; codes untouched; resumed and reloaded exact"
 
 

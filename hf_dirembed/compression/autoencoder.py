@@ -15,13 +15,14 @@ from transformers.utils import logging
 
 from ..layout_dirembed import BudgetError
 from .factorization import Factorization
-from .subspace import check_rank, svd
+from .subspace import check_rank, exact_chunks, svd
 from .table import Table
 from .training_state import TrainingState
 
 
 _COSINE_EPSILON = 1e-6
 _ALPHA_EPSILON = 1e-10  # keeps the gradient of |error|^α finite at an error of zero
+_EXPONENTS = (-126, 126)  # of a scale that float32 holds, and the inverse of
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ class AutoencoderSettings:
     sixteenth of the steps does not bring random weights to the right scale, training starts at the SVD, which the
     paper's code offers too. On all-MiniLM-L6-v2's table that gives a higher mean cosine than the published settings,
     which are `AutoencoderSettings.paper()`.
+
+    Neither Adam's steps nor |x - x̂|^α scale with the table, so the settings fit rows of about one length: that of
+    BERT's rows, between 1 and 2. Every table is therefore divided by the power of two that brings the median length of
+    its rows there; one whose rows are of that length is trained on as it is, with the published settings as published.
 
     Attributes:
         cosine_weight: Weight of mean(1 - cos(x, x̂)).
@@ -147,6 +152,7 @@ def train_autoencoder(
 
     Training reads the rows in random order, so the whole table is held in memory as float32 on `table.device`; the
     latents are computed chunk by chunk afterwards. The last epoch's weights are taken: nothing is chosen on data.
+    A table that is twice as large gives the same latents and a decoder that is twice as large.
     The same seed gives the same bits on the same machine, and torch's global random state is not touched.
 
     Args:
@@ -205,7 +211,7 @@ def autoencoder_epochs(
     settings = AutoencoderSettings() if settings is None else settings
     generator = torch.Generator().manual_seed(settings.seed)  # on the CPU: the same order of rows on every device
     model = _initial_model(table, rank, settings, generator)
-    rows = torch.cat([chunk for _, chunk in table.chunks()])
+    rows = torch.cat([chunk / model.scale for _, chunk in table.chunks()])
     optimizer = torch.optim.Adam(model.parameters())
     state = None if resume is None else TrainingState(resume, model, optimizer, generator, table, rank, settings)
     done = state.restore() if state else 0
@@ -230,28 +236,39 @@ def autoencoder_epochs(
 
 
 class Autoencoder(torch.nn.Module):
-    """Encoder (dim, rank) and decoder (rank, dim), each with a bias, stored as they multiply row vectors."""
+    """Encoder (dim, rank) and decoder (rank, dim), each with a bias, stored as they multiply row vectors.
 
-    def __init__(self, encoder: Tensor, decoder: Tensor, biases: tuple[Tensor, Tensor], *, elu: bool) -> None:
+    Args:
+        encoder: E.
+        decoder: D.
+        biases: e and b.
+        elu: Whether an ELU follows the encoder.
+        scale: What the rows of the table are divided by before they are learnt.
+    """
+
+    def __init__(
+        self, encoder: Tensor, decoder: Tensor, biases: tuple[Tensor, Tensor], *, elu: bool, scale: float
+    ) -> None:
         super().__init__()
         self.encoder, self.decoder = torch.nn.Parameter(encoder), torch.nn.Parameter(decoder)
         self.encoder_bias, self.decoder_bias = map(torch.nn.Parameter, biases)
         self.elu = elu
+        self.scale = scale
 
     def encode(self, rows: Tensor) -> Tensor:
-        """The latents of rows, (n, dim) to (n, rank)."""
+        """The latents of scaled rows, (n, dim) to (n, rank)."""
         latents = torch.addmm(self.encoder_bias, rows, self.encoder)
         return F.elu(latents) if self.elu else latents
 
     def forward(self, rows: Tensor) -> Tensor:
-        """The approximated rows, (n, dim)."""
+        """The approximated rows, scaled as those given, (n, dim)."""
         return torch.addmm(self.decoder_bias, self.encode(rows), self.decoder)
 
     @torch.no_grad()
     def factorize(self, table: Table) -> Factorization:
-        """What the model makes of a table at this moment; training it further changes nothing of that."""
-        latents = torch.cat([self.encode(chunk) for _, chunk in table.chunks()])
-        return Factorization(latents, self.decoder.detach().clone(), self.decoder_bias.detach().clone())
+        """What the model makes of a table at this moment, in the table's own scale; training goes on apart from it."""
+        latents = torch.cat([self.encode(chunk / self.scale) for _, chunk in table.chunks()])
+        return Factorization(latents, self.decoder * self.scale, self.decoder_bias * self.scale)
 
 
 def _initial_model(table: Table, rank: int, settings: AutoencoderSettings, generator: torch.Generator) -> Autoencoder:
@@ -265,7 +282,18 @@ def _initial_model(table: Table, rank: int, settings: AutoencoderSettings, gener
     else:
         encoder, decoder = uniform(table.dim, rank, fan_in=table.dim), uniform(rank, table.dim, fan_in=rank)
         biases = uniform(rank, fan_in=table.dim), uniform(table.dim, fan_in=rank)
-    return Autoencoder(encoder, decoder, biases, elu=settings.nonlinear_encoder).to(table.device)
+    model = Autoencoder(encoder, decoder, biases, elu=settings.nonlinear_encoder, scale=_scale(table))
+    return model.to(table.device)
+
+
+def _scale(table: Table) -> float:
+    """The power of two that the median length of the rows, those of zeros left out, is 1 to 2 times."""
+    lengths = torch.cat([chunk.norm(dim=1) for _, chunk in exact_chunks(table)])
+    if not lengths.any():
+        return 1.0
+    exponent = math.frexp(float(lengths[lengths > 0].median()))[1] - 1
+    least, most = _EXPONENTS
+    return 2.0 ** min(max(exponent, least), most)
 
 
 def _batches(rows: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:

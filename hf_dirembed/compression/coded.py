@@ -87,6 +87,20 @@ class CodedTable:
         return bool((narrow - rows).norm() <= _ROUNDING * rows.norm())
 
     @torch.no_grad()
+    def keeps(self, found: Factorization) -> bool:
+        """Whether rounding to the stored dtypes left of a table what was found: no overflow, no underflow.
+
+        Example:
+            >>> found = Factorization(torch.full((4, 1), 1e-9), torch.ones(1, 3))
+            >>> dtypes = ("float32", "float16", "bfloat16")
+            >>> [CodedTable.of(found, "svd", codes=dtype, decoder="float32").keeps(found) for dtype in dtypes]
+            [True, False, True]
+        """
+        some = slice(None, None, max(1, len(found.latents) // _FEW_ROWS))
+        rows = found.reconstruct(some).cpu().double()  # in which short rows have a length
+        return bool((self.reconstruct(some).double() - rows).norm() <= _ROUNDING * rows.norm())
+
+    @torch.no_grad()
     def reconstruct(self, rows: slice = slice(None)) -> Tensor:
         """The approximated rows, (n, dim) float32."""
         matrix = self.to_matrix()

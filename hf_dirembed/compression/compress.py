@@ -97,11 +97,7 @@ def compress_table(
     else:
         coded = _factorize(table, size, budget, dtype, codes, method, weights, settings, resume)
     if not coded.fits(dtype):
-        narrow = "float16" if dtype == torch.float16 else coded.spec.codes
-        raise TableError(
-            f"what would replace the embedding table exceeds the range of {narrow}: "
-            "give the model, and float latents, in bfloat16 or float32"
-        )
+        raise _out_of_range(coded, dtype)
     made_with: dict[str, Any] = {"budget": str(budget), "token_weights": weights is not None}
     if method == "transform":
         made_with["metric"] = metric is not None
@@ -119,6 +115,14 @@ def compress_table(
     is_zero = padding_idx is not None and not table.rows[padding_idx : padding_idx + 1].any()
     zero_row = padding_idx if is_zero else None
     return replace(coded, spec=replace(coded.spec, zero_row=zero_row, settings=made_with, figures=figures))
+
+
+def _out_of_range(coded: CodedTable, dtype: torch.dtype) -> TableError:
+    narrow = "float16" if dtype == torch.float16 else coded.spec.codes
+    return TableError(
+        f"what would replace the embedding table exceeds the range of {narrow}: "
+        "give the model, and float latents, in bfloat16 or float32"
+    )
 
 
 def _usable(device: torch.device | str) -> torch.device:
@@ -216,7 +220,10 @@ def _factorize(
     else:
         assert not isinstance(settings, TransformSettings)
         found = train_autoencoder(table, rank, settings, resume=resume)
-    return CodedTable.of(found, method, codes=codes, decoder=decoder)
+    coded = CodedTable.of(found, method, codes=codes, decoder=decoder)
+    if not coded.keeps(found):
+        raise _out_of_range(coded, dtype)
+    return coded
 
 
 def compress(

@@ -57,7 +57,7 @@ def second_moment(table: Table, weights: Tensor | None = None) -> Tensor:
     """
     weights = check_weights(weights, table)
     moment = weights.new_zeros(table.dim, table.dim)
-    for rows, chunk in _exact_chunks(table):
+    for rows, chunk in exact_chunks(table):
         moment += (chunk * weights[rows, None]).T @ chunk
     return (moment + moment.T) / 2
 
@@ -124,7 +124,7 @@ def mean_cosine(table: Table, approximation: Approximation, weights: Tensor | No
     """
     weights = check_weights(weights, table)
     total = cosines = 0.0
-    for rows, chunk in _exact_chunks(table):
+    for rows, chunk in exact_chunks(table):
         cosine = row_cosines(chunk, approximation.reconstruct(rows).to(chunk))
         total += float((weights[rows] * cosine.isfinite()).sum())
         cosines += float((weights[rows] * cosine.nan_to_num()).sum())
@@ -244,7 +244,7 @@ def _measure(table: Table, basis: Tensor, bias: Tensor, weights: Tensor) -> _Sub
     """One pass over the table. As bias ⟂ basis, ‖x̂‖² = ‖xQ‖² + ‖b‖² and x·x̂ = ‖xQ‖² + x·b."""
     cosines = directed = total = weights.new_zeros(())
     first, second = weights.new_zeros(table.dim), weights.new_zeros(table.dim, table.dim)
-    for rows, chunk in _exact_chunks(table):
+    for rows, chunk in exact_chunks(table):
         norms = chunk.norm(dim=1)
         kept = (chunk @ basis).square().sum(dim=1)
         approximated_norms = (kept + bias.square().sum()).sqrt()
@@ -295,7 +295,7 @@ def _ascent(table: Table, rank: int, weights: Tensor, affine: bool) -> Iterator[
 def _project(table: Table, basis: Tensor, bias: Tensor | None = None) -> Factorization:
     """Orthogonal projection of every row onto a subspace; bias ⟂ basis, so the latents need no shift."""
     decoder = basis.T.to(device=table.device, dtype=torch.float32).contiguous()
-    latents = torch.cat([(chunk @ basis).to(decoder) for _, chunk in _exact_chunks(table)])
+    latents = torch.cat([(chunk @ basis).to(decoder) for _, chunk in exact_chunks(table)])
     return Factorization(latents, decoder, None if bias is None else bias.to(decoder))
 
 
@@ -320,6 +320,7 @@ def _exact_device(table: Table) -> torch.device:
     return torch.device("cpu") if table.device.type == "mps" else table.device  # MPS has no float64
 
 
-def _exact_chunks(table: Table) -> Iterator[tuple[slice, Tensor]]:
+def exact_chunks(table: Table) -> Iterator[tuple[slice, Tensor]]:
+    """The chunks of a table in float64, on its device (on the CPU where the device has no float64)."""
     for rows, chunk in table.chunks():
         yield rows, chunk.to(_exact_device(table)).double()

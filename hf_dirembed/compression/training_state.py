@@ -19,7 +19,7 @@ from .table import Table
 if TYPE_CHECKING:
     from .autoencoder import AutoencoderSettings
 
-FORMAT = "dirembed-autoencoder-1"
+FORMAT = "dirembed-autoencoder-2"
 
 
 @dataclass

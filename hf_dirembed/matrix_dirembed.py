@@ -161,17 +161,24 @@ class CompressedMatrix(nn.Module):
     def resize_rows(self, num_rows: int) -> None:
         """Drops rows from the end, or adds rows: the mean latents or, packed, the codes of the row nearest to it."""
         self._resize_outliers(num_rows)
+        self._resize_refinement(num_rows)
         kept = self.weight[:num_rows]
         if (added := num_rows - len(kept)) > 0:
             kept = torch.cat([kept, self._mean_codes().expand(added, -1)])
         self.weight = nn.Parameter(kept.clone(), requires_grad=self.weight.requires_grad)
         if self.spec.zero_row is not None and self.spec.zero_row >= num_rows:
             self.spec = replace(self.spec, zero_row=None)
-        if self.refined_rows_weight is not None and self.refinement_weight is not None:
-            # One refined row stays in any case: a layer without rows would be another layout.
-            number = max(1, int((self.refined_rows_weight < num_rows).sum()))
-            for name in ("refined_rows_weight", "refinement_weight"):
-                setattr(self, name, nn.Parameter(getattr(self, name)[:number].clone(), requires_grad=False))
+
+    def _resize_refinement(self, num_rows: int) -> None:
+        if self.refined_rows_weight is None or self.refinement_weight is None:
+            return
+        inside = self.refined_rows_weight < num_rows
+        rows, codes = self.refined_rows_weight[inside], self.refinement_weight[inside]
+        if not len(rows):  # none at all would be another layout: the first row becomes one, to which codes add nothing
+            rows, codes = self.refined_rows_weight.new_zeros(1), self.refinement_weight[:1].clone()
+            self.decoder_weight[self.spec.rank :] = 0
+        self.refined_rows_weight = nn.Parameter(rows, requires_grad=False)
+        self.refinement_weight = nn.Parameter(codes, requires_grad=False)
 
     def _resize_outliers(self, num_rows: int) -> None:
         if self.outlier_rows_weight is None or self.outlier_weight is None:

@@ -21,6 +21,7 @@ from packed import (
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from hf_dirembed.checkpoint import inspect_checkpoint
 from hf_dirembed.head_dirembed import CompressedLMHead
 from hf_dirembed.kernels_dirembed import padded_rank
 from hf_dirembed.matrix_dirembed import CACHE_LINE
@@ -96,6 +97,28 @@ def test_outliers_that_a_resize_drops():
         assert embedding.outlier_rows_weight.tolist() == outliers
         assert embedding.current_spec().outliers == 1
         torch.testing.assert_close(embedding.dense_weight(), rows[:num_rows])
+
+
+@torch.no_grad()
+def test_refined_rows_that_a_resize_drops(tmp_path):
+    """The first row takes their place, and stays as it is."""
+    family = FAMILIES["llama-tied"]
+    tensors = draw_tensors()
+    tensors["refined_rows_weight"] = 100 + torch.arange(NUM_REFINED, dtype=torch.int32)
+    model = convert(family.make("AutoModelForCausalLM").eval(), SPEC, tensors)
+    embedding, hidden = model.get_input_embeddings(), torch.randn(3, DIM)
+    rows, logits = embedding.dense_weight(), model.lm_head(hidden)
+    for num_rows, refined in ((102, [100, 101]), (100, [0])):
+        model.resize_token_embeddings(num_rows)
+        assert embedding.refined_rows_weight.tolist() == refined
+        torch.testing.assert_close(embedding.dense_weight(), rows[:num_rows])
+        torch.testing.assert_close(model.lm_head(hidden), logits[:, :num_rows])
+    model.save_pretrained(tmp_path)
+    assert inspect_checkpoint(tmp_path).refined_rows == 1
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids = torch.arange(100).view(4, 25)
+    assert torch.equal(again.get_input_embeddings().dense_weight(), embedding.dense_weight())
+    assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 def test_copies_of_a_head_and_moves_free_the_expansion():

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from measuring import peak_growth
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, BertForMaskedLM
 
 from attacks.spoiling import ATTACKS, base
+from benchmarks.peers.measure import PeakMemory
 from hf_dirembed import DirEmbedError
 from hf_dirembed.cli import main
 
@@ -18,9 +18,10 @@ from hf_dirembed.cli import main
 def test_loading_refuses(name: str, folder: Path) -> None:
     ATTACKS[name](folder)
     num_bytes = sum(file.stat().st_size for file in folder.parent.rglob("*.safetensors"))
-    with peak_growth() as growth, pytest.raises(ValueError, match=r".{20}") as caught:
+    memory = PeakMemory()
+    with pytest.raises(ValueError, match=r".{20}") as caught:
         AutoModelForMaskedLM.from_pretrained(folder)
-    assert growth.num_bytes <= 2 * max(num_bytes, 1 << 22)
+    assert (memory.bytes() or 0) <= 2 * max(num_bytes, 1 << 22)
     ours = isinstance(caught.value, DirEmbedError)
     assert ours or name in TRANSFORMERS_REFUSES
     assert not ours or ": " in str(caught.value), "it does not name the mend"

@@ -1,4 +1,4 @@
-"""Fixtures: a small tokenizer, and a quiet transformers. In the end the suite says how much it attacked."""
+"""Fixtures: a small tokenizer, and a quiet transformers. In the end the suite says how it attacked."""
 
 from __future__ import annotations
 
@@ -95,6 +95,7 @@ def pytest_unconfigure() -> None:
 
 TRIED: list[str] = []  # an entry for each Hypothesis case of the test that runs
 ATTACKS: Counter[str] = Counter()  # of all tests, whichever processes they ran in
+MOST: dict[str, float] = {}
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -124,14 +125,19 @@ def pytest_runtest_call(item: pytest.Item) -> Any:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Counts what passed: cases, refusals of broken checkpoints, and the `kills` that tests record."""
+    """Counts what passed: cases, refusals, and the `kills` that tests record; of what is called `most` the largest."""
     if report.when == "call" and report.passed:
         ATTACKS["refusals of broken checkpoints"] += "attacks/test_broken_" in report.nodeid
         for name, number in report.user_properties:
-            ATTACKS[name] += number
+            if name.startswith("most "):
+                MOST[name] = max(number, MOST.get(name, number))
+            else:
+                ATTACKS[name] += number
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Says it."""
     if said := ", ".join(f"{number:,} {what}" for what, number in ATTACKS.items() if number):
         terminalreporter.write_line(f"attacked by: {said}")
+    for name, number in MOST.items():
+        terminalreporter.write_line(f"{name}: {number:.2f}")

@@ -1,4 +1,4 @@
-"""Ways to spoil a checkpoint: its config, its tensors, its files."""
+"""A compressed checkpoint with every kind of tensor, and ways to spoil it: its config, its tensors, its files."""
 
 from __future__ import annotations
 
@@ -10,14 +10,42 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForMaskedLM
 
-from hf_dirembed.layout_dirembed import CODE_TENSORS
+from hf_dirembed import CompressionSpec
+from hf_dirembed.layout_dirembed import CODE_TENSORS, Refinement
+from hf_dirembed.matrix_dirembed import CompressedMatrix
+from hf_dirembed.modeling_dirembed import convert
 
 
 TABLE = "bert.embeddings.word_embeddings."
 SHARD = "model-00002-of-00003.safetensors"
 HUGE = 10**12
+LEAST_BYTES = 1 << 22  # what memory is measured against where a file has fewer, or is gone
 Spoil = Callable[[Path], Any]
+
+
+def save_intact(folder: Path) -> None:
+    """Saves a small compressed BERT with every kind of tensor, its body large enough to measure against: 9 MB."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 1 << 15}
+    model = BertForMaskedLM(BertConfig(vocab_size=3000, **shape))
+    spec = CompressionSpec(
+        method="transform",
+        rank=16,
+        codes="packed",
+        decoder="float16",
+        bias=True,
+        bit_allocation=(4, 4, 4, 4),
+        refinement=Refinement(rows=100, rank=8, bit_allocation=(0, 4, 4, 0)),
+        outliers=3,
+    )
+    convert(model, spec, CompressedMatrix(3000, 32, spec).code_tensors()).save_pretrained(folder)
+
+
+def weight_bytes(folder: Path) -> int:
+    """Of a checkpoint's safetensors, those that a spoiled index points to outside of its folder included."""
+    return max(LEAST_BYTES, sum(file.stat().st_size for file in folder.parent.rglob("*.safetensors")))
 
 
 def config(change: Callable[[dict[str, Any]], Any]) -> Spoil:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, BertForMaskedLM
 
-from attacks.spoiling import ATTACKS, base
+from attacks.spoiling import ATTACKS, base, weight_bytes
 from benchmarks.peers.measure import PeakMemory
 from hf_dirembed import DirEmbedError
 from hf_dirembed.cli import main
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_loading_refuses(name: str, folder: Path) -> None:
+def test_loading_refuses(name: str, folder: Path, record_property: Any) -> None:
     ATTACKS[name](folder)
-    num_bytes = sum(file.stat().st_size for file in folder.parent.rglob("*.safetensors"))
-    memory = PeakMemory()
+    memory, start = PeakMemory(), time.perf_counter()
     with pytest.raises(ValueError, match=r".{20}") as caught:
         AutoModelForMaskedLM.from_pretrained(folder)
-    assert (memory.bytes() or 0) <= 2 * max(num_bytes, 1 << 22)
+    record_property("most seconds to a refusal", time.perf_counter() - start)  # on a busy machine: nothing to assert
+    share = (memory.bytes() or 0) / weight_bytes(folder)
+    record_property("most memory of a refusal over the file's size", share)
+    assert share <= 2
     ours = isinstance(caught.value, DirEmbedError)
     assert ours or name in TRANSFORMERS_REFUSES
     assert not ours or ": " in str(caught.value), "it does not name the mend"

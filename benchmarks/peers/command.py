@@ -16,10 +16,11 @@ from hf_dirembed.evaluation.results import portable_arguments
 from hf_dirembed.layout_dirembed import DirEmbedError
 from hf_dirembed.picture import require_matplotlib
 
+from .processes import run_process
 from .record import Record
 from .registry import METHODS
 from .report import ModelReport, Report, compare
-from .running import Settings, measure_scaling, measure_subject, missing, run_process
+from .running import Settings, measure_scaling, measure_subject, missing
 from .static import StaticJob, measure_static, missing_packages
 from .subjects import Data, Encoder, Subject, load_subject
 

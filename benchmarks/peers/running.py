@@ -1,17 +1,9 @@
-"""Runs the measurements, each in a child process, and gathers what they find."""
+"""Runs the measurements, each in a process of its own, and gathers what they find."""
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import os
-import signal
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +11,11 @@ import torch
 
 from .measure import Job, measure
 from .methods import Dense, Method, Table
+from .processes import run_process
 from .registry import METHODS
 from .subjects import Subject
 
 
-# Forked from a process that has imported torch and transformers and done nothing else: importing takes seconds.
-PROCESSES: Any = multiprocessing.get_context("forkserver" if sys.platform.startswith("linux") else "spawn")
-PROCESSES.set_forkserver_preload(["benchmarks.peers.measure"])
 Progress = Callable[[str], None]
 PointKey = tuple[str, "float | None", int]  # method, budget, rows
 
@@ -89,74 +79,6 @@ class Settings:
             method = METHODS[name]
             for bits in self.bits if method.has_budget else (None,):
                 yield method, bits
-
-
-def run_process(
-    measurement: Callable[[str], dict[str, Any]], job: str, work: Path, timeout: float
-) -> tuple[dict[str, Any], str | None]:
-    """Runs a measurement in a process of its own.
-
-    Args:
-        measurement: A function of a module, given `job`.
-        job: As JSON.
-        work: A folder for what the process finds and says.
-        timeout: Seconds after which it is killed.
-
-    Returns:
-        What it found, and why there is nothing.
-    """
-    result, log = work / "result.json", work / "log.txt"
-    result.unlink(missing_ok=True)
-    _start_server()
-    process = PROCESSES.Process(target=_write, args=(measurement, job, result, log))
-    try:
-        with _interrupt_later():  # until there is something to kill
-            process.start()
-        process.join(timeout)
-    finally:
-        late = process.is_alive()
-        process.kill()
-        process.join()
-    if late:
-        return {}, f"took longer than {timeout:g} s"
-    if process.exitcode and process.exitcode < 0:
-        return {}, f"killed by signal {-process.exitcode}"
-    if process.exitcode:
-        lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return {}, f"does not run here: {lines[-1] if lines else f'exit code {process.exitcode}'}"
-    return json.loads(result.read_text(encoding="utf-8")), None
-
-
-@cache
-def _start_server() -> None:
-    """Starts what measuring processes are forked from, deaf to Ctrl-C as they are: who hears it kills them."""
-    if PROCESSES.get_start_method() == "forkserver":
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            forkserver.ensure_running()
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _interrupt_later() -> Iterator[None]:
-    """Raises what Ctrl-C raises in the end, not in between."""
-    heard: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if heard:
-        raise KeyboardInterrupt
-
-
-def _write(measurement: Callable[[str], dict[str, Any]], job: str, result: Path, log: Path) -> None:
-    """In the process; what it raises is the last line of the log."""
-    with log.open("w", encoding="utf-8") as opened:
-        os.dup2(opened.fileno(), 1)
-        os.dup2(opened.fileno(), 2)
-    result.write_text(json.dumps(measurement(job)), encoding="utf-8")
 
 
 class Bench:

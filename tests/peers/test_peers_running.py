@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +18,7 @@ import pytest
 
 from benchmarks.peers import running
 from benchmarks.peers.plots import draw
+from benchmarks.peers.processes import run_process
 from benchmarks.peers.registry import METHODS
 from benchmarks.peers.report import Report
 from benchmarks.peers.running import Bench, Point, Settings, measure_scaling, synthetic_table
@@ -73,3 +80,65 @@ def test_a_measurement_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
     point = bench.measure(METHODS["svd"], 4.0, with_head=True, keep_rows=False)
     assert point.failures == {"fit": "took longer than 0.01 s"}
     assert math.isnan(point.bits)
+
+
+def press_and_stay(test: str) -> dict[str, Any]:
+    """A measurement that presses Ctrl-C in the process of the test, and has no end."""
+    print(os.getpid(), flush=True)
+    os.kill(int(test), signal.SIGINT)
+    while True:
+        time.sleep(1)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+def test_an_interrupt_ends_the_measurement(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run_process(press_and_stay, str(os.getpid()), tmp_path, 600)
+    assert signal.getsignal(signal.SIGINT) == before
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "log.txt").read_text()), 0)
+
+
+NEVER_READY = """
+import os, pathlib, time
+parent = os.getppid()
+pathlib.Path("importing").touch()
+while os.getppid() == parent:
+    time.sleep(0.05)
+"""
+MEASURES = """
+import json, pathlib
+from benchmarks.peers import processes
+if __name__ == "__main__":
+    processes.PROCESSES.set_forkserver_preload(["never_ready"])
+    processes.run_process(json.loads, "{}", pathlib.Path(), 600)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere nothing is imported ahead")
+def test_an_interrupt_does_not_wait_for_imports(tmp_path: Path) -> None:
+    (tmp_path / "never_ready.py").write_text(NEVER_READY)
+    (tmp_path / "measures.py").write_text(MEASURES)
+    process = subprocess.Popen(
+        [sys.executable, "measures.py"], stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # where the suite runs in the background
+    )  # fmt: skip
+    while not (tmp_path / "importing").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=300)
+    assert stderr.endswith("KeyboardInterrupt\n")
+    assert "never_ready" not in stderr, "what measuring processes are forked from is deaf to it"
+
+
+def test_a_process_that_cannot_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says nothing; what the one before said is not taken for it."""
+    (tmp_path / "log.txt").write_text("KeyError: of the one before")
+    (tmp_path / "gone.py").write_text("def measure(job): return {}")
+    monkeypatch.syspath_prepend(tmp_path)
+    gone = importlib.import_module("gone")
+    (tmp_path / "gone.py").unlink()
+    assert run_process(gone.measure, "{}", tmp_path, 600) == ({}, "does not run here: exit code 1")

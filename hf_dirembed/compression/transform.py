@@ -6,6 +6,7 @@ Every row gets the same bits of the leading latents; what is left of the rows of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -17,7 +18,7 @@ from .codec import Codec
 from .coded import CodedTable
 from .decoder import DecoderStorage
 from .importance import Importance, Sample
-from .layers import ROW_NUMBER_ITEMSIZE, LayerPlan, Room, plan_layers
+from .layers import METRIC_SPLITS, ROW_NUMBER_ITEMSIZE, SPLITS, LayerPlan, Room, plan_layers
 from .outliers import RESERVED_SHARE, count_outliers, outlier_bytes
 from .quantisation import BitAllocator, Quantisers
 from .subspace import eigenbasis, second_moment
@@ -25,9 +26,6 @@ from .table import Table
 
 
 TEMPERING, METRIC_TEMPERING = 0.7, 0.5  # of the token weights
-# The first layer's, of the bytes that a row could have. With a metric there is a head, which has to tell each token
-# from all others: there large errors of rare rows cost more than their squares.
-_LEAST_BASE_SHARE, _METRIC_LEAST_BASE_SHARE = 0.5, 0.8
 DECODER_DTYPES = (torch.float16, torch.float8_e4m3fn)  # the narrower one leaves more room for codes
 _ROUNDING_LEFT = 0.4  # of a decoder's rounding, once the codes are fitted to the rounded decoder
 _LENGTHS = 1e-15, 1e17  # of rows, whose squares and importance are held in float32
@@ -116,7 +114,6 @@ def transform(
         )
     rows = table if factor is None else table.in_metric(factor)
     usual = TEMPERING if metric is None else METRIC_TEMPERING
-    least_base_share = _LEAST_BASE_SHARE if metric is None else _METRIC_LEAST_BASE_SHARE
     tempering = usual if settings.tempering is None else settings.tempering
     importance = Importance.of(rows, weights, tempering, relative=metric is None)
     cut = importance.long_rows
@@ -128,7 +125,7 @@ def transform(
     reserved = min(row_bytes * int(cut.sum()), int(RESERVED_SHARE * max_bytes), room - least)
     planned = [replace(each, num_bytes=room - reserved) for each in rooms]
     sample = Sample.draw(rows, importance, settings.sample_rows, settings.seed)
-    codec, refined = _plan(rows, importance, sample, planned, least_base_share)
+    codec, refined = _plan(rows, importance, sample, planned, SPLITS if metric is None else METRIC_SPLITS)
     codec.train(sample, refined[sample.numbers], settings.rounds)
     packed, errors = codec.encode_table(rows, importance.omega, refined)
     errors = importance.omega * errors
@@ -186,7 +183,7 @@ def _factor(metric: Tensor, dim: int) -> Tensor:
 
 
 def _plan(
-    rows: Table, importance: Importance, sample: Sample, rooms: list[Room], least_base_share: float
+    rows: Table, importance: Importance, sample: Sample, rooms: list[Room], splits: Sequence[tuple[float, float]]
 ) -> tuple[Codec, Tensor]:
     """Chooses subspace, bits, storage and refined rows: the quantisers as a codec, and which rows are refined."""
     mean, variances, basis = _principal_axes(rows, importance)
@@ -197,7 +194,7 @@ def _plan(
     plans: list[tuple[LayerPlan, Room]] = []
     for room in rooms:
         rounding = _rounding(room.storage, variances, basis)
-        if plan := plan_layers(allocator, importance.share[order], room, least_base_share, rounding):
+        if plan := plan_layers(allocator, importance.share[order], room, rounding, splits):
             plans.append((plan, room))
     if not plans:
         raise BudgetError(

@@ -93,10 +93,12 @@ def are_zero(rows: Tensor, found: Tensor, method: str) -> None:
 
 
 def stay_equal(rows: Tensor, found: Tensor, method: str) -> None:
-    if not method.startswith("transform"):  # which may refine some of them
-        assert torch.equal(found, found[:5].repeat(V // 5, 1))
+    if method.startswith("transform"):  # which may refine some of them
+        assert largest_error(rows, found) < 0.01
+        return
+    assert torch.equal(found, found[:5].repeat(V // 5, 1))
     if not method.endswith("rank 1"):
-        assert largest_error(rows, found) < (0.05 if method.startswith("autoencoder") else 2e-3)
+        assert largest_error(rows, found) < (0.05 if method.startswith("autoencoder") else 1e-3)
 
 
 def come_out_again(rows: Tensor, found: Tensor, method: str) -> None:
@@ -165,13 +167,14 @@ def test_one_token_is_its_own_subspace(method: str, tmp_path: Path) -> None:
     come_out_again(rows, found, method)
 
 
+LONG_LATENTS = [*METHODS][2:-2] + [*METHODS][-1:]  # in rank 1 the autoencoder leaves the length to its decoder
 NUMBERS = "holds a NaN or an infinity: mend the checkpoint"
 RANGE = "exceeds the range of float16: give the model, and float latents, in bfloat16 or float32"
 REFUSALS: dict[str, tuple[Tensor, list[str], str]] = {
     "infinity": (with_row(17, float("inf"), gaussian().half()), list(METHODS), f"row 17 .* {NUMBERS}"),
     "NaN": (with_row(17, float("nan"), gaussian().half()), list(METHODS), f"row 17 .* {NUMBERS}"),
     "squares beyond float32": (gaussian() * 1e30, list(METHODS), "row 0 .* too long to measure: scale the table down"),
-    "half precision, latents beyond it": (torch.full((V, D), 6e4).half(), [*METHODS][2:], RANGE),
+    "half precision, latents beyond it": (torch.full((V, D), 6e4).half(), LONG_LATENTS, RANGE),
     "half precision, steps below it": ((gaussian() * 1e-6).half(), ["transform, 4 bits"], RANGE),
     "squares that are lost in float32": (gaussian() * 1e-30, ["transform, 4 bits"], "scale the table to lengths near"),
     "importance that is lost in float32": (gaussian() * 1e18, ["transform, 4 bits"], "scale the table to lengths nea"),

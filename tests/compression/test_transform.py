@@ -128,6 +128,27 @@ def test_allocation_against_all_allocations(budget: int, rank: int, decay: float
         assert found.error <= best * 1.05 + 1e-12
 
 
+@pytest.mark.parametrize(("base_bytes", "further_bytes"), [(20, 20), (64, 16), (64, 64)])
+def test_successive_refinement_is_estimated(base_bytes: int, further_bytes: int) -> None:
+    """What a second layer leaves is told from the first one's errors, before anything is coded."""
+    rows = torch.randn(1000, 256, generator=torch.Generator().manual_seed(0)) * torch.linspace(0, 3, 256).neg().exp()
+    quantisers = Quantisers.fit(rows, rows.square().mean(dim=0))
+    allocator = BitAllocator(quantisers.errors)
+    base = allocator.allocate(base_bytes, 256)
+    assert base is not None
+    axes = (torch.eye(256), torch.zeros(256), DecoderStorage(torch.float16, None))
+    codec = Codec.from_quantisers(base, quantisers, *axes)
+    coded, left = codec.encode(rows, torch.zeros(1000, dtype=torch.bool))
+    assert float(left.mean()) == pytest.approx(base.error, rel=0.1)
+    residual = rows - coded.latents @ codec.decoder
+    variances, order = residual.square().mean(dim=0).sort(descending=True)
+    measured = BitAllocator(Quantisers.fit(residual[:, order], variances).errors).allocate(further_bytes, 256)
+    estimated = allocator.after(base).allocate(further_bytes, 256)
+    assert measured is not None
+    assert estimated is not None
+    assert estimated.error == pytest.approx(measured.error, rel=0.1)
+
+
 def test_improving_never_raises_a_row_s_error() -> None:
     """Whatever the decoder: its rows need not be orthogonal."""
     rows, refined = table_of(300, 24), torch.arange(300) % 3 == 0

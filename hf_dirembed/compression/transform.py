@@ -102,7 +102,7 @@ def transform(
         True
     """
     settings = settings or TransformSettings()
-    factor = None if metric is None else _factor(metric, table.dim)
+    factor = None if metric is None else _factor(metric.to(table.device), table.dim)
     room = max_bytes - table.dim * dtype.itemsize - prod(CODEBOOK_SHAPE)
     rooms = [Room(room, table.num_rows, table.dim, DecoderStorage(each, factor)) for each in DECODER_DTYPES]
     least = table.num_rows + min(each.decoder_bytes(1) for each in rooms)  # one byte a row, for its strongest latent

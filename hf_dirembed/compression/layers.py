@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import groupby, product
-from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -20,8 +18,9 @@ ROW_NUMBER_ITEMSIZE = 4  # int32
 # matter nearly as much as its first thousand, which the estimate does not see, as it goes by their frequency. With a
 # metric there is a head, which has to tell each token from all others: large errors of rare rows cost more than their
 # squares, and a first layer below .8 loses more than the estimate says.
-SPLITS = ((0.6, 0.25), (0.6, 1.0))
-METRIC_SPLITS = tuple(product((0.9, 0.8), (0.25, 0.5, 1.0, 1.5, 2.0)))
+Splits = Mapping[float, tuple[float, ...]]
+SPLITS: Splits = {0.6: (0.25, 1.0)}
+METRIC_SPLITS: Splits = dict.fromkeys((0.9, 0.8), (0.25, 0.5, 1.0, 1.5, 2.0))
 _TRIED_SIZES = 100
 _CLEARLY_WORSE = 1.2
 
@@ -72,11 +71,7 @@ class LayerPlan:
 
 
 def plan_layers(
-    allocator: BitAllocator,
-    shares: Tensor,
-    room: Room,
-    rounding: Tensor,
-    splits: Sequence[tuple[float, float]],
+    allocator: BitAllocator, shares: Tensor, room: Room, rounding: Tensor, splits: Splits
 ) -> LayerPlan | None:
     """Puts all bytes into one layer or splits them between two, to the least error that the quantisers promise.
 
@@ -97,12 +92,12 @@ def plan_layers(
     plans = []
     if one := _first_layer(allocator, room, 1.0):
         plans.append(LayerPlan(one, 0, one.error + rounded[one.rank]))
-    for share, tried in groupby(splits, key=itemgetter(0)):
+    for share, refinements in splits.items():
         base = _first_layer(allocator, room, share)
         if base is None:
             continue
         further = allocator.after(base)
-        for _, relative in tried:
+        for relative in refinements:
             num_bytes = max(1, int(relative * base.num_bytes))
             refined = further.allocate(num_bytes, room.dim)
             rows = room.refinable_rows(room.left_by(base), num_bytes, refined.rank) if refined else 0

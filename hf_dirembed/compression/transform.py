@@ -6,7 +6,6 @@ Every row gets the same bits of the leading latents; what is left of the rows of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -18,7 +17,7 @@ from .codec import Codec
 from .coded import CodedTable
 from .decoder import DecoderStorage
 from .importance import Importance, Sample
-from .layers import METRIC_SPLITS, ROW_NUMBER_ITEMSIZE, SPLITS, LayerPlan, Room, plan_layers
+from .layers import METRIC_SPLITS, ROW_NUMBER_ITEMSIZE, SPLITS, LayerPlan, Room, Splits, plan_layers
 from .outliers import RESERVED_SHARE, count_outliers, outlier_bytes
 from .quantisation import BitAllocator, Quantisers
 from .subspace import eigenbasis, second_moment
@@ -183,7 +182,7 @@ def _factor(metric: Tensor, dim: int) -> Tensor:
 
 
 def _plan(
-    rows: Table, importance: Importance, sample: Sample, rooms: list[Room], splits: Sequence[tuple[float, float]]
+    rows: Table, importance: Importance, sample: Sample, rooms: list[Room], splits: Splits
 ) -> tuple[Codec, Tensor]:
     """Chooses subspace, bits, storage and refined rows: the quantisers as a codec, and which rows are refined."""
     mean, variances, basis = _principal_axes(rows, importance)

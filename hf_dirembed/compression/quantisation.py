@@ -105,8 +105,12 @@ class Allocation:
 
     def steps(self, quantisers: Quantisers) -> Tensor:
         """(rank,) the step of each latent."""
-        chosen = torch.arange(len(BIT_WIDTHS)).repeat_interleave(torch.tensor(self.counts))
-        return quantisers.steps.cpu()[chosen, torch.arange(self.rank)]
+        return self.chosen(quantisers.steps.cpu())
+
+    def chosen(self, of_widths: Tensor) -> Tensor:
+        """(rank,) of what each latent has at each width, (widths, rank or more), that at its own."""
+        width = torch.arange(len(BIT_WIDTHS)).repeat_interleave(torch.tensor(self.counts))
+        return of_widths[width, torch.arange(self.rank)]
 
 
 class BitAllocator:
@@ -131,8 +135,8 @@ class BitAllocator:
     def _lagrangian(self) -> list[tuple[int, ...]]:
         """Bytes of each width where each latent takes what is worth its bits, from cheap bits to dear ones."""
         bits = torch.tensor([0, *BIT_WIDTHS], dtype=torch.float64)
-        usable = self._errors[0].amax().clamp_min(torch.finfo(torch.float64).tiny)
-        prices = usable * torch.logspace(-10, 0, _PRICES, dtype=torch.float64)
+        strongest = self._errors[0].amax().clamp_min(torch.finfo(torch.float64).tiny)
+        prices = strongest * torch.logspace(-10, 0, _PRICES, dtype=torch.float64)
         costs = self._errors + (prices.view(-1, 1) * bits).unsqueeze(2)
         counts = torch.nn.functional.one_hot(costs.argmin(dim=1), len(bits)).sum(dim=1)[:, 1:]
         return [tuple(row) for row in (counts * bits[1:].long() // 8).tolist()]
@@ -142,9 +146,8 @@ class BitAllocator:
 
         What is left of each latent is a latent of that variance, which each width makes smaller by its usual factor.
         """
-        width = torch.tensor([1 + index for index, count in enumerate(base.counts) for _ in range(count)])
         left = self._errors[0].clone()
-        left[: base.rank] = self._errors[width, torch.arange(base.rank)]
+        left[: base.rank] = base.chosen(self._errors[1:])
         factors = self._errors / self._errors[0].clamp_min(torch.finfo(torch.float64).tiny)
         factors = factors[:, : base.rank].mean(dim=1, keepdim=True)
         return BitAllocator(factors * left.sort(descending=True).values)

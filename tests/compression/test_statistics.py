@@ -1,0 +1,75 @@
+"""What calibration found -> metric and weights; and its file."""
+
+import pytest
+import torch
+from calibrating import DIM, LENGTH, TEXTS, assert_same, build, make_tokenizer
+from safetensors.torch import save_file
+
+from hf_dirembed.compression.calibration import calibrate
+from hf_dirembed.compression.statistics import CalibrationError, Statistics, metric, usage
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+def test_metric_is_normalised_and_positive_definite(tokenizer):
+    statistics = calibrate(build("causal"), tokenizer, TEXTS, sequence_length=LENGTH)
+    c = metric(statistics)
+    assert torch.equal(c, c.T)
+    assert c.diagonal().mean() == pytest.approx(1.1)
+    assert torch.linalg.eigvalsh(c).min() >= 0.1 - 1e-9
+    head, gradient = statistics.head_moment, statistics.gradient_moment
+    assert head.trace() > 2 * gradient.trace()  # so different that scaling each side would show
+    natural = (head + gradient) * DIM / (head.trace() + gradient.trace())
+    torch.testing.assert_close(metric(statistics, damping=0), natural)
+    torch.testing.assert_close(c, natural + 0.1 * torch.eye(DIM).double())
+    torch.testing.assert_close(metric(statistics, damping=0, use_head=False), gradient * DIM / gradient.trace())
+    torch.testing.assert_close(metric(statistics, damping=0, use_gradient=False), head * DIM / head.trace())
+
+
+def test_usage_is_half_read_and_half_predicted(tokenizer):
+    tied, encoder = (calibrate(build(n), tokenizer, TEXTS, sequence_length=LENGTH) for n in ("causal", "encoder"))
+    used = usage(tied, tied=True)
+    torch.testing.assert_close(used / used.sum(), tied.counts / tied.num_tokens / 2 + tied.probabilities / 2)
+    assert used.sum() == pytest.approx(tied.num_tokens)
+    assert torch.equal(usage(tied, tied=False), tied.counts)
+    assert torch.equal(usage(encoder, tied=True), encoder.counts)
+    unseen = calibrate(build("masked"), tokenizer, ["word1"], sequence_length=LENGTH, seed=1)
+    assert unseen.num_predictions == 0  # its one word was not masked
+    assert torch.equal(usage(unseen, tied=True), unseen.counts)
+    with pytest.raises(CalibrationError, match="zero or not finite"):
+        metric(unseen)
+    with pytest.raises(CalibrationError, match="give tied=False"):
+        usage(Statistics(torch.ones(3), None, None, 3, 3, probabilities=torch.ones(2) / 2), tied=True)
+
+
+def test_statistics_are_saved_whole_and_merged(tokenizer, tmp_path):
+    model = build("causal")
+    halves = [calibrate(model, tokenizer, texts, sequence_length=LENGTH) for texts in (TEXTS[:2], TEXTS[2:])]
+    merged = sum(halves[1:], halves[0])
+    expected = sum(s.head_moment * s.num_predictions for s in halves) / merged.num_predictions
+    torch.testing.assert_close(merged.head_moment, expected)
+    expected = sum(s.probabilities * s.num_predictions for s in halves) / merged.num_predictions
+    torch.testing.assert_close(merged.probabilities, expected)
+    assert merged.probabilities.sum() == pytest.approx(1)
+    torch.testing.assert_close(merged.counts, halves[0].counts + halves[1].counts)
+    merged.save(tmp_path / "s.safetensors")
+    assert_same(Statistics.load(tmp_path / "s.safetensors"), merged)
+    with pytest.raises(CalibrationError, match="one model only"):
+        merged + calibrate(build("encoder"), tokenizer, TEXTS, sequence_length=LENGTH)
+
+
+def test_mistakes_are_named(tmp_path):
+    with pytest.raises(CalibrationError, match="damping"):
+        metric(Statistics(torch.ones(2), None, torch.eye(2), 2), damping=-1)
+    with pytest.raises(CalibrationError, match="no moment"):
+        metric(Statistics(torch.ones(2), None, None, 2))
+    for name, tensors in (("other", {"x": torch.ones(2)}), ("none", {})):
+        save_file(tensors, tmp_path / name)
+        with pytest.raises(CalibrationError, match="holds no"):
+            Statistics.load(tmp_path / name)
+    (tmp_path / "torn").write_bytes(b"\0" * 9)
+    with pytest.raises(CalibrationError, match="no readable"):
+        Statistics.load(tmp_path / "torn")

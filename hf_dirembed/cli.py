@@ -13,20 +13,16 @@ import click
 
 from hf_dirembed_command import INTERRUPTED
 
-from .checkpoint import (
-    CheckpointSummary,
-    compress_checkpoint,
-    expand_checkpoint,
-    find_checkpoint,
-    inspect_checkpoint,
-)
+from .checkpoint import compress_checkpoint, expand_checkpoint
 from .cli_evaluate import evaluate_command
 from .compression.compress import METHODS, SETTINGS
 from .demo import PAIRS, SENTENCES, DemoResult, run_demo
+from .inspection import CheckpointSummary, inspect_checkpoint
 from .layout_dirembed import CheckpointError, DirEmbedError
 from .picture import TableProfile, require_matplotlib, save_picture
 from .processes import is_main_process
 from .publishing import upload_checkpoint, write_checkpoint_card
+from .reading import find_checkpoint
 
 
 class ErrorReportingGroup(click.Group):

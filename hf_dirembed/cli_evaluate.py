@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 
-from .checkpoint import is_compressed
 from .evaluation.results import RESULTS_NAME, Result, portable_arguments, save_result
 from .evaluation.tasks import TASKS, evaluate
+from .reading import is_compressed
 
 
 def task_options(command: Callable[..., Any]) -> Callable[..., Any]:

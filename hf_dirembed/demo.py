@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModel
 
-from .checkpoint import CheckpointSummary, compress_checkpoint
+from .checkpoint import compress_checkpoint
+from .inspection import CheckpointSummary
 from .layout_dirembed import ModelError
 
 

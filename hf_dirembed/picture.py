@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .checkpoint import CheckpointSummary, inspect_checkpoint, load_model, load_tokenizer
 from .compression.languages import card_languages
 from .compression.subspace import eigenbasis, row_cosines, second_moment
 from .compression.table import Table
 from .compression.weights import token_weights
 from .embedding_dirembed import CompressedEmbedding
+from .inspection import CheckpointSummary, inspect_checkpoint
 from .layout_dirembed import BIT_WIDTHS, CheckpointError, CompressionSpec, ModelError, first_line
 from .modeling_dirembed import embedding_of
+from .reading import load_model, load_tokenizer
 
 
 if TYPE_CHECKING:

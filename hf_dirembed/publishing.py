@@ -9,8 +9,8 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import PreTrainedModel
 
-from .checkpoint import inspect_checkpoint
 from .hub import CARD_NAME, Source, find_source, is_generated, write_card
+from .inspection import inspect_checkpoint
 from .layout_dirembed import CheckpointError, first_line
 from .metadata import card_metadata
 

@@ -18,8 +18,8 @@ from torch import nn
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..checkpoint import find_checkpoint, load_model, load_tokenizer
 from ..matrix_dirembed import CompressedMatrix
+from ..reading import find_checkpoint, load_model, load_tokenizer
 from .data import DatasetSource, EvaluationError
 from .running import check_counts, find_device
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..checkpoint import find_checkpoint, load_model, load_tokenizer
+from ..reading import find_checkpoint, load_model, load_tokenizer
 from .data import EvaluationError, SentencePairs, load_pairs, require
 from .running import Comparison, check_counts, find_device, inference, longest_input, side_by_side
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoint import find_checkpoint, load_model, load_tokenizer
+from ..reading import find_checkpoint, load_model, load_tokenizer
 from .causal import perplexity
 from .data import DatasetSource, EvaluationError, load_pairs, load_text
 from .finetuning import FineTunedFigures, FineTuningSettings

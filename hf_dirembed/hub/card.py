@@ -21,7 +21,7 @@ from .usage import Usage
 
 
 if TYPE_CHECKING:
-    from ..checkpoint import CheckpointSummary
+    from ..inspection import CheckpointSummary
 
 CARD_NAME = "README.md"
 RESULTS_FILE = ".eval_results/hf_dirembed.yaml"

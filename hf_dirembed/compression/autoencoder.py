@@ -15,14 +15,13 @@ from transformers.utils import logging
 
 from ..layout_dirembed import BudgetError
 from .factorization import Factorization
-from .subspace import check_rank, exact_chunks, svd
+from .subspace import check_rank, length_scale, svd
 from .table import Table
 from .training_state import TrainingState
 
 
 _COSINE_EPSILON = 1e-6
 _ALPHA_EPSILON = 1e-10  # keeps the gradient of |error|^α finite at an error of zero
-_EXPONENTS = (-126, 126)  # of a scale that float32 holds, and the inverse of
 
 
 @dataclass(frozen=True)
@@ -282,18 +281,8 @@ def _initial_model(table: Table, rank: int, settings: AutoencoderSettings, gener
     else:
         encoder, decoder = uniform(table.dim, rank, fan_in=table.dim), uniform(rank, table.dim, fan_in=rank)
         biases = uniform(rank, fan_in=table.dim), uniform(table.dim, fan_in=rank)
-    model = Autoencoder(encoder, decoder, biases, elu=settings.nonlinear_encoder, scale=_scale(table))
+    model = Autoencoder(encoder, decoder, biases, elu=settings.nonlinear_encoder, scale=length_scale(table))
     return model.to(table.device)
-
-
-def _scale(table: Table) -> float:
-    """The power of two that the median length of the rows, those of zeros left out, is 1 to 2 times."""
-    lengths = torch.cat([chunk.norm(dim=1) for _, chunk in exact_chunks(table)])
-    if not lengths.any():
-        return 1.0
-    exponent = math.frexp(float(lengths[lengths > 0].median()))[1] - 1
-    least, most = _EXPONENTS
-    return 2.0 ** min(max(exponent, least), most)
 
 
 def _batches(rows: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:

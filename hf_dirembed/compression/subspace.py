@@ -6,6 +6,7 @@ decoder are rounded from. Memory: one chunk, a few (dim, dim) matrices, and the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -20,6 +21,7 @@ from .table import Table
 
 _COSINE_FLOOR = 1e-2  # bounds the weight of a row that the subspace misses; the objective itself has no floor
 _TOLERANCE = 1e-6  # of the mean cosine
+_EXPONENTS = (-126, 126)  # of a scale that float32 holds, and the inverse of
 _SMALLER_STEP = {None: 8, 8: 1}  # block power steps to try after a full eigenproblem lowered the objective
 
 
@@ -324,3 +326,18 @@ def exact_chunks(table: Table) -> Iterator[tuple[slice, Tensor]]:
     """The chunks of a table in float64, on its device (on the CPU where the device has no float64)."""
     for rows, chunk in table.chunks():
         yield rows, chunk.to(_exact_device(table)).double()
+
+
+def length_scale(table: Table) -> float:
+    """The power of two that the median length of the rows, those of zeros left out, is 1 to 2 times.
+
+    Example:
+        >>> length_scale(Table(torch.tensor([[3.0, 4.0], [0.0, 0.0]])))
+        4.0
+    """
+    lengths = torch.cat([chunk.norm(dim=1) for _, chunk in exact_chunks(table)])
+    if not lengths.any():
+        return 1.0
+    exponent = math.frexp(float(lengths[lengths > 0].median()))[1] - 1
+    least, most = _EXPONENTS
+    return 2.0 ** min(max(exponent, least), most)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ class Table:
         shape: `(num_rows, dim)`; read from `rows.shape` where that exists.
         device: Where the chunks are put, and so where fitting runs.
         chunk_rows: Rows per chunk; by default 16 MiB of float32.
+        scale: What every row is divided by, before the factor.
         factor: (dim, dim) what every row is multiplied by, to measure it in the metric `factor @ factor.T`.
         longest: The length that longer rows are scaled down to, after the factor.
 
@@ -58,6 +59,7 @@ class Table:
         shape: tuple[int, int] | None = None,
         device: torch.device | str = "cpu",
         chunk_rows: int | None = None,
+        scale: float = 1.0,
         factor: Tensor | None = None,
         longest: float | None = None,
     ) -> None:
@@ -68,6 +70,7 @@ class Table:
         self.num_rows, self.dim = size
         self.device = torch.device(device)
         self.chunk_rows = chunk_rows or max(1, CHUNK_ELEMENTS // self.dim)
+        self.scale = scale
         self.factor = None if factor is None else factor.to(device=self.device, dtype=torch.float32)
         self.longest = longest
 
@@ -91,6 +94,8 @@ class Table:
                 raise TableError(f"row {bad} of the embedding table holds a NaN or an infinity: mend the checkpoint")
             if chunk.data_ptr() % ALIGNMENT:
                 chunk = chunk.clone()
+            if self.scale != 1:
+                chunk = chunk / self.scale
             if self.factor is not None:
                 chunk = chunk @ self.factor
             if self.longest is not None:
@@ -117,6 +122,15 @@ class Table:
         """The same rows, each multiplied by a (dim, dim) factor of the metric that errors are measured in."""
         return self._like(factor=factor, longest=None)
 
+    def over(self, scale: float) -> Table:
+        """The same rows, each divided by `scale`.
+
+        Example:
+            >>> next(Table(torch.tensor([[2.0, 4.0]])).over(2).chunks())[1].tolist()
+            [[1.0, 2.0]]
+        """
+        return self._like(scale=self.scale * scale)
+
     def no_longer_than(self, longest: float) -> Table:
         """The same rows, those that are longer scaled down to that length.
 
@@ -125,10 +139,9 @@ class Table:
             >>> next(rows.chunks())[1].tolist()
             [[0.6000000238418579, 0.800000011920929], [0.30000001192092896, 0.4000000059604645], [0.0, 0.0]]
         """
-        return self._like(factor=self.factor, longest=longest)
+        return self._like(longest=longest)
 
-    def _like(self, *, factor: Tensor | None, longest: float | None) -> Table:
+    def _like(self, **changes: Any) -> Table:
         shape = (self.num_rows, self.dim)
-        return Table(
-            self.rows, shape=shape, device=self.device, chunk_rows=self.chunk_rows, factor=factor, longest=longest
-        )
+        same = {"scale": self.scale, "factor": self.factor, "longest": self.longest}
+        return Table(self.rows, shape=shape, device=self.device, chunk_rows=self.chunk_rows, **{**same, **changes})

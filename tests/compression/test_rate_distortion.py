@@ -98,6 +98,24 @@ def test_figures_are_what_a_dense_computation_gives(with_metric: bool) -> None:
     assert coded.spec.figures["bound_bits"] == pytest.approx(bound.rate(distortion), abs=1e-4)
 
 
+@pytest.mark.parametrize("deviation", [0.0, 1e-6, 1e-4, 1e-2])
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0])
+def test_rows_that_are_nearly_alike(scale: float, deviation: float) -> None:
+    """What is lost of them is measured; where all they differ by is rounding, nothing is."""
+    seeded = torch.Generator().manual_seed(0)
+    rows = scale * torch.randn(1, 16, generator=seeded) * (1 + deviation * torch.randn(2000, 16, generator=seeded))
+    coded = compress_table(rows, method="svd", rank=1)
+    if deviation < 1e-5:
+        assert coded.spec.figures.keys().isdisjoint({"distortion", "bound_bits"})
+        return
+    exact = rows.double() / scale
+    omega = 1 / exact.square().sum(dim=1)
+    centred = exact - omega @ exact / omega.sum()
+    variance = float(omega @ centred.square().sum(dim=1))
+    lost = float(omega @ (exact - coded.reconstruct().double() / scale).square().sum(dim=1))
+    assert coded.spec.figures["distortion"] == pytest.approx(lost / variance, rel=1e-3)
+
+
 @pytest.mark.parametrize(("bits", "scalar"), [(1, 0.27), (2, 0.46), (4, 0.78)])
 def test_a_gaussian_table_is_nearer_to_its_bound_than_scalar_quantisers_are(bits: float, scalar: float) -> None:
     """Max (1960): the best uniform quantisers of 1, 2 and 4 bits leave .3634, .1188 and .0115 of the variance."""

@@ -51,6 +51,16 @@ def test_any_scale_is_as_good(name: str, power: float) -> None:
     assert figures(rows() * 10**power, **OPTIONS[name]) == pytest.approx(at_scale_1(name), abs=TOLERANCE[name])
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.integers(-100, 60))
+def test_figures_of_any_scale_are_the_same(exponent: int) -> None:
+    """By a power of two, so that the table has the same digits; its squares need not be float32's."""
+    found = compress_table(rows() * 2.0**exponent, method="svd", rank=8).spec.figures
+    expected = compress_table(rows(), method="svd", rank=8).spec.figures
+    assert expected.keys() > {"distortion", "bound_bits"}
+    assert found == pytest.approx(expected, abs=2e-6)
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize(
     ("dtype", "power", "more"),

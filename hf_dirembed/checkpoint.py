@@ -15,6 +15,7 @@ from .compression.compress import check_request
 from .compression.languages import card_languages
 from .hub import Source, write_card
 from .inspection import CheckpointSummary, inspect_checkpoint
+from .layout_dirembed import ModelError
 from .metadata import hub_id
 from .processes import on_main_process
 from .reading import find_checkpoint, find_table, is_compressed, load_model, load_tokenizer
@@ -117,6 +118,8 @@ def expand_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str
     """
     with staged_folder(out) as staging:
         folder = find_checkpoint(source)
+        if not is_compressed(folder):
+            raise ModelError(f"{folder} is not a compressed checkpoint: there is nothing to expand")
         model = expand(load_model(folder))
         _copy_companions(folder, staging)
         model.save_pretrained(staging)

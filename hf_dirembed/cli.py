@@ -59,7 +59,7 @@ def main() -> None:
     """Makes a model's token embeddings 8 to 32 times smaller, behind plain from_pretrained."""
 
 
-@main.command()
+@main.command(short_help="Make the token embeddings of a checkpoint smaller.")
 @click.argument("src")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--method", default="transform", show_default=True, help=f"One of {', '.join(METHODS)}.")
@@ -94,6 +94,8 @@ def compress(
     **options: Any,
 ) -> None:
     """Compress the token embeddings of SRC, a folder or a Hub id, into the folder OUT."""
+    if private and not push_to_hub:
+        raise CheckpointError("--private is for an upload: name its repo with --push-to-hub")
     summary = compress_checkpoint(
         src,
         out,
@@ -110,7 +112,7 @@ def compress(
         click.echo(f"uploaded to {upload_checkpoint(out, push_to_hub, private=private)}", err=True)
 
 
-@main.command()
+@main.command(short_help="Show what a checkpoint holds in place of its table.")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option(
     "--plot", metavar="FILE", type=click.Path(path_type=Path), help="Also draw its spectrum and bits into this image."
@@ -132,7 +134,7 @@ def inspect(folder: Path, plot: Path | None, reference: str | None, as_json: boo
 main.add_command(evaluate_command)
 
 
-@main.command()
+@main.command(short_help="Write the model card of a compressed checkpoint.")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--base-model", metavar="REPO", help="Hub id of the model that DIR was made from.  [default: as known]")
 @click.option("--model-id", metavar="REPO", help="Hub id that DIR will have.  [default: the folder's name]")
@@ -143,7 +145,7 @@ def card(folder: Path, base_model: str | None, model_id: str | None, force: bool
     click.echo(f"{written}: the card", err=True)
 
 
-@main.command()
+@main.command(short_help="Turn a compressed checkpoint into a stock one.")
 @click.argument("folder", metavar="DIR")
 @click.argument("out", type=click.Path(path_type=Path))
 def expand(folder: str, out: Path) -> None:
@@ -152,7 +154,7 @@ def expand(folder: str, out: Path) -> None:
     click.echo(f"{out}: a stock checkpoint", err=True)
 
 
-@main.command()
+@main.command(short_help="Compress a real model and show what changed.")
 @click.option("--out", type=click.Path(path_type=Path), help="Keep the compressed model in this folder.")
 @click.option("--method", default="transform", show_default=True, help=f"One of {', '.join(METHODS)}.")
 @budget_options
@@ -177,12 +179,12 @@ def _print_summary(summary: CheckpointSummary, as_json: bool) -> None:
     latents = f"{summary.rank} for {summary.embedding_dim} dimensions, {summary.codes}"
     if summary.refined_rows:
         latents += f"; {summary.refinement_rank} more for the {summary.refined_rows:,} most frequent rows"
-    parts = f"codes {_megabytes(summary.code_bytes)}, decoder {_megabytes(summary.decoder_bytes)}"
+    parts = f"codes {_size(summary.code_bytes)}, decoder {_size(summary.decoder_bytes)}"
     lines = [
         ("method", summary.method),
         ("base model", summary.base_model_type),
-        ("table", f"{summary.num_embeddings:,} x {summary.embedding_dim:,}, {_megabytes(summary.dense_bytes)}"),
-        ("replaced by", f"{_megabytes(summary.bytes)}, {summary.ratio:.2f}x smaller"),
+        ("table", f"{summary.num_embeddings:,} x {summary.embedding_dim:,}, {_size(summary.dense_bytes)}"),
+        ("replaced by", f"{_size(summary.bytes)}, {summary.ratio:.2f}x smaller"),
         ("", parts),
         ("bits per weight", f"{summary.bits_per_weight:.3f}"),
         ("latents", latents),
@@ -198,7 +200,7 @@ def _print_summary(summary: CheckpointSummary, as_json: bool) -> None:
         distance = f"{summary.bits_per_weight - summary.bound_bits:.3f} bits per weight less for that"
         lines.append(("", f"a Gaussian table of this spectrum could do with {distance}"))
     if summary.expanded_bytes:
-        memory = f"+ {_megabytes(summary.expanded_bytes)} where a tied head expands the codes, on CPU"
+        memory = f"+ {_size(summary.expanded_bytes)} where a tied head expands the codes, on CPU"
         lines.append(("at run time", memory))
     for label, value in lines:
         click.echo(f"{label:<16} {value}")
@@ -208,7 +210,7 @@ def _print_demo(result: DemoResult) -> None:
     click.echo("all-MiniLM-L6-v2, its token embeddings compressed\n")
     _print_summary(result.summary, as_json=False)
     before, after = result.file_bytes
-    click.echo(f"{'whole file':<16} {_megabytes(before)} -> {_megabytes(after)}")
+    click.echo(f"{'whole file':<16} {_size(before)} -> {_size(after)}")
     click.echo(f"{'sentence cosine':<16} {result.sentence_cosine:.4f} between embeddings before and after\n")
     click.echo("similarity     before   after")
     for (first, second), (dense, compressed) in zip(PAIRS, result.similarities, strict=True):
@@ -216,5 +218,5 @@ def _print_demo(result: DemoResult) -> None:
     click.echo(f"\nAutoModel and SentenceTransformer load it alike (largest difference {result.agreement:.1e}).")
 
 
-def _megabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:,.1f} MB"
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e5 or not num_bytes else f"{num_bytes / 1e3:,.1f} kB"

@@ -34,6 +34,7 @@ def flag(name: str) -> str:
 
 @click.command(
     name="evaluate",
+    short_help="Measure a model, beside the dense one if you like.",
     help="Evaluate MODEL, a folder or a Hub id, dense or compressed, on a task:\n\n\b\n"
     + "\n".join(f"{task.name:<15} {task.help}" for task in TASKS.values()),
 )

@@ -64,7 +64,9 @@ def find_checkpoint(source: str | os.PathLike[str]) -> Path:
         )
         patterns += [SAFE_WEIGHTS_NAME, *(shards_of(index) if index.is_file() else ())]
         return Path(huggingface_hub.snapshot_download(os.fspath(source), allow_patterns=patterns))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except HFValidationError as error:
+        raise CheckpointError(f"{source} is no folder here, and no id of the Hub: check the name") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         reason = first_line(error)
         raise CheckpointError(
             f"{source} is neither a folder here nor a model that the Hub gives out ({reason}): check the name"

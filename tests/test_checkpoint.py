@@ -179,9 +179,11 @@ MISTAKES = {
     "output exists": (["compress", "{dense}", "{dense}", "--bits", "4"], "exists already"),
     "output below a file": (["compress", "{dense}", "{dense}/config.json/out", "--bits", "4"], "cannot be written"),
     "inspect a dense model": (["inspect", "{dense}"], "not a compressed checkpoint"),
-    "expand a dense model": (["expand", "{dense}", "{out}"], "not compressed"),
+    "expand a dense model": (["expand", "{dense}", "{out}"], "dense is not a compressed checkpoint: there is nothing"),
     "a card of a dense model": (["card", "{dense}"], "not a compressed checkpoint"),
     "no Hub id": (["compress", "{dense}", "{out}", "--bits", "4", "--base-model", "../x"], "no id of the Hub"),
+    "no such folder": (["inspect", "{tmp}/nowhere"], "nowhere is no folder here, and no id of the Hub: check"),
+    "private what": (["compress", "{dense}", "{out}", "--bits", "4", "--private"], "--private is for an upload"),
     "a card of nothing": (["card", "{tmp}/nowhere"], "is no folder"),
     "no token embedding": (["compress", "{vit}", "{out}", "--bits", "4"], "no token embedding"),
 }
@@ -203,6 +205,14 @@ def test_mistakes_are_one_line_that_names_the_mend(name: str, dense: Path, tmp_p
     assert line.startswith("hf-dirembed: ")
     assert expected in line
     assert sorted(tmp_path.rglob("*")) == before, "something was left behind"
+
+
+def test_help_says_what_every_command_does() -> None:
+    done = run("--help")
+    assert done.exit_code == 0
+    commands = done.stdout.partition("Commands:")[2].strip().splitlines()
+    assert [line.split()[0] for line in commands] == sorted(main.commands)
+    assert all(line.endswith(".") and not line.endswith("...") for line in commands)
 
 
 def test_resume_keeps_what_was_calibrated_or_trained(dense: Path, tmp_path: Path) -> None:
@@ -311,7 +321,7 @@ def test_inspect_states_what_the_head_expands_to(tmp_path: Path) -> None:
     assert repr(embedding) == f"CompressedEmbedding(2000, 32, method=transform, {layers}, bits_per_weight=2)"
     assert summary.decoder_bytes == embedding.stored_decoder().nbytes + embedding.decoder_bias_weight.nbytes
     shown = run("inspect", tmp_path).stdout
-    assert f"{summary.expanded_bytes / 1e6:.1f} MB where a tied head" in shown
+    assert f"{summary.expanded_bytes / 1e3:.1f} kB where a tied head" in shown
     assert f"{summary.bits_per_weight - summary.bound_bits:.3f} bits per weight less" in shown
 
 

@@ -84,7 +84,7 @@ def test_a_language_model_with_its_head(causal: Path, tmp_path: Path) -> None:
 
 MISTAKES = {
     "no model": ([], "name a MODEL"),
-    "no such model": (["{tmp}/nowhere"], "neither a folder"),
+    "no such model": (["{tmp}/nowhere"], "no folder here, and no id of the Hub"),
     "no data": (["{encoder}"], "give --pairs"),
     "no such data": (["{encoder}", "--pairs", "{tmp}/no.csv"], "no.csv"),
     "no such method": (["{encoder}", "--methods", "svd,magic"], "'magic' is no method: choose among dense, transform"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -136,12 +136,14 @@ def _model_parts(model: ModelReport) -> list[str]:
         f"below it is the {model.change}. Times over those of the dense table, measured in turns in the same "
         "process; memory above that of the process before."
     )
-    heads = sorted({batch for point in model.points for batch in point.measured.get("head") or {}}, key=int)
-    header = [
-        "method", "bits", "file, MB", *model.dense, "fit, s", "fit, MB", "load", "lookup", "lookup, MB",
-        *(f"head {batch}" for batch in heads), *(["head, MB"] if heads else []),
-    ]  # fmt: skip
-    parts = [intro, table(header, [_row(point, model, heads) for point in model.points if _fitted(point)])]
+    form = "{:.4f}x" if model.lower_is_better else "{:+.3f}"
+
+    def cells(point: Point) -> list[str]:
+        quality = (form.format(point.quality[name]) if name in point.quality else "" for name in model.dense)
+        return [point.method, f"{point.bits:.3f}", f"{point.measured['file_bytes'] / 1e6:.2f}", *quality]
+
+    fitted = [point for point in model.points if _fitted(point)]
+    parts = [intro, _measured(["method", "bits", "file, MB", *model.dense], cells, fitted, _ratio)]
     dense = next((point for point in model.points if point.method == "dense" and _fitted(point)), None)
     if dense is not None:
         parts.append(_dense_times(dense))
@@ -153,23 +155,29 @@ def _fitted(point: Point) -> bool:
     return "fit" not in point.failures
 
 
-def _row(point: Point, model: ModelReport, heads: Sequence[str]) -> list[str]:
-    found = point.measured
-    form = "{:.4f}x" if model.lower_is_better else "{:+.3f}"
-    times = found.get("head") or {}
-    return [
-        point.method,
-        f"{point.bits:.3f}",
-        f"{found['file_bytes'] / 1e6:.2f}",
-        *(form.format(point.quality[name]) if name in point.quality else "" for name in model.dense),
-        f"{found['fit_s']:.2f}",
-        _megabytes(found["fit_peak_bytes"]),
-        _ratio(found.get("load")),
-        _ratio(found.get("lookup")),
-        _megabytes(found.get("lookup_peak_bytes")),
-        *(_ratio(times.get(batch)) for batch in heads),
-        *([_megabytes(found.get("head_peak_bytes"))] if heads else []),
-    ]
+def _measured(
+    header: Sequence[str],
+    cells: Callable[[Point], list[str]],
+    points: Sequence[Point],
+    time: Callable[[dict[str, float] | None], str],
+    unit: str = "",
+) -> str:
+    """A table of what was measured of each point, after cells of its own under their header."""
+    batches = sorted({batch for point in points for batch in point.measured.get("head") or {}}, key=int)
+    header = [
+        *header, "fit, s", "fit, MB", f"load{unit}", f"lookup{unit}", "lookup, MB",
+        *(f"head {batch}{unit}" for batch in batches), *(["head, MB"] if batches else []),
+    ]  # fmt: skip
+    rows = []
+    for point in points:
+        found, heads = point.measured, point.measured.get("head") or {}
+        rows.append([
+            *cells(point), f"{found['fit_s']:.2f}", _megabytes(found["fit_peak_bytes"]), time(found.get("load")),
+            time(found.get("lookup")), _megabytes(found.get("lookup_peak_bytes")),
+            *(time(heads.get(batch)) for batch in batches),
+            *([_megabytes(found.get("head_peak_bytes"))] if batches else []),
+        ])  # fmt: skip
+    return table(header, rows)
 
 
 def _ratio(found: dict[str, float] | None) -> str:
@@ -294,31 +302,18 @@ def _scaling_parts(points: Sequence[Point]) -> list[str]:
         "Float32, a deviation of k^-½ along the k-th axis. In brackets how many times as long as the dense table "
         "takes, measured in turns in the same process; memory above that of the process before."
     )
-    heads = sorted({batch for point in points for batch in point.measured.get("head") or {}}, key=int)
-    header = [
-        "method", "bits", "rows", "file, MB", "fit, s", "fit, MB", "load, ms", "lookup, ms", "lookup, MB",
-        *(f"head {batch}, ms" for batch in heads), *(["head, MB"] if heads else []),
-    ]  # fmt: skip
+
+    def cells(point: Point) -> list[str]:
+        return [point.method, f"{point.bits:.2f}", f"{point.rows:,}", f"{point.measured['file_bytes'] / 1e6:.1f}"]
+
     order = list(dict.fromkeys(point.method for point in points))
-    fitted = [point for point in points if _fitted(point)]
-    rows = [_scaling_row(point, heads) for point in sorted(fitted, key=lambda p: (order.index(p.method), p.rows))]
+    fitted = sorted(filter(_fitted, points), key=lambda point: (order.index(point.method), point.rows))
+    shown = _measured(["method", "bits", "rows", "file, MB"], cells, fitted, _milliseconds, ", ms")
     gone = [f"{p.method}, {p.rows:,} rows, {kind}: {reason}" for p in points for kind, reason in p.failures.items()]
     without = [
         f"{p.method}: its package has no head over this table" for p in fitted if p.measured.get("head", 0) is None
     ]
-    return [part for part in (intro, table(header, rows), _bullets([*gone, *dict.fromkeys(without)])) if part]
-
-
-def _scaling_row(point: Point, heads: Sequence[str]) -> list[str]:
-    found = point.measured
-    times = found.get("head") or {}
-    return [
-        point.method, f"{point.bits:.2f}", f"{point.rows:,}", f"{found['file_bytes'] / 1e6:.1f}",
-        f"{found['fit_s']:.2f}", _megabytes(found["fit_peak_bytes"]), _milliseconds(found.get("load")),
-        _milliseconds(found.get("lookup")), _megabytes(found.get("lookup_peak_bytes")),
-        *(_milliseconds(times.get(batch)) for batch in heads),
-        *([_megabytes(found.get("head_peak_bytes"))] if heads else []),
-    ]  # fmt: skip
+    return [part for part in (intro, shown, _bullets([*gone, *dict.fromkeys(without)])) if part]
 
 
 def _milliseconds(found: dict[str, float] | None) -> str:

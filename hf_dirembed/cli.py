@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from .cli_evaluate import evaluate_command
 from .compression.compress import METHODS, SETTINGS
 from .demo import PAIRS, SENTENCES, DemoResult, run_demo
 from .inspection import CheckpointSummary, inspect_checkpoint
-from .layout_dirembed import CheckpointError, DirEmbedError
+from .layout_dirembed import BudgetError, CheckpointError, DirEmbedError
 from .picture import TableProfile, require_matplotlib, save_picture
 from .processes import is_main_process
 from .publishing import upload_checkpoint, write_checkpoint_card
@@ -28,18 +29,38 @@ from .reading import find_checkpoint
 class ErrorReportingGroup(click.Group):
     """Ends a user's mistake in one line on stderr and exit code 2, Ctrl-C in one and 130, without a traceback."""
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Reads the options before the command's name."""
+        try:
+            return super().make_context(*args, **kwargs)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            _report(error)
+            sys.exit(2)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Runs a command."""
         try:
             return super().invoke(ctx)
-        except DirEmbedError as error:
-            if is_main_process():
-                click.echo(f"hf-dirembed: {error}", err=True)
+        except (click.UsageError, DirEmbedError) as error:
+            _report(error)
             ctx.exit(2)
         except KeyboardInterrupt:
             if is_main_process():
                 click.echo(f"\n{INTERRUPTED}", err=True)
             ctx.exit(130)
+
+
+def _report(error: click.UsageError | DirEmbedError) -> None:
+    if not is_main_process():
+        return
+    line = str(error)
+    if isinstance(error, click.UsageError):
+        line = " ".join(error.format_message().split())
+        if error.ctx is not None:
+            line += f" ({error.ctx.command_path} --help)"
+    click.echo(f"hf-dirembed: {line}", err=True)
 
 
 def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,6 +115,8 @@ def compress(
     **options: Any,
 ) -> None:
     """Compress the token embeddings of SRC, a folder or a Hub id, into the folder OUT."""
+    if seed is not None and method in METHODS and method not in SETTINGS:
+        raise BudgetError(f"method {method!r} draws no random numbers: leave --seed out")
     if private and not push_to_hub:
         raise CheckpointError("--private is for an upload: name its repo with --push-to-hub")
     summary = compress_checkpoint(

@@ -184,6 +184,15 @@ MISTAKES = {
     "no Hub id": (["compress", "{dense}", "{out}", "--bits", "4", "--base-model", "../x"], "no id of the Hub"),
     "no such folder": (["inspect", "{tmp}/nowhere"], "nowhere is no folder here, and no id of the Hub: check"),
     "private what": (["compress", "{dense}", "{out}", "--bits", "4", "--private"], "--private is for an upload"),
+    "a seed of nothing": (
+        ["compress", "{dense}", "{out}", "--rank", "3", "--method", "svd", "--seed", "1"],
+        "no random",
+    ),
+    "no budget but a word": (["compress", "{dense}", "{out}", "--bits", "x"], "'x' is not a valid float"),
+    "no output": (["compress", "{dense}"], "Missing argument 'OUT'. ("),
+    "no such option": (["compress", "{dense}", "{out}", "--bit", "4"], "No such option '--bit'"),
+    "no such command": (["kompress", "{dense}", "{out}"], "No such command 'kompress'"),
+    "an option before the command": (["--bits", "4", "compress"], "No such option '--bits'"),
     "a card of nothing": (["card", "{tmp}/nowhere"], "is no folder"),
     "no token embedding": (["compress", "{vit}", "{out}", "--bits", "4"], "no token embedding"),
 }

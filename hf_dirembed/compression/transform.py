@@ -20,7 +20,7 @@ from .importance import Importance, Sample
 from .layers import METRIC_SPLITS, ROW_NUMBER_ITEMSIZE, SPLITS, LayerPlan, Room, Splits, plan_layers
 from .outliers import RESERVED_SHARE, count_outliers, outlier_bytes
 from .quantisation import BitAllocator, Quantisers
-from .subspace import eigenbasis, second_moment
+from .subspace import eigenbasis, exact_chunks, second_moment
 from .table import Table
 
 
@@ -165,8 +165,9 @@ def _check_lengths(rows: Table, importance: Importance) -> None:
     else:
         fits = not any(chunk.any() for _, chunk in rows.chunks())  # nothing but zeros
     if not fits:
+        longest = max(float(chunk.norm(dim=1).max()) for _, chunk in exact_chunks(rows))
         raise TableError(
-            f"rows of the embedding table are up to {importance.norms.max():.0e} long, where squares leave float32: "
+            f"rows of the embedding table are up to {longest:.0e} long, where squares leave float32: "
             "scale the table to lengths near 1"
         )
 

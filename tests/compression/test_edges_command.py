@@ -176,7 +176,11 @@ REFUSALS: dict[str, tuple[Tensor, list[str], str]] = {
     "squares beyond float32": (gaussian() * 1e30, list(METHODS), "row 0 .* too long to measure: scale the table down"),
     "half precision, latents beyond it": (torch.full((V, D), 6e4).half(), LONG_LATENTS, RANGE),
     "half precision, steps below it": ((gaussian() * 1e-6).half(), ["transform, 4 bits"], RANGE),
-    "squares that are lost in float32": (gaussian() * 1e-30, ["transform, 4 bits"], "scale the table to lengths near"),
+    "squares that are lost in float32": (
+        gaussian() * 1e-30,
+        ["transform, 4 bits"],
+        "up to .e-30 long.*scale the table",
+    ),
     "importance that is lost in float32": (gaussian() * 1e18, ["transform, 4 bits"], "scale the table to lengths nea"),
     "double precision": (gaussian().double(), ["svd, rank 1"], "of dtype float64: give the model in float32"),
     "one token": (gaussian(1), ["transform, 4 bits"], "ask for at least bits="),

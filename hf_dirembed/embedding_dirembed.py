@@ -95,7 +95,7 @@ class CompressedEmbedding(CompressedMatrix):
         Args:
             embedding: Left as it is.
             **options: Those of [`hf_dirembed.compress`] that concern a table: `method`, one of `bits`, `ratio` and
-                `rank`, `weights`, `seed`, ...
+                `rank`, `weights`, `settings`, ...
 
         Raises:
             DirEmbedError: As [`hf_dirembed.compress`] does.

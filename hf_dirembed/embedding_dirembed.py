@@ -136,3 +136,15 @@ class CompressedEmbedding(CompressedMatrix):
         if self.embed_scale == 1.0:
             return rows
         return rows * (rows.new_full((), self.embed_scale) if self.round_scale else self.embed_scale)
+
+
+def compression_line(embedding: nn.Embedding | CompressedEmbedding) -> str:
+    """How large an embedding is, and how large it would be dense, in a line."""
+    rows, dim = embedding.num_embeddings, embedding.embedding_dim
+    dense_bytes = rows * dim * embedding.weight.element_size()
+    if not isinstance(embedding, CompressedEmbedding):  # replaced by hand, with set_input_embeddings
+        return f"token embeddings {rows:,} x {dim:,}: {dense_bytes:,} bytes, dense"
+    dense_bytes = int(embedding.spec.figure("dense_bytes") or rows * dim * embedding.dtype.itemsize)
+    smaller = f"{dense_bytes / embedding.num_bytes:.1f}x smaller than dense"
+    size = f"token embeddings {rows:,} x {dim:,}: {embedding.num_bytes:,} bytes, {smaller}"
+    return f"{size}, {embedding.bits_per_weight:.2f} bits per weight ({embedding.spec.method})"

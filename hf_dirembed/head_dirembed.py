@@ -102,21 +102,26 @@ class CompressedLMHead(CompressedMatrix):
                 "integers: compress it with method='direction', whose codes are floats"
             )
         self.check_gradients()
-        latents = self.scaled(F.linear(hidden_states, self.decoder_weight))
-        logits = self._code_product(
-            latents[..., : self.spec.rank], self.weight, self.spec.bit_allocation, self._expanded
-        )
+        if (shadow := self.heeded_shadow) is not None:
+            shadow.refresh(self)
+        states = F.linear(hidden_states, self.decoder_weight)
+        latents, rank = self.scaled(states), self.spec.rank
+        logits = self._code_product(latents[..., :rank], self.weight, self.spec.bit_allocation, self._expanded)
+        if shadow is not None:
+            logits = shadow.lend_to_product(logits, states[..., :rank], "weight")
         if (
             self.refinement_weight is not None
             and self.refined_rows_weight is not None
             and self.spec.refinement is not None
         ):
             refinement = self._code_product(
-                latents[..., self.spec.rank :],
+                latents[..., rank:],
                 self.refinement_weight,
                 self.spec.refinement.bit_allocation,
                 self._expanded_refinement,
             )
+            if shadow is not None:
+                refinement = shadow.lend_to_product(refinement, states[..., rank:], "refinement_weight")
             logits = logits.index_add(-1, self.refined_rows_weight.long(), refinement)  # int64 is what ONNX has
         if self.decoder_bias_weight is not None:
             logits = logits + (hidden_states @ self.decoder_bias_weight).unsqueeze(-1)

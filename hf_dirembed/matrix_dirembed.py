@@ -5,6 +5,7 @@ This file travels with every compressed model, so it imports nothing of the pack
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from .packing_dirembed import unpack
 HALF = 0.5  # what a mid-rise quantiser's integer stands for is half a step above it
 CACHE_LINE = 64  # bytes; what torch's own allocations are aligned to
 DENSE_CHUNK = 1 << 14  # rows decoded at a time when the whole table is asked for
+DECODER_TENSORS = ("decoder_weight", "decoder_bias_weight")  # of the code tensors, those that learn unless frozen
 
 
 class CompressedMatrix(nn.Module):
@@ -28,7 +30,8 @@ class CompressedMatrix(nn.Module):
     plus ½ (a mid-rise quantiser), times a power of two for each latent: these exponents keep D at the size that
     optimisers expect of weights and that narrow floats hold well. Rows that a refinement names have further latents,
     which follow in D; outliers, rows that the codes would lose, are kept as they are. Training changes the decoder
-    alone; float latents too, once they are unfrozen.
+    alone; latents and outliers too, once they are unfrozen. Packed latents then have floats beside them that learn, a
+    module which is no part of files.
 
     The code matrix is the parameter named `weight`: native tying of an LM head's `weight` then works unchanged, and a
     stock class that is given this checkpoint fails on its shape instead of loading it for a table. The float
@@ -117,6 +120,8 @@ class CompressedMatrix(nn.Module):
     def latents(self, ids: Tensor) -> Tensor:
         """The latents of rows, (..., decoder rows); zero where a row has no refinement."""
         self.check_gradients()
+        if (shadow := self.heeded_shadow) is not None:
+            shadow.refresh(self, ids)
         codes = F.embedding(ids, self.weight)
         if self.spec.bit_allocation is None or self.codebook_weight is None:
             return codes.to(self.dtype)
@@ -126,11 +131,22 @@ class CompressedMatrix(nn.Module):
             and self.refined_rows_weight is not None
             and self.spec.refinement is not None
         ):
-            rows, slots = self.refined_rows_weight, _slots(self.refined_rows_weight, ids, len(self.weight))
+            slots, refined = find_slots(self.refined_rows_weight, ids, len(self.weight))
             codes = F.embedding(slots, self.refinement_weight)
             further = unpack(codes, self.spec.refinement.bit_allocation, self.codebook_weight).to(self.dtype) + HALF
-            latents = torch.cat([latents, further * (rows[slots] == ids).unsqueeze(-1)], dim=-1)
-        return self.scaled(latents)
+            latents = torch.cat([latents, further * refined.unsqueeze(-1)], dim=-1)
+        latents = self.scaled(latents)
+        return latents if shadow is None else shadow.lend_to_rows(latents, ids, self.refined_rows_weight)
+
+    @property
+    def shadow(self) -> Any:
+        """The floats that learn for packed codes, a `LatentShadow`, once these are unfrozen; None before."""
+        return self._modules.get("shadow")  # not there at all while it is None: `print(model)` would show it
+
+    @property
+    def heeded_shadow(self) -> Any:
+        """`shadow`; None for what is compiled or exported in evaluation, when codes are up to date."""
+        return None if torch.compiler.is_compiling() and not self.training else self.shadow
 
     def scaled(self, latents: Tensor) -> Tensor:
         """Half-integers, (..., decoder rows), times the powers of two that belong to them; floats as they are."""
@@ -144,9 +160,9 @@ class CompressedMatrix(nn.Module):
         if self.decoder_bias_weight is not None:
             rows = rows + self.decoder_bias_weight
         if self.outlier_rows_weight is not None and self.outlier_weight is not None:
-            outliers, slots = self.outlier_rows_weight, _slots(self.outlier_rows_weight, ids, len(self.weight))
+            slots, is_outlier = find_slots(self.outlier_rows_weight, ids, len(self.weight))
             kept = F.embedding(slots, self.outlier_weight).to(rows.dtype)
-            rows = torch.where((outliers[slots] == ids).unsqueeze(-1), kept, rows)
+            rows = torch.where(is_outlier.unsqueeze(-1), kept, rows)
         if self.spec.zero_row is not None:
             rows = rows.masked_fill((ids == self.spec.zero_row).unsqueeze(-1), 0)
         return rows
@@ -160,6 +176,7 @@ class CompressedMatrix(nn.Module):
     @torch.no_grad()
     def resize_rows(self, num_rows: int) -> None:
         """Drops rows from the end, or adds rows: the mean latents or, packed, the codes of the row nearest to it."""
+        self._write_codes()
         self._resize_outliers(num_rows)
         self._resize_refinement(num_rows)
         kept = self.weight[:num_rows]
@@ -168,6 +185,8 @@ class CompressedMatrix(nn.Module):
         self.weight = nn.Parameter(kept.clone(), requires_grad=self.weight.requires_grad)
         if self.spec.zero_row is not None and self.spec.zero_row >= num_rows:
             self.spec = replace(self.spec, zero_row=None)
+        if self.shadow is not None:
+            self.shadow.follow(self)
 
     def _resize_refinement(self, num_rows: int) -> None:
         if self.refined_rows_weight is None or self.refinement_weight is None:
@@ -189,7 +208,7 @@ class CompressedMatrix(nn.Module):
             rows = self.outlier_rows_weight.new_zeros(1)
             kept = self.decode(rows)
         self.outlier_rows_weight = nn.Parameter(rows, requires_grad=False)
-        self.outlier_weight = nn.Parameter(kept, requires_grad=False)
+        self.outlier_weight = nn.Parameter(kept, requires_grad=self.outlier_weight.requires_grad)
 
     def _mean_codes(self) -> Tensor:
         if self.weight.is_floating_point():
@@ -269,18 +288,22 @@ class CompressedMatrix(nn.Module):
         return self
 
     def frozen_tensors(self) -> dict[str, Tensor]:
-        """The codes, by name, as far as training leaves them alone."""
-        decoder = ("decoder_weight", "decoder_bias_weight")
-        codes = self.code_tensors().items()
-        return {name: tensor for name, tensor in codes if name not in decoder and not tensor.requires_grad}
+        """The codes, by name, and the floats that learn for them, as far as training leaves them alone."""
+        codes = {name: tensor for name, tensor in self.code_tensors().items() if name not in DECODER_TENSORS}
+        if self.shadow is not None:
+            codes |= {f"shadow.{name}": tensor for name, tensor in self.shadow.named_parameters()}
+        return {name: tensor for name, tensor in codes.items() if not tensor.requires_grad}
 
     def unfreeze_codes(self) -> CompressedMatrix:
-        """Makes float latents trainable, as the decoder is, and widens them to its dtype, which optimisers need.
+        """Makes latents and outliers learn, as the decoder does; nothing that the matrix stands for changes by that.
 
-        Modules that are tied to this one follow. Saving keeps the wider dtype, until `freeze_codes` narrows it.
+        Float latents widen to the decoder's dtype, which optimisers need, and modules that are tied to this one
+        follow. Saving keeps the wider dtype, until `freeze_codes` narrows it. Packed latents get floats beside them,
+        which optimisers train; passes and files have the codes that these are quantised to: straight-through training.
 
         Raises:
-            ModelError: If the codes are packed integers, which have no gradient.
+            ModelError: If the codes are packed and a tied head shares them, which the model's `unfreeze_codes` sees
+                to; if they are sharded or not in memory; if they are packed and the package is not installed.
 
         Example:
             >>> import torch, hf_dirembed
@@ -289,14 +312,13 @@ class CompressedMatrix(nn.Module):
             >>> embedding.weight.requires_grad, embedding.unfreeze_codes().weight.requires_grad
             (False, True)
         """
-        if self.spec.bit_allocation is not None:
-            raise ModelError(
-                "packed codes are integers, which no optimiser trains: train the decoder alone, or compress with "
-                "method='direction', or expand the model, train it, and compress it again"
-            )
-        self.weight.data = self.weight.data.to(self.dtype)
-        self.weight.requires_grad_(True)
+        self._refuse_tied("unfreeze_codes")
+        unfreeze([self])
         return self
+
+    def _refuse_tied(self, call: str) -> None:
+        if self.tied and self.spec.bit_allocation is not None:
+            raise ModelError(f"these packed codes are shared with a tied module: call {call}() of the model itself")
 
     def check_gradients(self) -> None:
         """Refuses to train latents in a dtype that is narrower than the decoder's.
@@ -311,11 +333,35 @@ class CompressedMatrix(nn.Module):
             )
 
     def freeze_codes(self) -> CompressedMatrix:
-        """Undoes `unfreeze_codes`: the latents are rounded to the dtype that they were compressed to."""
-        self.weight.requires_grad_(False)
-        if self.spec.bit_allocation is None:
-            self.weight.data = self.weight.data.to(_narrower(self.spec.codes, self.dtype))
+        """Undoes `unfreeze_codes`: latents are rounded to the dtype that they were compressed to, or quantised.
+
+        Raises:
+            ModelError: If the codes are packed and learn in a tied head too: call the model's.
+        """
+        if self.shadow is not None:
+            self._refuse_tied("freeze_codes")
+        freeze([self])
         return self
+
+    def _write_codes(self) -> None:
+        """Brings packed codes up to date, if there are floats that learn for them."""
+        if self.shadow is not None:
+            self.shadow.refresh(self)
+
+    def train(self, mode: bool = True) -> CompressedMatrix:
+        """Like torch's; evaluation begins with codes that are up to date."""
+        if not mode:
+            self._write_codes()
+        return super().train(mode)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self._write_codes()
+        super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if self.shadow is not None:
+            self.shadow.follow(self)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of it."""
@@ -328,12 +374,52 @@ class CompressedMatrix(nn.Module):
         return f"{shape}, method={self.spec.method}, {rank}, bits_per_weight={self.bits_per_weight:.3g}"
 
 
-def _slots(some_rows: Tensor, ids: Tensor, num_rows: int) -> Tensor:
-    """Where among some rows, in ascending order, `ids` are; any slot for those that are not."""
+def unfreeze(matrices: Sequence[CompressedMatrix]) -> None:
+    """Makes the codes learn that matrices share.
+
+    Raises:
+        ModelError: If they are packed, and sharded or not in memory, or the package is not installed.
+    """
+    first = matrices[0]
+    if first.spec.bit_allocation is None:
+        first.weight.data = first.weight.data.to(first.dtype)
+        first.weight.requires_grad_(True)
+        return
+    if first.shadow is None:
+        try:  # only where the package is installed, as quantising needs more than loading does
+            from hf_dirembed.straight_through import LatentShadow
+        except ImportError as error:
+            raise ModelError("training packed codes needs the package itself: pip install hf_dirembed") from error
+        shadow = LatentShadow(first)
+        for matrix in matrices:
+            matrix._modules["shadow"] = shadow
+    for matrix in matrices:
+        matrix.shadow.requires_grad_(True)
+        if matrix.outlier_weight is not None:
+            matrix.outlier_weight.requires_grad_(True)
+
+
+def freeze(matrices: Sequence[CompressedMatrix]) -> None:
+    """Undoes [`unfreeze`]."""
+    for matrix in matrices:
+        matrix._write_codes()
+    for matrix in matrices:
+        for name, tensor in matrix.code_tensors().items():
+            if name not in DECODER_TENSORS:
+                tensor.requires_grad_(False)
+        if matrix.spec.bit_allocation is None:
+            matrix.weight.data = matrix.weight.data.to(_narrower(matrix.spec.codes, matrix.dtype))
+        matrix._modules.pop("shadow", None)
+
+
+def find_slots(some_rows: Tensor, ids: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Where among some rows, in ascending order, `ids` are, any slot for those that are not; and which of them are."""
     if torch.compiler.is_compiling():  # exporters to ONNX know no searchsorted
         numbers = torch.arange(len(some_rows), dtype=torch.int32, device=ids.device)
-        return numbers.new_zeros(num_rows).scatter(0, some_rows.long(), numbers)[ids].long()
-    return torch.searchsorted(some_rows, ids.to(some_rows.dtype)).clamp(max=len(some_rows) - 1)
+        slots = numbers.new_zeros(num_rows).scatter(0, some_rows.long(), numbers)[ids].long()
+    else:
+        slots = torch.searchsorted(some_rows, ids.to(some_rows.dtype)).clamp(max=len(some_rows) - 1)
+    return slots, some_rows[slots] == ids
 
 
 def _narrower(name: str, dtype: torch.dtype) -> torch.dtype:

@@ -20,11 +20,11 @@ from transformers.models.auto import modeling_auto
 
 from .adapters_dirembed import refuse_wrapper  # noqa: F401 (which registers itself)
 from .configuration_dirembed import DirEmbedConfigMixin, derive_config_class
-from .embedding_dirembed import CompressedEmbedding
+from .embedding_dirembed import CompressedEmbedding, compression_line
 from .head_dirembed import CompressedLMHead
 from .layout_dirembed import CODE_TENSORS, CheckpointError, CompressionSpec, ModelError, SpecError, first_line
 from .loading_dirembed import as_checkpoint_error, check_files, check_index, check_keys, check_table
-from .matrix_dirembed import CompressedMatrix
+from .matrix_dirembed import DECODER_TENSORS, CompressedMatrix, freeze, unfreeze
 
 
 # Called with model, folder and repo before `push_to_hub` uploads the folder: the package writes a card there. Empty
@@ -240,8 +240,37 @@ class DirEmbedModelMixin(PreTrainedModel):
         """
         print(compression_line(embedding_of(self)))
 
+    def unfreeze_codes(self) -> Any:
+        """Makes the codes of the embedding and of every tied head learn; see [`CompressedMatrix.unfreeze_codes`].
+
+        Raises:
+            ModelError: If the embedding is no longer compressed; and as there.
+
+        Example:
+            >>> from transformers import LlamaConfig, LlamaForCausalLM
+            >>> import hf_dirembed
+            >>> sizes = dict(vocab_size=500, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+            >>> model = LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=32, tie_word_embeddings=True))
+            >>> hf_dirembed.compress(model, bits=4).unfreeze_codes().get_output_embeddings().shadow
+            LatentShadow(weight=(500, 32))
+        """
+        unfreeze(self._sharing_codes())
+        return self
+
+    def freeze_codes(self) -> Any:
+        """Undoes `unfreeze_codes`; see [`CompressedMatrix.freeze_codes`]."""
+        freeze(self._sharing_codes())
+        return self
+
+    def _sharing_codes(self) -> list[CompressedMatrix]:
+        embedding = embedding_of(self)
+        if not isinstance(embedding, CompressedEmbedding):
+            raise ModelError("the compressed embedding was replaced by a dense one, which has no codes")
+        sharing = [module for module in self.modules() if isinstance(module, CompressedMatrix)]
+        return [module for module in sharing if module.weight is embedding.weight]
+
     def requires_grad_(self, requires_grad: bool = True) -> Any:
-        """Like torch's, but does not unfreeze the codes; see [`CompressedMatrix.unfreeze_codes`]."""
+        """Like torch's, but does not unfreeze the codes; see [`unfreeze_codes`]."""
         compressed = [module for module in self.modules() if isinstance(module, CompressedMatrix)]
         frozen = {id(tensor) for module in compressed for tensor in module.frozen_tensors().values()}
         for parameter in self.parameters():
@@ -272,7 +301,9 @@ def settle(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, CompressedMatrix):
             module.align()
-            module.weight.requires_grad_(False)  # transformers makes a parameter that learns of every float tensor
+            for name, tensor in module.code_tensors().items():
+                if name not in DECODER_TENSORS:  # transformers makes a parameter that learns of every float tensor
+                    tensor.requires_grad_(False)
 
 
 _model_classes: dict[tuple[type, type], type] = {}
@@ -370,18 +401,6 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     model.tie_weights()
     return model
-
-
-def compression_line(embedding: nn.Embedding | CompressedEmbedding) -> str:
-    """How large an embedding is, and how large it would be dense, in a line."""
-    rows, dim = embedding.num_embeddings, embedding.embedding_dim
-    dense_bytes = rows * dim * embedding.weight.element_size()
-    if not isinstance(embedding, CompressedEmbedding):  # replaced by hand, with set_input_embeddings
-        return f"token embeddings {rows:,} x {dim:,}: {dense_bytes:,} bytes, dense"
-    dense_bytes = int(embedding.spec.figure("dense_bytes") or rows * dim * embedding.dtype.itemsize)
-    smaller = f"{dense_bytes / embedding.num_bytes:.1f}x smaller than dense"
-    size = f"token embeddings {rows:,} x {dim:,}: {embedding.num_bytes:,} bytes, {smaller}"
-    return f"{size}, {embedding.bits_per_weight:.2f} bits per weight ({embedding.spec.method})"
 
 
 def _forget_quantizer(model: PreTrainedModel) -> None:

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ..layout_dirembed import BIT_WIDTHS, code_bytes
 from ..matrix_dirembed import HALF
-from ..packing_dirembed import pack, sections, trellis_states, unpack
+from ..packing_dirembed import pack, sections, unpack
 from .decoder import DecoderFit, DecoderStorage, StoredDecoder
 from .importance import Sample
 from .quantisation import Allocation, Quantisers
 from .table import Table
-from .trellis import LARGEST_LEVEL, Codebooks, encode, round_to_levels
+from .trellis import Codebooks, quantise
 
 
 _WORTHWHILE = 0.005  # the fall of the error that makes another round of training worth it
@@ -85,7 +85,8 @@ class Codec:
             decoder, left, before = self.decoder[section], residual[has_section], latents[has_section, section]
             gains = decoder.square().sum(dim=1).clamp_min(torch.finfo(decoder.dtype).tiny)
             targets = before + left @ decoder.T / gains
-            found, levels = self._quantise(targets, gains, width)
+            # The best ones, were the section's rows of the decoder orthogonal.
+            found, levels = quantise(targets, gains, self.codebooks.levels, width)
             after = left - (levels - before) @ decoder
             if keep_better:
                 better = (after.square().sum(dim=1) < left.square().sum(dim=1)).unsqueeze(1)
@@ -94,15 +95,6 @@ class Codec:
             symbols[has_section, section], latents[has_section, section] = found, levels
             residual[has_section] = after
         return Symbols(symbols, latents, coded.refined), residual
-
-    def _quantise(self, targets: Tensor, gains: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """The best symbols of a section and their levels, were its rows of the decoder orthogonal."""
-        if width == 8:
-            levels = round_to_levels(targets)
-            return (levels + LARGEST_LEVEL).to(torch.uint8), levels
-        book = self.codebooks.levels[BIT_WIDTHS.index(width) - 1]
-        symbols = encode(targets, gains, book, width)
-        return symbols, book[trellis_states(symbols, width)]
 
     def _sections(self) -> Iterator[tuple[slice, int, bool]]:
         first = 0

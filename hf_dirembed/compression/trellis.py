@@ -101,6 +101,31 @@ def _search(targets: Tensor, importance: Tensor, levels: Tensor, width: int) -> 
     return cost.argmin(dim=0), survivors
 
 
+def quantise(targets: Tensor, importance: Tensor, levels: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The best symbols of latents of one width, and the levels that these stand for.
+
+    Args:
+        targets: (n, count) float32.
+        importance: (count,) what the squared error of each latent counts.
+        levels: (3, 256) float32, of the trellis's states at 4, 2 and 1 bits.
+        width: 8, 4, 2 or 1.
+
+    Returns:
+        (n, count) uint8 symbols, and (n, count) levels.
+
+    Example:
+        >>> symbols, levels = quantise(torch.tensor([[0.2, -9.9]]), torch.ones(2), torch.zeros(3, 256), width=8)
+        >>> symbols.tolist(), levels.tolist()
+        ([[128, 118]], [[0.5, -9.5]])
+    """
+    if width == 8:
+        rounded = round_to_levels(targets)
+        return (rounded + LARGEST_LEVEL).to(torch.uint8), rounded
+    book = levels[BIT_WIDTHS.index(width) - 1]
+    symbols = encode(targets, importance, book, width)
+    return symbols, book[trellis_states(symbols, width)]
+
+
 def round_to_levels(latents: Tensor) -> Tensor:
     """The nearest half-integers that 8 bits have.
 

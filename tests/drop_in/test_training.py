@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 import hf_dirembed
-from hf_dirembed import ModelError
 
 
 AUTOS = {"bert": "AutoModelForMaskedLM", "llama-tied": "AutoModelForCausalLM", "t5": "AutoModelForSeq2SeqLM"}
@@ -108,13 +107,6 @@ def test_unfrozen_latents_stay_tied(name: str, tmp_path: Path) -> None:
     model.requires_grad_(False).requires_grad_(True)
     assert not embedding.weight.requires_grad
     assert embedding.decoder_weight.requires_grad
-
-
-def test_packed_codes_do_not_unfreeze() -> None:
-    embedding = make("bert", "AutoModelForMaskedLM").get_input_embeddings()
-    with pytest.raises(ModelError, match="expand the model, train it, and compress it again"):
-        embedding.unfreeze_codes()
-    assert embedding.freeze_codes().weight.dtype == torch.uint8
 
 
 def test_expand_train_and_compress_again(tmp_path: Path) -> None:

@@ -1,0 +1,443 @@
+"""Packed codes that learn: floats behind the quantiser, and codes that follow them in every pass and every file."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from families import FAMILIES
+from packed import DIM, NUM_ROWS, SPEC, draw_tensors, fill
+from test_fresh_process import WITHOUT_PLUGIN, run
+from test_training import in_two_processes, trainer
+from tiny import Sentences, make
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import hf_dirembed
+from hf_dirembed import CompressedEmbedding, CompressedLMHead, ModelError
+from hf_dirembed.compression.trellis import Codebooks, quantise
+from hf_dirembed.layout_dirembed import BIT_WIDTHS
+from hf_dirembed.matrix_dirembed import CompressedMatrix, unfreeze
+from hf_dirembed.modeling_dirembed import convert
+from hf_dirembed.packing_dirembed import unpack
+
+
+AUTO = "AutoModelForCausalLM"
+ZERO_ROW = 3
+LAYOUT = replace(SPEC, zero_row=ZERO_ROW)
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def codec_tensors() -> dict[str, Tensor]:
+    """Of `LAYOUT`, with levels that a quantiser has, and rows of about unit length."""
+    sample = torch.randn(4000, 10, generator=torch.Generator().manual_seed(1))
+    decoder = {"decoder_weight": torch.randn(LAYOUT.decoder_rows, DIM).half() / 8}
+    return draw_tensors() | decoder | {"codebook_weight": Codebooks.train(sample).stored()}
+
+
+def rich_model(name: str = "llama-tied") -> PreTrainedModel:
+    """With a refinement, outliers and a zero row, in its table and, where it is tied, in its head."""
+    return convert(FAMILIES[name].make(AUTO), LAYOUT, codec_tensors())
+
+
+def optimiser(model: nn.Module, lr: float = 1e-2) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0)
+
+
+def learn(model: nn.Module, steps: int, lr: float = 1e-2) -> float:
+    """Trains on one batch, and returns the loss in evaluation."""
+    adam, ids = optimiser(model.train(), lr), Sentences().ids[:8]
+    for _ in range(steps):
+        model(input_ids=ids, labels=ids).loss.backward()
+        adam.step()
+        adam.zero_grad()
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, labels=ids).loss.item()
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model(input_ids=Sentences().ids[8:12]).logits
+
+
+def table(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.get_input_embeddings().code_tensors().items()}
+
+
+def quantised(matrix: CompressedMatrix, name: str) -> Tensor:
+    """What the packed codes of a layer should stand for: its floats, quantised section by section."""
+    of_base = name == "weight"
+    allocation = matrix.spec.bit_allocation if of_base else matrix.spec.refinement.bit_allocation
+    of_layer = slice(matrix.spec.rank) if of_base else slice(matrix.spec.rank, None)
+    steps = 2.0 ** matrix.exponent_weight.float()[of_layer]
+    importance = (matrix.decoder_weight[of_layer] * steps.unsqueeze(1)).square().sum(dim=1).detach()
+    levels = matrix.codebook_weight.float() + 0.5
+    targets, found, first = getattr(matrix.shadow, name).detach() / steps, [], 0
+    for count, width in zip(allocation, BIT_WIDTHS, strict=True):
+        if count:
+            section = slice(first, first + count)
+            found.append(quantise(targets[:, section], importance[section], levels, width)[1])
+        first += count
+    return torch.cat(found, dim=1)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "llama-untied"])
+def test_unfreezing_and_freezing_change_nothing(name: str) -> None:
+    model = rich_model(name)
+    expected, before = logits(model), table(model)
+    model.train().unfreeze_codes()
+    assert torch.equal(model(input_ids=Sentences().ids[8:12]).logits, expected)
+    assert torch.equal(logits(model.eval()), expected)
+    assert model.unfreeze_codes().get_input_embeddings().outlier_weight.requires_grad
+    model.freeze_codes()
+    assert model.get_input_embeddings().shadow is None
+    assert torch.equal(logits(model), expected)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in table(model).items())
+    learning = [key for key, tensor in model.get_input_embeddings().code_tensors().items() if tensor.requires_grad]
+    assert learning == ["decoder_weight", "decoder_bias_weight"]
+    assert "Shadow" not in repr(model)
+
+
+def dense_rows(matrix: CompressedMatrix, latents: Tensor, outliers: Tensor) -> Tensor:
+    """The table that float latents stand for."""
+    rows = latents @ matrix.decoder_weight.detach() + matrix.decoder_bias_weight.detach()
+    rows = rows.index_put((matrix.outlier_rows_weight.long(),), outliers)
+    return rows.index_fill(0, torch.tensor([ZERO_ROW]), 0)
+
+
+def test_gradients_are_those_of_float_latents() -> None:
+    """Of an embedding with a scale and of the head that is tied to it, once in a batch and more often, in float64."""
+    embedding = CompressedEmbedding(NUM_ROWS, DIM, LAYOUT, embed_scale=3.0, dtype=torch.float64)
+    head = CompressedLMHead(DIM, NUM_ROWS, LAYOUT, dtype=torch.float64)
+    for module in (embedding, head):
+        fill(module).tied = True
+    for name in ("weight", "refinement_weight", "outlier_weight"):
+        setattr(head, name, getattr(embedding, name))
+    unfreeze([embedding, head])
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(NUM_ROWS, (4, 30), generator=generator)
+    states = torch.randn(2, 5, DIM, generator=generator, dtype=torch.float64)
+    target = torch.randn(2, 5, NUM_ROWS, generator=generator, dtype=torch.float64)
+    (embedding(ids).square().sum() + (head(states) * target).sum()).backward()
+
+    latents = embedding.latents(torch.arange(NUM_ROWS)).detach().requires_grad_()
+    outliers = embedding.outlier_weight.detach().clone().requires_grad_()
+    rows = dense_rows(embedding, latents, outliers)
+    ((3.0 * rows[ids]).square().sum() + (states @ rows.T * target).sum()).backward()
+    refined = embedding.refined_rows_weight.long()
+    torch.testing.assert_close(embedding.shadow.weight.grad, latents.grad[:, : SPEC.rank])
+    torch.testing.assert_close(embedding.shadow.refinement_weight.grad, latents.grad[refined, SPEC.rank :])
+    torch.testing.assert_close(embedding.outlier_weight.grad, outliers.grad)
+    assert not embedding.shadow.weight.grad[embedding.outlier_rows_weight.long()].any()
+    assert not embedding.shadow.weight.grad[ZERO_ROW].any()
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "llama-untied"])
+def test_codes_learn(name: str, tmp_path: Path) -> None:
+    """More than the decoder alone; in evaluation and in the file they are what the floats are quantised to."""
+    frozen, model = rich_model(name), rich_model(name)
+    for each in (frozen, model):
+        each.requires_grad_(False).get_input_embeddings().requires_grad_()
+    model.unfreeze_codes()
+    before, embedding = table(model), model.get_input_embeddings()
+    keys, first = set(frozen.state_dict()), learn(frozen, steps=0)
+    assert first - learn(model, 10, lr=0.03) > 1.1 * (first - learn(frozen, 10, lr=0.03)) > 0
+    for layer, allocation in (("weight", SPEC.bit_allocation), ("refinement_weight", SPEC.refinement.bit_allocation)):
+        codes = getattr(embedding, layer)
+        assert not torch.equal(codes, before[layer])
+        levels = unpack(codes, allocation, embedding.codebook_weight) + 0.5
+        assert torch.equal(levels, quantised(embedding, layer))
+    assert not torch.equal(embedding.outlier_weight, before["outlier_weight"])
+    expected, dense = logits(model), embedding.dense_weight()
+    assert set(model.state_dict()) == keys
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again), expected)
+    assert torch.equal(logits(copy.deepcopy(model).freeze_codes()), expected)
+    assert torch.equal(hf_dirembed.expand(model).get_input_embeddings().weight, dense)
+
+
+def test_a_training_pass_is_of_what_a_save_holds(tmp_path: Path) -> None:
+    """After a step, without evaluation in between, by an optimiser that leaves no trace in version counters."""
+    model = rich_model().train().unfreeze_codes()
+    ids = Sentences().ids[:8]
+    for _ in range(2):
+        model(input_ids=ids, labels=ids).loss.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.data.sub_(0.05 * parameter.grad)
+    stepped = model(input_ids=ids).logits.detach()
+    codes = table(model)
+    state = model.state_dict()
+    assert all(torch.equal(state[f"model.embed_tokens.{key}"], tensor) for key, tensor in codes.items())
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(input_ids=ids).logits, stepped)
+
+
+def test_training_in_evaluation_mode_and_accumulating() -> None:
+    """Gradients of two passes add up, and codes follow without `train()`."""
+    model = rich_model().eval().unfreeze_codes()
+    ids, embedding = Sentences().ids[:8], model.get_input_embeddings()
+    for half in ids.chunk(2):
+        (model(input_ids=half, labels=half).loss / 2).backward()
+    accumulated = embedding.shadow.weight.grad.clone()
+    model.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+    torch.testing.assert_close(embedding.shadow.weight.grad, accumulated, rtol=1e-4, atol=1e-6)
+    codes = embedding.weight.clone()
+    optimiser(model).step()
+    logits(model)
+    assert not torch.equal(embedding.weight, codes)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "llama-untied"])
+def test_trainer(name: str, tmp_path: Path) -> None:
+    """The loss falls, the best checkpoint is loaded, and a run goes on from the codes of a checkpoint."""
+    model = rich_model(name).unfreeze_codes()
+    run = trainer(model, tmp_path, Sentences())
+    first = run.evaluate()["eval_loss"]
+    run.train()
+    assert run.evaluate()["eval_loss"] < first
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(run.state.best_model_checkpoint).state_dict()
+    trained = model.state_dict()
+    assert trained.keys() == loaded.keys()
+    assert all(torch.equal(tensor, loaded[key]) for key, tensor in trained.items())
+    again = rich_model(name).unfreeze_codes()
+    resumed = trainer(again, tmp_path, Sentences())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert resumed.evaluate()["eval_loss"] < first
+
+
+def test_loading_derives_the_floats_anew() -> None:
+    model, other = rich_model().unfreeze_codes(), rich_model().unfreeze_codes()
+    learn(model, steps=3)
+    floats = other.get_input_embeddings().shadow.weight
+    other.load_state_dict(model.state_dict())
+    assert other.get_input_embeddings().shadow.weight is floats  # an optimiser may have it by now
+    assert torch.equal(logits(other.eval()), logits(model))
+    embedding = other.get_input_embeddings()
+    latents = embedding.latents(torch.arange(NUM_ROWS))
+    assert torch.equal(floats, latents[:, : SPEC.rank])
+
+
+def test_copies_learn_on_by_themselves() -> None:
+    model = rich_model().unfreeze_codes()
+    learn(model, steps=2)
+    expected, codes = logits(model), table(model)["weight"]
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.get_input_embeddings().shadow is twin.get_output_embeddings().shadow
+        assert torch.equal(logits(twin), expected)
+        learn(twin, steps=2)
+        assert not torch.equal(twin.get_input_embeddings().weight, codes)
+    assert torch.equal(model.get_input_embeddings().weight, codes)
+
+
+def test_new_tokens_while_codes_learn(tmp_path: Path) -> None:
+    model = rich_model().unfreeze_codes()
+    learn(model, steps=2)
+    optimiser(model).step()  # not in the codes yet
+    for size in (NUM_ROWS + 5, NUM_ROWS - 20):
+        model.resize_token_embeddings(size)
+        embedding = model.get_input_embeddings()
+        assert embedding.shadow.weight.shape == (size, SPEC.rank)
+        assert len(embedding.shadow.refinement_weight) == len(embedding.refinement_weight)
+        assert embedding.shadow.weight.requires_grad
+        assert embedding.outlier_weight.requires_grad
+    before = embedding.weight.clone()
+    ids = Sentences().ids[:8].clamp(max=size - 1)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    optimiser(model, lr=0.1).step()
+    model.save_pretrained(tmp_path)
+    assert not torch.equal(embedding.weight, before)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, None])
+def test_half_precision(dtype: torch.dtype | None) -> None:
+    """A model in bfloat16, and one in float32 whose passes are in bfloat16."""
+    model = rich_model().unfreeze_codes()
+    if dtype is not None:
+        model = model.to(dtype)
+    codes = table(model)["weight"]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is None):
+        after = learn(model, steps=10)
+        assert after < learn(rich_model(), steps=0)
+    assert not torch.equal(model.get_input_embeddings().weight, codes)
+
+
+def test_compiled_while_codes_learn() -> None:
+    """Training breaks the graph where codes are quantised; evaluation is one graph, and exports without the floats."""
+    model = rich_model("llama-untied").unfreeze_codes()
+    learn(model, steps=2)
+    ids = Sentences().ids[8:12]
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(whole(input_ids=ids).logits, model(input_ids=ids).logits)
+    embedding = copy.deepcopy(model.get_input_embeddings())
+    exported = torch.export.export(embedding, (ids,))
+    assert torch.equal(exported.module()(ids), embedding(ids))
+    compiled, before = torch.compile(embedding.train(), backend="eager"), embedding.weight.clone()
+    compiled(ids).square().sum().backward()
+    expected = embedding.shadow.weight.grad.clone()
+    embedding.shadow.weight.grad = None
+    embedding(ids).square().sum().backward()
+    assert torch.equal(embedding.shadow.weight.grad, expected)
+    optimiser(embedding, lr=0.1).step()
+    compiled(ids)
+    assert not torch.equal(embedding.weight, before)
+
+
+PROCESS = """
+import sys
+import torch
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM
+import hf_dirembed
+
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == 2
+for source, target in (sys.argv[1:3], sys.argv[3:5]):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(source).unfreeze_codes().train()
+    codes = model.get_input_embeddings().weight.clone()
+    loader = torch.utils.data.DataLoader(torch.randint(8, 160, (32, 9)), batch_size=4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    losses = []
+    for epoch in range(3):
+        for batch in loader:
+            loss = model(input_ids=batch, labels=batch).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert losses[-1] < losses[0], losses
+    state = accelerator.get_state_dict(model)
+    inner = accelerator.unwrap_model(model).eval()
+    embedding = inner.get_input_embeddings()
+    assert not torch.equal(embedding.weight, codes)
+    for tensor in (embedding.weight, embedding.shadow.weight):
+        assert (accelerator.gather(tensor.detach()[None].contiguous()) == tensor).all()
+    accelerator.save_state(target + "-state")
+    accelerator.wait_for_everyone()
+    accelerator.load_state(target + "-state")
+    if accelerator.is_main_process:
+        inner.save_pretrained(target, state_dict=state)
+        again = AutoModelForCausalLM.from_pretrained(target).eval()
+        assert torch.equal(again(batch).logits, inner(batch).logits)
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+accelerator.end_training()
+"""
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    folders = []
+    for name in ("llama-tied", "llama-untied"):
+        folders += [tmp_path / name, tmp_path / f"{name}-trained"]
+        rich_model(name).save_pretrained(folders[-2])
+    in_two_processes(PROCESS, *folders)
+
+
+SHARDED = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+import hf_dirembed
+
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (2,))
+for unfreeze_first in (True, False):
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+    steps = [lambda: model.unfreeze_codes(), lambda: fully_shard(model, mesh=mesh)]
+    first, second = steps if unfreeze_first else reversed(steps)
+    first()
+    try:
+        second()
+    except hf_dirembed.ModelError as error:
+        assert "before fully_shard" in str(error), error
+    else:
+        raise AssertionError("not refused")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_sharded_codes_are_refused(tmp_path: Path) -> None:
+    if not hasattr(torch.distributed.fsdp, "fully_shard"):
+        pytest.skip("this torch does not have it yet")
+    rich_model().save_pretrained(tmp_path)
+    in_two_processes(SHARDED, tmp_path)
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    embedding = rich_model().get_input_embeddings()
+    with pytest.raises(ModelError, match=r"shared with a tied module: call unfreeze_codes\(\) of the model"):
+        embedding.unfreeze_codes()
+    embedding.freeze_codes()  # nothing to undo
+    model = rich_model().unfreeze_codes()
+    with pytest.raises(ModelError, match=r"call freeze_codes\(\) of the model"):
+        model.get_input_embeddings().freeze_codes()
+    with torch.no_grad():
+        model.get_input_embeddings().shadow.weight[5, 7] = torch.nan
+    with pytest.raises(ModelError, match="no longer finite"):
+        model.save_pretrained(tmp_path / "diverged")
+    assert not (tmp_path / "diverged").exists()
+    with torch.device("meta"), pytest.raises(ModelError, match="not in memory"):
+        CompressedEmbedding(NUM_ROWS, DIM, LAYOUT).unfreeze_codes()
+    model.set_input_embeddings(nn.Embedding(NUM_ROWS, DIM))
+    with pytest.raises(ModelError, match="replaced by a dense one"):
+        model.unfreeze_codes()
+
+
+def test_without_the_plugin_it_is_refused(tmp_path: Path) -> None:
+    rich_model().save_pretrained(tmp_path / "model")
+    code = """
+import sys, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+try:
+    model.unfreeze_codes()
+except ValueError as error:
+    print(error)
+"""
+    said = run(WITHOUT_PLUGIN + code, tmp_path / "model", modules=tmp_path)
+    assert said.startswith("training packed codes needs the package itself: pip install hf_dirembed")
+
+
+def test_outliers_are_codes_that_stay(tmp_path: Path) -> None:
+    """However the model came about: made here, loaded, or loaded as the stock class."""
+    model = rich_model()
+    model.save_pretrained(tmp_path)
+    autos = transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM
+    for each in (model, *(auto.from_pretrained(tmp_path) for auto in autos)):
+        tensors = each.requires_grad_().get_input_embeddings().code_tensors().items()
+        assert [name for name, tensor in tensors if tensor.requires_grad] == ["decoder_weight", "decoder_bias_weight"]
+
+
+@pytest.mark.parametrize("method", ["transform", "direction"])
+def test_requires_grad_does_not_unfreeze(method: str) -> None:
+    """Float and packed codes alike."""
+    model = make("llama-tied", AUTO, method).unfreeze_codes()
+    embedding = model.get_input_embeddings()
+    floats = embedding.weight if embedding.shadow is None else embedding.shadow.weight
+    assert floats.requires_grad
+    assert model.requires_grad_().get_input_embeddings().frozen_tensors().keys().isdisjoint({"shadow.weight"})
+    assert floats.requires_grad
+    model.requires_grad_(False).requires_grad_()
+    assert not floats.requires_grad
+    ids = Sentences().ids[:4]
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert floats.grad is None
+    model.unfreeze_codes()
+    assert floats.requires_grad

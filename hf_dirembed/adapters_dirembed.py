@@ -49,7 +49,7 @@ def refuse_wrapper(parent: nn.Module, name: str, child: nn.Module | None) -> Non
         )
     elif child.spec.bit_allocation is not None:
         raise ModelError(
-            "modules_to_save trains all of a module, and packed codes are integers, which no optimiser trains: leave "
+            "modules_to_save trains all of a module, and packed codes learn only without PEFT (unfreeze_codes): leave "
             f"the {type(child).__name__} out of it, or compress with method='direction' and call unfreeze_codes(), or "
             "expand the model first with hf_dirembed.expand"
         )

@@ -1,4 +1,4 @@
-"""What is checked while a compressed checkpoint loads, before anything of the size it claims is allocated.
+"""What is checked while a compressed checkpoint loads, before anything of the size it claims is allocated, and after.
 
 This file travels with every compressed model, so it imports nothing of the package but its travelling neighbours.
 """
@@ -164,3 +164,12 @@ def check_table(matrix: CompressedMatrix) -> None:
             continue
         if int(rows[0]) < 0 or int(rows[-1]) >= len(matrix.weight) or not (rows[1:] > rows[:-1]).all():
             raise CheckpointError(f"{name} does not name rows of {len(matrix.weight)} in ascending order: {AGAIN}")
+
+
+def settle(model: PreTrainedModel) -> None:
+    """Brings the compressed modules of a model that was just loaded into the state that they are in when made."""
+    for module in model.modules():
+        if isinstance(module, CompressedMatrix):
+            module.align()
+            for tensor in module.codes().values():  # transformers makes a parameter that learns of every float tensor
+                tensor.requires_grad_(False)

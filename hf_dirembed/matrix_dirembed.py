@@ -229,6 +229,10 @@ class CompressedMatrix(nn.Module):
         """The tensors that stand for the matrix, by name: what a tied module shares."""
         return {name: tensor for name in CODE_TENSORS if (tensor := getattr(self, name)) is not None}
 
+    def codes(self) -> dict[str, Tensor]:
+        """The same without the decoder."""
+        return {name: tensor for name, tensor in self.code_tensors().items() if name not in DECODER_TENSORS}
+
     @torch.no_grad()
     def stored_decoder(self, decoder: Tensor | None = None) -> Tensor:
         """The decoder as files have it: in the dtype that the spec names, where that loses nothing.
@@ -289,7 +293,7 @@ class CompressedMatrix(nn.Module):
 
     def frozen_tensors(self) -> dict[str, Tensor]:
         """The codes, by name, and the floats that learn for them, as far as training leaves them alone."""
-        codes = {name: tensor for name, tensor in self.code_tensors().items() if name not in DECODER_TENSORS}
+        codes = self.codes()
         if self.shadow is not None:
             codes |= {f"shadow.{name}": tensor for name, tensor in self.shadow.named_parameters()}
         return {name: tensor for name, tensor in codes.items() if not tensor.requires_grad}
@@ -404,9 +408,8 @@ def freeze(matrices: Sequence[CompressedMatrix]) -> None:
     for matrix in matrices:
         matrix._write_codes()
     for matrix in matrices:
-        for name, tensor in matrix.code_tensors().items():
-            if name not in DECODER_TENSORS:
-                tensor.requires_grad_(False)
+        for tensor in matrix.codes().values():
+            tensor.requires_grad_(False)
         if matrix.spec.bit_allocation is None:
             matrix.weight.data = matrix.weight.data.to(_narrower(matrix.spec.codes, matrix.dtype))
         matrix._modules.pop("shadow", None)

@@ -23,8 +23,8 @@ from .configuration_dirembed import DirEmbedConfigMixin, derive_config_class
 from .embedding_dirembed import CompressedEmbedding, compression_line
 from .head_dirembed import CompressedLMHead
 from .layout_dirembed import CODE_TENSORS, CheckpointError, CompressionSpec, ModelError, SpecError, first_line
-from .loading_dirembed import as_checkpoint_error, check_files, check_index, check_keys, check_table
-from .matrix_dirembed import DECODER_TENSORS, CompressedMatrix, freeze, unfreeze
+from .loading_dirembed import as_checkpoint_error, check_files, check_index, check_keys, check_table, settle
+from .matrix_dirembed import CompressedMatrix, freeze, unfreeze
 
 
 # Called with model, folder and repo before `push_to_hub` uploads the folder: the package writes a card there. Empty
@@ -294,16 +294,6 @@ class DirEmbedModelMixin(PreTrainedModel):
         elif head is not None:
             self.set_output_embeddings(self._get_resized_lm_head(head, num_tokens, mean_resizing=mean_resizing))
         return embedding
-
-
-def settle(model: PreTrainedModel) -> None:
-    """Brings the compressed modules of a model that was just loaded into the state that they are in when made."""
-    for module in model.modules():
-        if isinstance(module, CompressedMatrix):
-            module.align()
-            for name, tensor in module.code_tensors().items():
-                if name not in DECODER_TENSORS:  # transformers makes a parameter that learns of every float tensor
-                    tensor.requires_grad_(False)
 
 
 _model_classes: dict[tuple[type, type], type] = {}

@@ -7,6 +7,7 @@ import pickle
 from dataclasses import replace
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
@@ -14,7 +15,7 @@ from families import FAMILIES
 from packed import DIM, NUM_ROWS, SPEC, draw_tensors, fill
 from test_fresh_process import WITHOUT_PLUGIN, run
 from test_training import in_two_processes, trainer
-from tiny import Sentences, make
+from tiny import Sentences, make, outputs
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -259,6 +260,40 @@ def test_new_tokens_while_codes_learn(tmp_path: Path) -> None:
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(again(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "bart", "gemma3"])
+def test_families(name: str, tmp_path: Path) -> None:
+    """Tables that an encoder and a decoder share, that are scaled, and heads with a bias."""
+    auto = {"bert": "AutoModelForMaskedLM", "gemma3": AUTO}.get(name, "AutoModelForSeq2SeqLM")
+    model, inputs = make(name, auto).train().unfreeze_codes(), FAMILIES[name].inputs()
+    labels = inputs.get("decoder_input_ids", inputs["input_ids"])
+    adam, codes, losses = optimiser(model, lr=0.03), table(model)["weight"], []
+    for _ in range(4):
+        losses.append(model(**inputs, labels=labels).loss)
+        losses[-1].backward()
+        adam.step()
+        adam.zero_grad()
+    assert losses[-1] < losses[0]
+    expected = outputs(model.eval(), name)[0]
+    assert not torch.equal(model.get_input_embeddings().weight, codes)
+    model.save_pretrained(tmp_path)
+    again = getattr(transformers, auto).from_pretrained(tmp_path)
+    assert torch.equal(outputs(again, name)[0], expected)
+
+
+def test_beside_adapters_of_the_body(tmp_path: Path) -> None:
+    """PEFT freezes what it wraps; unfrozen after that, codes learn with the adapter, and are in what is merged."""
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(rich_model(), config)
+    adapted.unfreeze_codes()
+    codes = table(adapted)["weight"]
+    assert learn(adapted, steps=5) < learn(rich_model(), steps=0)
+    assert not torch.equal(table(adapted)["weight"], codes)
+    expected, merged = logits(adapted), adapted.merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path)), logits(merged))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, None])

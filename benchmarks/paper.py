@@ -35,8 +35,8 @@ from hf_dirembed.compression.table import Table
 from hf_dirembed.evaluation import GLUE
 from hf_dirembed.evaluation.results import installed_versions
 from hf_dirembed.evaluation.tasks import parse_seeds
-from hf_dirembed.modeling_dirembed import embedding_of
 from hf_dirembed.staging import save_bytes
+from hf_dirembed.tying_dirembed import embedding_of
 
 
 COLUMNS = ("method", "ratio", "rank", "bits", "fit, s", "mean cosine", "token cosine", "RMSE")

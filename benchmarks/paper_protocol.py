@@ -38,7 +38,8 @@ from hf_dirembed.evaluation import (
     sts,
 )
 from hf_dirembed.evaluation.running import find_device, longest_input, settings_of
-from hf_dirembed.modeling_dirembed import convert, embedding_of, tied_modules
+from hf_dirembed.modeling_dirembed import convert
+from hf_dirembed.tying_dirembed import embedding_of, tied_modules
 
 
 # Of the latents of all methods but transform: half the bytes of float32, for an error of 1/2000 of a latent.

@@ -18,7 +18,8 @@ from .configuration_dirembed import MODEL_TYPE, derive_config_class, read_spec
 from .layout_dirembed import CheckpointError, ModelError
 from .loading_dirembed import AGAIN, check_files, check_table, settle
 from .matrix_dirembed import CompressedMatrix
-from .modeling_dirembed import derive_model_class, swap_modules
+from .modeling_dirembed import derive_model_class
+from .tying_dirembed import swap_modules
 
 
 @register_quantization_config(MODEL_TYPE)

@@ -173,58 +173,6 @@ class CompressedMatrix(nn.Module):
         ids = torch.arange(len(self.weight), device=self.weight.device)
         return torch.cat([self.decode(chunk) for chunk in ids.split(DENSE_CHUNK)])
 
-    @torch.no_grad()
-    def resize_rows(self, num_rows: int) -> None:
-        """Drops rows from the end, or adds rows: the mean latents or, packed, the codes of the row nearest to it."""
-        self._write_codes()
-        self._resize_outliers(num_rows)
-        self._resize_refinement(num_rows)
-        kept = self.weight[:num_rows]
-        if (added := num_rows - len(kept)) > 0:
-            kept = torch.cat([kept, self._mean_codes().expand(added, -1)])
-        self.weight = nn.Parameter(kept.clone(), requires_grad=self.weight.requires_grad)
-        if self.spec.zero_row is not None and self.spec.zero_row >= num_rows:
-            self.spec = replace(self.spec, zero_row=None)
-        if self.shadow is not None:
-            self.shadow.follow(self)
-
-    def _resize_refinement(self, num_rows: int) -> None:
-        if self.refined_rows_weight is None or self.refinement_weight is None:
-            return
-        inside = self.refined_rows_weight < num_rows
-        rows, codes = self.refined_rows_weight[inside], self.refinement_weight[inside]
-        if not len(rows):  # none at all would be another layout: the first row becomes one, to which codes add nothing
-            rows, codes = self.refined_rows_weight.new_zeros(1), self.refinement_weight[:1].clone()
-            self.decoder_weight[self.spec.rank :] = 0
-        self.refined_rows_weight = nn.Parameter(rows, requires_grad=False)
-        self.refinement_weight = nn.Parameter(codes, requires_grad=False)
-
-    def _resize_outliers(self, num_rows: int) -> None:
-        if self.outlier_rows_weight is None or self.outlier_weight is None:
-            return
-        inside = self.outlier_rows_weight < num_rows
-        rows, kept = self.outlier_rows_weight[inside], self.outlier_weight[inside]
-        if not len(rows):  # none at all would be another layout: the first row becomes one
-            rows = self.outlier_rows_weight.new_zeros(1)
-            kept = self.decode(rows)
-        self.outlier_rows_weight = nn.Parameter(rows, requires_grad=False)
-        self.outlier_weight = nn.Parameter(kept, requires_grad=self.outlier_weight.requires_grad)
-
-    def _mean_codes(self) -> Tensor:
-        if self.weight.is_floating_point():
-            return self.weight.float().mean(dim=0, keepdim=True).to(self.weight.dtype)
-        chunks = torch.arange(len(self.weight), device=self.weight.device).split(DENSE_CHUNK)
-        mean = torch.stack([self.decode(ids).double().sum(dim=0) for ids in chunks]).sum(dim=0) / len(self.weight)
-        distances = torch.cat([(self.decode(ids) - mean).square().sum(dim=1) for ids in chunks])
-        # Not those whose codes alone stand for another row: zero, refined or an outlier, which no added row is.
-        if self.refined_rows_weight is not None:
-            distances[self.refined_rows_weight.long()] += distances.max()
-        if self.outlier_rows_weight is not None:
-            distances[self.outlier_rows_weight.long()] = torch.inf
-        if self.spec.zero_row is not None:
-            distances[self.spec.zero_row] = torch.inf
-        return self.weight[distances.argmin()].unsqueeze(0)
-
     def code_tensors(self) -> dict[str, Tensor]:
         """The tensors that stand for the matrix, by name: what a tied module shares."""
         return {name: tensor for name in CODE_TENSORS if (tensor := getattr(self, name)) is not None}
@@ -347,7 +295,7 @@ class CompressedMatrix(nn.Module):
         freeze([self])
         return self
 
-    def _write_codes(self) -> None:
+    def write_codes(self) -> None:
         """Brings packed codes up to date, if there are floats that learn for them."""
         if self.shadow is not None:
             self.shadow.refresh(self)
@@ -355,11 +303,11 @@ class CompressedMatrix(nn.Module):
     def train(self, mode: bool = True) -> CompressedMatrix:
         """Like torch's; evaluation begins with codes that are up to date."""
         if not mode:
-            self._write_codes()
+            self.write_codes()
         return super().train(mode)
 
     def _save_to_state_dict(self, *args: Any) -> None:
-        self._write_codes()
+        self.write_codes()
         super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -406,7 +354,7 @@ def unfreeze(matrices: Sequence[CompressedMatrix]) -> None:
 def freeze(matrices: Sequence[CompressedMatrix]) -> None:
     """Undoes [`unfreeze`]."""
     for matrix in matrices:
-        matrix._write_codes()
+        matrix.write_codes()
     for matrix in matrices:
         for tensor in matrix.codes().values():
             tensor.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""How a compressed table gets into a model: derived classes, the swap of tied modules, the from_pretrained hook.
+"""How a compressed table gets into a model: derived classes, the from_pretrained hook, and the way in and back.
 
 This file travels with every compressed model, so it imports nothing of the package but its travelling neighbours.
 """
@@ -6,7 +6,6 @@ This file travels with every compressed model, so it imports nothing of the pack
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,112 +21,19 @@ from .adapters_dirembed import refuse_wrapper  # noqa: F401 (which registers its
 from .configuration_dirembed import DirEmbedConfigMixin, derive_config_class
 from .embedding_dirembed import CompressedEmbedding, compression_line
 from .head_dirembed import CompressedLMHead
-from .layout_dirembed import CODE_TENSORS, CheckpointError, CompressionSpec, ModelError, SpecError, first_line
+from .layout_dirembed import CheckpointError, CompressionSpec, ModelError, SpecError, first_line
 from .loading_dirembed import as_checkpoint_error, check_files, check_index, check_keys, check_table, settle
 from .matrix_dirembed import CompressedMatrix, freeze, unfreeze
+from .resizing_dirembed import resize_rows
+from .tying_dirembed import DECODER_TIE, compressed_modules, embedding_of, swap_modules, tied_modules
 
 
 # Called with model, folder and repo before `push_to_hub` uploads the folder: the package writes a card there. Empty
 # where this file alone loads models.
 before_upload: list[Callable[[PreTrainedModel, str, str], None]] = []
 
-# Of the entries of a tie map, those that `_tie_decoders` adds.
-DECODER_TIE = re.compile(rf"\b({'|'.join(name for name in CODE_TENSORS if name != 'weight')})$")
 # Architectures whose forward passes index the table itself, or multiply with it.
 TABLE_READERS = ("gemma4", "mobilebert")
-
-
-def embedding_of(model: nn.Module) -> nn.Embedding | CompressedEmbedding:
-    """The module that looks token embeddings up.
-
-    Raises:
-        ModelError: If the model has none.
-    """
-    embedding = None
-    if isinstance(model, PreTrainedModel):
-        try:
-            embedding = model.get_input_embeddings()
-        except NotImplementedError:
-            embedding = None
-    if not isinstance(embedding, (nn.Embedding, CompressedEmbedding)):
-        found = "none" if embedding is None else f"a {type(embedding).__name__}"
-        raise ModelError(
-            f"{type(model).__name__} has no token embedding to compress (get_input_embeddings gives {found}): "
-            "choose a transformers model that reads token ids"
-        )
-    return embedding
-
-
-def tied_modules(model: PreTrainedModel) -> set[str]:
-    """Names of the input embedding and of every module whose `weight` is tied to it."""
-    ties = [
-        {target.removesuffix(".weight"), source.removesuffix(".weight")}
-        for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items()
-        if target.endswith(".weight") and source.endswith(".weight")
-    ]
-    embedding = embedding_of(model)
-    names = {name for name, module in model.named_modules(remove_duplicate=False) if module is embedding}
-    while grown := {name for tie in ties if tie & names for name in tie} - names:
-        names |= grown
-    return names
-
-
-def compressed_modules(model: nn.Module) -> set[str]:
-    """Names of the modules that stand for the table, or for what was tied to it."""
-    modules = model.named_modules(remove_duplicate=False)
-    return {name for name, module in modules if isinstance(module, CompressedMatrix)}
-
-
-def swap_modules(model: PreTrainedModel, spec: CompressionSpec, device: str | None = None) -> set[str]:
-    """Puts compressed modules, their codes still to be set, where the table and what is tied to it were.
-
-    Args:
-        model: Changed in place.
-        spec: The layout of the codes.
-        device: Where the codes are made; by default where the table is.
-
-    Returns:
-        The names of the compressed modules.
-    """
-    names = tied_modules(model)
-    swapped: dict[nn.Module, CompressedMatrix] = {}
-    for name in sorted(names):
-        dense = model.get_submodule(name)
-        if dense in swapped or isinstance(dense, CompressedMatrix):
-            continue  # a model that is built around an inner AutoModel gets it with its embedding swapped
-        if isinstance(dense, nn.Embedding):
-            swapped[dense] = CompressedEmbedding.like(dense, spec, device=device)
-        elif isinstance(dense, nn.Linear):
-            swapped[dense] = CompressedLMHead.like(dense, spec, device=device)
-        else:
-            raise ModelError(f"the table is tied to a {type(dense).__name__}: only linear heads are supported")
-    for name in names:  # only now that all of them can be
-        dense = model.get_submodule(name)
-        model.set_submodule(name, swapped.get(dense, dense))
-    _tie_decoders(model, names)
-    return names
-
-
-def _tie_decoders(model: PreTrainedModel, names: set[str]) -> None:
-    """Extends the tie maps, so that whatever shares a code matrix shares its decoder."""
-    modules = {module for name in sorted(names) if isinstance(module := model.get_submodule(name), CompressedMatrix)}
-    for module in modules:
-        module.tied = len(modules) > 1
-    source = next(iter(modules))
-    shared = [name for name in source.code_tensors() if name != "weight"]
-    submodels = [(name, module) for name, module in model.named_modules() if isinstance(module, PreTrainedModel)]
-    for prefix, submodel in submodels:
-        ties = submodel.get_expanded_tied_weights_keys()
-        decoder_ties = {
-            target.removesuffix("weight") + tensor: source.removesuffix("weight") + tensor
-            for target, source in ties.items()
-            if target.endswith(".weight") and f"{prefix}.{target}".removeprefix(".").removesuffix(".weight") in names
-            for tensor in shared
-        }
-        if decoder_ties:
-            submodel._tied_weights_keys = {**ties, **decoder_ties}
-    for _, submodel in submodels:
-        submodel.all_tied_weights_keys = submodel.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 class DirEmbedModelMixin(PreTrainedModel):
@@ -286,7 +192,7 @@ class DirEmbedModelMixin(PreTrainedModel):
         num_tokens = embedding.num_embeddings if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of is not None:
             num_tokens = -(-num_tokens // pad_to_multiple_of) * pad_to_multiple_of
-        embedding.resize_rows(num_tokens)
+        resize_rows(embedding, num_tokens)
         head = self.get_output_embeddings()
         if isinstance(head, CompressedLMHead):
             head.spec = embedding.spec

@@ -18,8 +18,8 @@ from .compression.weights import token_weights
 from .embedding_dirembed import CompressedEmbedding
 from .inspection import CheckpointSummary, inspect_checkpoint
 from .layout_dirembed import BIT_WIDTHS, CheckpointError, CompressionSpec, ModelError, first_line
-from .modeling_dirembed import embedding_of
 from .reading import load_model, load_tokenizer
+from .tying_dirembed import embedding_of
 
 
 if TYPE_CHECKING:

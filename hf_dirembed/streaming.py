@@ -25,8 +25,8 @@ from .configuration_dirembed import MODEL_TYPE
 from .layout_dirembed import CheckpointError, TableError
 from .loading_dirembed import shards_of
 from .matrix_dirembed import CompressedMatrix
-from .modeling_dirembed import embedding_of, tied_modules
 from .stored import StoredFile, StoredRows, write_merged
+from .tying_dirembed import embedding_of, tied_modules
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import hf_dirembed
 from hf_dirembed import AutoencoderSettings, CompressedEmbedding, CompressedLMHead
 from hf_dirembed.layout_dirembed import CODE_TENSORS
 from hf_dirembed.matrix_dirembed import CompressedMatrix
-from hf_dirembed.modeling_dirembed import tied_modules
+from hf_dirembed.tying_dirembed import tied_modules
 
 
 METHODS = {

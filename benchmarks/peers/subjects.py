@@ -18,7 +18,8 @@ from hf_dirembed.compression.compress import Calibration
 from hf_dirembed.compression.languages import card_languages
 from hf_dirembed.compression.weights import token_weights
 from hf_dirembed.evaluation import EvaluationError, load_pairs, load_text, perplexity, sts
-from hf_dirembed.modeling_dirembed import CompressedEmbedding, embedding_of, tied_modules
+from hf_dirembed.modeling_dirembed import CompressedEmbedding
+from hf_dirembed.tying_dirembed import embedding_of, tied_modules
 
 from .methods import Table
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..modeling_dirembed import embedding_of, tied_modules
+from ..tying_dirembed import embedding_of, tied_modules
 from .calibration import calibrate
 from .calibration_text import Texts, self_generated_texts
 from .statistics import CalibrationError, Statistics, metric, usage

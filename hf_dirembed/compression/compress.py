@@ -16,7 +16,8 @@ from transformers.utils import logging
 from ..embedding_dirembed import CompressedEmbedding
 from ..layout_dirembed import FLOAT_CODES, BudgetError, ModelError, TableError, first_line
 from ..metadata import hub_id
-from ..modeling_dirembed import DirEmbedModelMixin, convert, embedding_of, restore
+from ..modeling_dirembed import DirEmbedModelMixin, convert, restore
+from ..tying_dirembed import embedding_of
 from .autoencoder import AutoencoderSettings, train_autoencoder
 from .budget import Budget, TableSize
 from .calibrated import Calibration

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DataCollatorForLanguageModeling, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..modeling_dirembed import embedding_of
+from ..tying_dirembed import embedding_of
 from .data import EvaluationError, Text, load_text
 from .running import IGNORED, check_counts, check_head, check_window, exp, longest_input, mean_nll
 

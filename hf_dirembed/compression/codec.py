@@ -129,10 +129,12 @@ class Codec:
         """
         coded, errors = self.encode(sample.rows, refined)
         before = errors.double() @ sample.omega.double()
-        for _ in range(rounds):
+        for left in reversed(range(rounds)):
             fit = self._fit()
             self._count_in(sample.rows, coded, sample.omega, fit)
             self.refit(fit)
+            if not left:  # what the sample's codes would be now, nobody asks
+                break
             coded, errors = self.improve(sample.rows, coded)
             after = errors.double() @ sample.omega.double()
             if after > (1 - _WORTHWHILE) * before:

@@ -22,21 +22,21 @@ class Comparison:
         method: Its name.
         bits: Its bits per weight.
         against: Those of `transform`.
+        measure: What the figure is, one of `FIGURES`.
         file: What both were evaluated on.
         items: How many pairs or windows that has.
         difference: Of the method's figure to that of `transform`, in the figure's unit.
         interval: Where the difference lies, at `LEVEL`; None where there are too few items to say.
-        lower_is_better: Of the figure.
     """
 
     method: str
     bits: float
     against: float
+    measure: str
     file: str
     items: int
     difference: float
     interval: tuple[float, float] | None
-    lower_is_better: bool
 
     @property
     def verdict(self) -> str:
@@ -46,12 +46,22 @@ class Comparison:
         low, high = self.interval
         if low <= 0 <= high:
             return "within the noise"
-        return "better" if (high < 0) == self.lower_is_better else "worse"
+        return "better" if (high < 0) == FIGURES[self.measure].lower_is_better else "worse"
 
 
 def spearman_lost(items: Any, dense: Any, gold: Any, axis: int = -1) -> Any:
     """Spearman x 100 over that of the dense model; of cosines and gold scores."""
     return 100 * (_spearman(items, gold, axis) - _spearman(dense, gold, axis))
+
+
+def similarity_error(items: Any, dense: Any, gold: Any, axis: int = -1) -> Any:
+    """How far the cosines of pairs are from the dense model's: root mean square x 100. No gold score blurs it.
+
+    Example:
+        >>> float(similarity_error(np.array([0.5, 0.7]), np.array([0.5, 0.6]), np.zeros(2)).round(3))
+        7.071
+    """
+    return 100 * np.sqrt(((items - dense) ** 2).mean(axis))
 
 
 def perplexity_ratio(items: Any, dense: Any, counts: Any, axis: int = -1) -> Any:
@@ -74,7 +84,28 @@ def _spearman(first: Any, second: Any, axis: int) -> Any:
     return np.divide(product, norms, out=np.zeros_like(product), where=norms > 0)  # 0 if all that was drawn is alike
 
 
-FIGURES: Mapping[str, Arrays] = {"Spearman x 100": spearman_lost, "perplexity": perplexity_ratio}
+@dataclass(frozen=True)
+class Figure:
+    """A figure that methods are compared by.
+
+    Attributes:
+        of: Items of a method and of the dense model, and what is the same for both, to the figure.
+        lower_is_better: Of it.
+        form: How it is shown.
+    """
+
+    of: Arrays
+    lower_is_better: bool
+    form: str
+
+
+SPEARMAN, SIMILARITY_ERROR, PERPLEXITY = "Spearman x 100", "similarity error x 100", "perplexity"
+FIGURES: Mapping[str, Figure] = {
+    SPEARMAN: Figure(spearman_lost, False, "{:+.3f}"),
+    SIMILARITY_ERROR: Figure(similarity_error, True, "{:+.3f}"),
+    PERPLEXITY: Figure(perplexity_ratio, True, "{:+.4f}"),
+}
+COMPARED: Mapping[str, Sequence[str]] = {SPEARMAN: (SPEARMAN, SIMILARITY_ERROR), PERPLEXITY: (PERPLEXITY,)}
 
 
 def difference(
@@ -100,7 +131,7 @@ def difference(
     """
     from scipy.stats import bootstrap
 
-    figure = FIGURES[measure]
+    figure = FIGURES[measure].of
 
     def statistic(one: Any, other: Any, stock: Any, given: Any, axis: int) -> Any:
         return figure(one, stock, given, axis=axis) - figure(other, stock, given, axis=axis)

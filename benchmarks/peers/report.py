@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import numpy as np
 import torch
 
-from .noise import LEVEL, RESAMPLES, Comparison, difference
+from .noise import COMPARED, FIGURES, LEVEL, RESAMPLES, SIMILARITY_ERROR, Comparison, difference, similarity_error
 from .registry import METHODS
 from .running import Point
 
@@ -136,19 +137,32 @@ def _model_parts(model: ModelReport) -> list[str]:
         f"below it is the {model.change}. Times over those of the dense table, measured in turns in the same "
         "process; memory above that of the process before."
     )
+    fitted = [point for point in model.points if _fitted(point)]
+    dense = next((point for point in fitted if point.method == "dense"), None)
     form = "{:.4f}x" if model.lower_is_better else "{:+.3f}"
+    with_errors = dense is not None and SIMILARITY_ERROR in COMPARED[model.measure]
+    if with_errors:
+        intro += " Error: root mean square x 100 of what the pairs' cosines differ by from the dense model's."
+    header = [column for name in model.dense for column in (name, *(["error"] if with_errors else []))]
 
     def cells(point: Point) -> list[str]:
-        quality = (form.format(point.quality[name]) if name in point.quality else "" for name in model.dense)
+        quality = []
+        for name in model.dense:
+            quality.append(form.format(point.quality[name]) if name in point.quality else "")
+            if with_errors:
+                quality.append(f"{_similarity_error(point, dense, name):.3f}" if name in point.items else "")
         return [point.method, f"{point.bits:.3f}", f"{point.measured['file_bytes'] / 1e6:.2f}", *quality]
 
-    fitted = [point for point in model.points if _fitted(point)]
-    parts = [intro, _measured(["method", "bits", "file, MB", *model.dense], cells, fitted, _ratio)]
-    dense = next((point for point in model.points if point.method == "dense" and _fitted(point)), None)
+    parts = [intro, _measured(["method", "bits", "file, MB", *header], cells, fitted, _ratio)]
     if dense is not None:
         parts.append(_dense_times(dense))
     parts += [_bullets(failures(model.points)), *comparison_parts(model), *_static_parts(model)]
     return [part for part in parts if part]
+
+
+def _similarity_error(point: Point, dense: Point, file: str) -> float:
+    items, stock = (np.asarray(each.items[file]) for each in (point, dense))
+    return float(similarity_error(items, stock, None))
 
 
 def _fitted(point: Point) -> bool:
@@ -222,11 +236,10 @@ def compare(model: ModelReport) -> list[Comparison]:
                 continue
             best = max(below, key=lambda each: each.bits)
             numbers = point.items[name], best.items[name], dense[name], model.base[name]
-            by, interval = difference(model.measure, *numbers)
-            count = len(model.base[name])
-            found.append(
-                Comparison(point.method, point.bits, best.bits, name, count, by, interval, model.lower_is_better)
-            )
+            for measure in COMPARED[model.measure]:
+                by, interval = difference(measure, *numbers)
+                count = len(model.base[name])
+                found.append(Comparison(point.method, point.bits, best.bits, measure, name, count, by, interval))
     return found
 
 
@@ -250,16 +263,16 @@ def comparison_parts(model: ModelReport) -> list[str]:
         f"Against `{OURS}` in as many bits or fewer: the method's figure less that of `{OURS}`, and the {LEVEL:.0%} "
         f"interval of a paired bootstrap over the {counts} {items} ({RESAMPLES:,} draws), each by itself."
     )
-    digits = 4 if model.lower_is_better else 3
-    rows = [
-        [
-            each.method, f"{each.bits:.3f}", f"{each.against:.3f}", each.file, f"{each.difference:+.{digits}f}",
-            "" if each.interval is None else " to ".join(f"{end:+.{digits}f}" for end in each.interval),
+    rows = []
+    for each in model.comparisons:
+        form = FIGURES[each.measure].form
+        rows.append([
+            each.method, f"{each.bits:.3f}", f"{each.against:.3f}", each.file, each.measure,
+            form.format(each.difference),
+            "" if each.interval is None else " to ".join(map(form.format, each.interval)),
             f"**{each.verdict}**" if each.verdict == "better" else each.verdict,
-        ]
-        for each in model.comparisons
-    ]  # fmt: skip
-    header = ["method", "bits", f"bits of {OURS}", "on", "difference", f"{LEVEL:.0%} interval", f"than {OURS}"]
+        ])  # fmt: skip
+    header = ["method", "bits", f"bits of {OURS}", "on", "by", "difference", f"{LEVEL:.0%} interval", f"than {OURS}"]
     return [intro, table(header, rows), faster]
 
 

@@ -28,7 +28,7 @@ def encoder_report(points: dict[tuple[str, float], list[float]]) -> ModelReport:
     """Of methods with these cosines at these bits."""
     found = [
         Point(method, bits, 100, {"bits": bits, "fit_s": bits}, {"file": -1.0}, items={"file": items})
-        for (method, bits), items in {("dense", 32): GOLD.tolist(), **points}.items()
+        for (method, bits), items in {("dense", 32): cosines(0), **points}.items()
     ]
     base = {"file": GOLD.tolist()}
     return ModelReport("m", "Spearman x 100", "difference", False, (100, 8), False, {"file": 90}, found, base=base)
@@ -48,18 +48,36 @@ def test_a_difference_within_the_noise_is_said_to_be_that() -> None:
         }
     )
     model.comparisons = compare(model)
-    found = {each.method: (each.against, each.verdict) for each in model.comparisons}
+    found = {(each.method, each.measure): (each.against, each.verdict) for each in model.comparisons}
+    by_rank, by_error = "Spearman x 100", "similarity error x 100"
     assert found == {
-        "torchao-int8": (4, "within the noise"),
-        "torchao-int4": (4, "within the noise"),
-        "torchao-int3": (2, "better"),
-        "torchao-int2": (2, "worse"),
+        ("torchao-int8", by_rank): (4, "within the noise"),
+        ("torchao-int4", by_rank): (4, "within the noise"),
+        ("torchao-int3", by_rank): (2, "better"),
+        ("torchao-int2", by_rank): (2, "worse"),
+        ("torchao-int8", by_error): (4, "within the noise"),
+        ("torchao-int4", by_error): (4, "within the noise"),
+        ("torchao-int3", by_error): (2, "better"),
+        ("torchao-int2", by_error): (2, "worse"),
     }
     intro, shown, faster = comparison_parts(model)
     assert "the 95% interval of a paired bootstrap over the 200 pairs (2,000 draws)" in intro
     assert re.search(r"^\| torchao-int4 .* \| [+-][\d.]+ \| -[\d.]+ to \+[\d.]+ \| within the noise \|$", shown, re.M)
-    assert re.search(r"^\| torchao-int3 .* \| \+[\d.]+ \| \+[\d.]+ to \+[\d.]+ \| \*\*better\*\* \|$", shown, re.M)
+    assert re.search(
+        r"^\| torchao-int3 .* Spearman .* \| \+[\d.]+ \| \+[\d.]+ to \+[\d.]+ \| \*\*better\*\* \|$", shown, re.M
+    )
     assert faster == "- Faster than transform in fitting: sklearn-svd"
+
+
+def test_similarities_that_move_show_where_their_ranks_do_not() -> None:
+    """Doubled, the cosines keep their order."""
+    moved = [2 * each for each in cosines(0)]
+    model = encoder_report({("transform", 4): cosines(0), ("torchao-int4", 4.5): moved})
+    model.comparisons = compare(model)
+    by_rank, by_error = model.comparisons
+    assert (by_rank.difference, by_rank.verdict) == (0, "within the noise")
+    assert by_error.difference == pytest.approx(100 * float((GOLD / 200).square().mean().sqrt()))
+    assert by_error.verdict == "worse"
 
 
 def test_nothing_to_compare_with() -> None:

@@ -4,7 +4,8 @@
     python benchmarks/quality.py perplexity MODEL --text held-out.txt --calibrate mixed.txt --bits 4 3 2
 
 MODEL is a local folder or a Hub id. Prints a Markdown table; every figure is relative to the dense model's in the
-same run, with the bits per weight that were really spent and the seconds of fitting.
+same run, with the bits per weight that were really spent and the seconds of fitting. Beside the ranks of pairs stands
+the error of their similarities: root mean square x 100 of what they differ by from the dense model's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,15 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 
 import hf_dirembed
 from hf_dirembed import CompressedEmbedding
-from hf_dirembed.evaluation import load_pairs, load_text, perplexity, sts
+from hf_dirembed.evaluation import (
+    PerplexityFigures,
+    STSFigures,
+    load_pairs,
+    load_text,
+    perplexity,
+    similarity_error,
+    sts,
+)
 
 
 GROUP = 32  # weights that share a scale and a zero point
@@ -70,26 +80,39 @@ def variants(
             yield method, embedding.bits_per_weight, seconds, model
 
 
-def measure_sts(
-    arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
-) -> Callable[[nn.Module], list[float]]:
-    """Spearman correlation x 100 on each file."""
+Measure = Callable[[nn.Module], list[Any]]
+
+
+def measure_sts(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Measure:
+    """The figures on each file of pairs."""
     sets = [load_pairs(path) for path in arguments.pairs]
     return lambda model: [
-        100 * sts(model, pairs, tokenizer, pooling="mean", prefix=arguments.prefix, limit=arguments.limit).spearman
-        for pairs in sets
+        sts(model, pairs, tokenizer, pooling="mean", prefix=arguments.prefix, limit=arguments.limit) for pairs in sets
     ]
 
 
-def measure_perplexity(
-    arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
-) -> Callable[[nn.Module], list[float]]:
-    """Perplexity on each text, in windows of 512 tokens side by side."""
+def spearman(dense: STSFigures) -> list[str]:
+    """What the dense model has."""
+    return [f"{100 * dense.spearman:.3f}", ""]
+
+
+def relative_sts(found: STSFigures, dense: STSFigures) -> list[str]:
+    """Spearman x 100 less that of the dense model, and the error of the similarities."""
+    change, error = 100 * (found.spearman - dense.spearman), similarity_error(found.cosines, dense.cosines)
+    return [f"{change:+.3f}", f"{error:.2f}"]
+
+
+def measure_perplexity(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Measure:
+    """The figures on each text, in windows of 512 tokens side by side."""
     texts = [load_text(path) for path in arguments.text]
     return lambda model: [
-        perplexity(model, tokenizer, text, window=512, max_tokens=arguments.limit, batch_size=2).perplexity
-        for text in texts
+        perplexity(model, tokenizer, text, window=512, max_tokens=arguments.limit, batch_size=2) for text in texts
     ]
+
+
+def relative_perplexity(found: PerplexityFigures, dense: PerplexityFigures) -> list[str]:
+    """Perplexity over that of the dense model."""
+    return [f"{found.perplexity / dense.perplexity:.4f}x"]
 
 
 def main() -> None:
@@ -112,25 +135,20 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     auto = AutoModel if arguments.task == "sts" else AutoModelForCausalLM
     loaded = auto.from_pretrained(arguments.model).eval()
-    measure = (measure_sts if arguments.task == "sts" else measure_perplexity)(arguments, tokenizer)
+    pairs = arguments.task == "sts"
+    measure = (measure_sts if pairs else measure_perplexity)(arguments, tokenizer)
+    relative = relative_sts if pairs else relative_perplexity
     dense = measure(loaded)
-    names = arguments.pairs or arguments.text
+    names = [name.rsplit("/", 1)[-1] for name in arguments.pairs or arguments.text]
+    header = [column for name in names for column in (name, *(["error"] if pairs else []))]
+    stock = [cell for each in dense for cell in (spearman(each) if pairs else [f"{each.perplexity:.3f}"])]
     print(f"`python {shlex.join(sys.argv)}`\n")
-    print(f"| table | bits per weight | fit, s | {' | '.join(name.rsplit('/', 1)[-1] for name in names)} |")
-    print("| --- " * (3 + len(names)) + "|")
-    print(f"| dense | {8 * loaded.get_input_embeddings().weight.element_size()} | | " + cells(dense, "{:.3f}") + " |")
+    print(f"| table | bits per weight | fit, s | {' | '.join(header)} |")
+    print("| --- " * (3 + len(header)) + "|")
+    print(f"| dense | {8 * loaded.get_input_embeddings().weight.element_size()} | | {' | '.join(stock)} |")
     for name, bits, seconds, model in variants(arguments, lambda: copy.deepcopy(loaded), tokenizer):
-        found = measure(model)
-        if arguments.task == "sts":
-            relative = cells([after - before for after, before in zip(found, dense, strict=True)], "{:+.3f}")
-        else:
-            relative = cells([after / before for after, before in zip(found, dense, strict=True)], "{:.4f}x")
-        print(f"| {name} | {bits:.4f} | {seconds:.1f} | {relative} |", flush=True)
-
-
-def cells(values: list[float], form: str) -> str:
-    """Cells of a Markdown table."""
-    return " | ".join(form.format(value) for value in values)
+        found = [cell for each in zip(measure(model), dense, strict=True) for cell in relative(*each)]
+        print(f"| {name} | {bits:.4f} | {seconds:.1f} | {' | '.join(found)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from hf_dirembed.evaluation import similarity_error
+
 
 LEVEL = 0.95
 RESAMPLES = 2000
@@ -54,16 +56,6 @@ def spearman_lost(items: Any, dense: Any, gold: Any, axis: int = -1) -> Any:
     return 100 * (_spearman(items, gold, axis) - _spearman(dense, gold, axis))
 
 
-def similarity_error(items: Any, dense: Any, gold: Any, axis: int = -1) -> Any:
-    """How far the cosines of pairs are from the dense model's: root mean square x 100. No gold score blurs it.
-
-    Example:
-        >>> float(similarity_error(np.array([0.5, 0.7]), np.array([0.5, 0.6]), np.zeros(2)).round(3))
-        7.071
-    """
-    return 100 * np.sqrt(((items - dense) ** 2).mean(axis))
-
-
 def perplexity_ratio(items: Any, dense: Any, counts: Any, axis: int = -1) -> Any:
     """Perplexity over that of the dense model; of the windows' losses and how many tokens each has.
 
@@ -102,7 +94,7 @@ class Figure:
 SPEARMAN, SIMILARITY_ERROR, PERPLEXITY = "Spearman x 100", "similarity error x 100", "perplexity"
 FIGURES: Mapping[str, Figure] = {
     SPEARMAN: Figure(spearman_lost, False, "{:+.3f}"),
-    SIMILARITY_ERROR: Figure(similarity_error, True, "{:+.3f}"),
+    SIMILARITY_ERROR: Figure(lambda items, dense, gold, axis: similarity_error(items, dense, axis), True, "{:+.3f}"),
     PERPLEXITY: Figure(perplexity_ratio, True, "{:+.4f}"),
 }
 COMPARED: Mapping[str, Sequence[str]] = {SPEARMAN: (SPEARMAN, SIMILARITY_ERROR), PERPLEXITY: (PERPLEXITY,)}

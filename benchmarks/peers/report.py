@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import numpy as np
 import torch
 
-from .noise import COMPARED, FIGURES, LEVEL, RESAMPLES, SIMILARITY_ERROR, Comparison, difference, similarity_error
+from hf_dirembed.evaluation import similarity_error
+
+from .noise import COMPARED, FIGURES, LEVEL, RESAMPLES, SIMILARITY_ERROR, Comparison, difference
 from .registry import METHODS
 from .running import Point
 
@@ -161,8 +162,7 @@ def _model_parts(model: ModelReport) -> list[str]:
 
 
 def _similarity_error(point: Point, dense: Point, file: str) -> float:
-    items, stock = (np.asarray(each.items[file]) for each in (point, dense))
-    return float(similarity_error(items, stock, None))
+    return float(similarity_error(point.items[file], dense.items[file]))
 
 
 def _fitted(point: Point) -> bool:

@@ -7,7 +7,7 @@ from .glue import GLUE, glue
 from .masked import MaskedPerplexityFigures, dense_head, masked_perplexity
 from .results import ReferenceResult, Result, load_results, save_result
 from .running import Comparison, compare
-from .similarity import STSFigures, STSOptions, compare_sts, sts
+from .similarity import STSFigures, STSOptions, compare_sts, similarity_error, sts
 from .squad import SquadSettings, squad
 from .tasks import TASKS, Task, evaluate
 
@@ -42,6 +42,7 @@ __all__ = [
     "masked_perplexity",
     "perplexity",
     "save_result",
+    "similarity_error",
     "squad",
     "sts",
 ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -159,6 +160,26 @@ def _evaluate(
     encoders = [_Encoder.of(model, tokenizer, pooling, max_length, device) for model in models]
     embeddings = [encoder.embed(gold, prefix, batch_size) for encoder in encoders]
     return [(_figures(*each, gold, prefix), each[1]) for each in zip(encoders, embeddings, strict=True)]
+
+
+def similarity_error(cosines: Any, reference: Any, axis: int = -1) -> Any:
+    """How far the similarities of pairs are from a reference model's: root mean square of the differences, x 100.
+
+    It tells two nearly equal models apart where the noise of gold scores does not.
+
+    Args:
+        cosines: (..., pairs) as [`STSFigures`] has them, or an array.
+        reference: The same pairs' by the reference.
+        axis: That of the pairs.
+
+    Returns:
+        (...) floats.
+
+    Example:
+        >>> round(float(similarity_error([0.5, 0.7], [0.5, 0.6])), 3)
+        7.071
+    """
+    return 100 * np.sqrt(np.square(np.asarray(cosines) - np.asarray(reference)).mean(axis))
 
 
 def _limited(pairs: SentencePairs, limit: int | None) -> SentencePairs:

@@ -5,6 +5,7 @@ This file travels with every compressed model, so it imports nothing of the pack
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
 
@@ -243,7 +244,7 @@ def convert(model: PreTrainedModel, spec: CompressionSpec, tensors: dict[str, Te
     """Turns a dense model, in place, into the compressed one that `spec` and `tensors` describe.
 
     Args:
-        model: Its class, its config's class and its embedding change; everything else stays the object it was.
+        model: Its class, its config and its embedding change; everything else stays the object it was.
         spec: The layout of the codes.
         tensors: Those of `CompressedMatrix.code_tensors`, by name.
 
@@ -267,12 +268,25 @@ def convert(model: PreTrainedModel, spec: CompressionSpec, tensors: dict[str, Te
         # The same storage for all: tying then makes them the same parameter, whichever of them is its source.
         kept = {key: tensors[key].to(device, parameter.dtype) for key, parameter in module.code_tensors().items()}
         module.load_state_dict(kept, strict=False, assign=True)
-    model.config.__class__ = config_class
+    _give_own_config(model).__class__ = config_class
     model.config.dirembed = spec.to_dict()
     model.__class__ = derive_model_class(type(model), config_class)
     _forget_quantizer(model)
     model.tie_weights()
     return model
+
+
+def _give_own_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """Replaces a config, which other models may be made with, by a copy; its parts stay the objects that they are.
+
+    Returns:
+        The copy.
+    """
+    shared, own = model.config, copy.copy(model.config)
+    for attributes in (vars(module) for module in model.modules()):
+        if attributes.get("config") is shared:
+            attributes["config"] = own
+    return own
 
 
 def restore(model: PreTrainedModel) -> PreTrainedModel:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES, VOCAB
 from torch import nn
 from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -172,6 +173,18 @@ def test_mistakes(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(error, match=expected):
         hf_dirembed.compress(model, tokenizer, **options)
     assert name == "compressed already" or model.get_input_embeddings() is before
+
+
+def test_models_of_one_config_are_apart(tmp_path: Path) -> None:
+    config = FAMILIES["llama-tied"].make("AutoModelForCausalLM").config
+    first, second = (transformers.LlamaForCausalLM(config) for _ in range(2))
+    hf_dirembed.compress(first, method="svd", ratio=4)
+    assert first.config is first.model.config is not config
+    assert type(config) is type(second.config) is transformers.LlamaConfig
+    second.save_pretrained(tmp_path)
+    assert type(transformers.AutoModel.from_pretrained(tmp_path)) is transformers.LlamaModel
+    hf_dirembed.compress(second, method="svd", ratio=2)
+    assert first.config.dirembed["rank"] < second.config.dirembed["rank"]
 
 
 def test_calibration_needs_a_tokenizer() -> None:

@@ -122,7 +122,7 @@ def compress(
     summary = compress_checkpoint(
         src,
         out,
-        languages=tuple(languages.split(",")) if languages else None,
+        languages=tuple(tag.strip() for tag in languages.split(",") if tag.strip()) if languages else None,
         method=method,
         calibration=calibrate,
         settings=SETTINGS[method](seed=seed) if seed is not None and method in SETTINGS else None,
@@ -182,7 +182,10 @@ def expand(folder: str, out: Path) -> None:
 @click.option("--method", default="transform", show_default=True, help=f"One of {', '.join(METHODS)}.")
 @budget_options
 def demo(out: Path | None, **options: Any) -> None:
-    """Compress the real all-MiniLM-L6-v2 that a package ships, reload it, and show what changed."""
+    """Compress the real all-MiniLM-L6-v2 that a package ships, reload it, and show what changed.
+
+    Without a budget it is compressed to 2 bits per weight.
+    """
     if all(options[name] is None for name in ("bits", "ratio", "rank")):
         options["bits"] = 2.0
     with tempfile.TemporaryDirectory() as folder:

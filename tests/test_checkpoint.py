@@ -194,6 +194,7 @@ MISTAKES = {
     "no such option": (["compress", "{dense}", "{out}", "--bit", "4"], "No such option '--bit'"),
     "no such command": (["kompress", "{dense}", "{out}"], "No such command 'kompress'"),
     "an option before the command": (["--bits", "4", "compress"], "No such option '--bits'"),
+    "no such text": (["compress", "{dense}", "{out}", "--bits", "4", "--calibrate", "{tmp}/no.txt"], "cannot read"),
     "a card of nothing": (["card", "{tmp}/nowhere"], "is no folder"),
     "no token embedding": (["compress", "{vit}", "{out}", "--bits", "4"], "no token embedding"),
 }

@@ -191,6 +191,15 @@ def _file(path: Path, lines: bool) -> Iterator[str]:
         raise CalibrationError(f"cannot read {path} ({error}): give a UTF-8 text file, or [text]") from error
 
 
+def check_file(path: str | Path) -> None:
+    """Reads the beginning of a text file.
+
+    Raises:
+        CalibrationError: If that cannot be done.
+    """
+    next(_file(Path(path), lines=True), None)
+
+
 def _text_column(texts: Any) -> str | None:
     """The column of a `datasets` dataset that holds the text; None for anything else."""
     if isinstance(texts, dict) and all(hasattr(split, "column_names") for split in texts.values()):

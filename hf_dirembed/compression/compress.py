@@ -21,7 +21,7 @@ from ..tying_dirembed import embedding_of
 from .autoencoder import AutoencoderSettings, train_autoencoder
 from .budget import Budget, TableSize
 from .calibrated import Calibration
-from .calibration_text import Texts
+from .calibration_text import Texts, check_file
 from .coded import CodedTable
 from .figures import table_figures
 from .statistics import Statistics
@@ -154,10 +154,11 @@ def check_request(
     metric: Tensor | None = None,
     **_: Any,
 ) -> None:
-    """Refuses what [`compress`] cannot do with any model, before anything is read.
+    """Refuses what [`compress`] cannot do with any model, before one is read.
 
     Raises:
         BudgetError: If the method is unknown, there is not exactly one budget, or options do not go together.
+        CalibrationError: If a text file to calibrate on cannot be read.
 
     Example:
         >>> check_request(method="svd", rank=4, calibration="text.txt")
@@ -169,6 +170,8 @@ def check_request(
     Budget(bits, ratio, rank)
     if calibration is not None and method not in WEIGHING:
         raise BudgetError(f"method {method!r} takes no calibration: leave it out, or choose transform")
+    if isinstance(calibration, str | Path) and calibration != "self":
+        check_file(calibration)
     reads_text = not (calibration is None or isinstance(calibration, (Statistics, Calibration)))
     if resume is not None and not reads_text and method != "autoencoder":
         raise BudgetError(RESUME_WITH)

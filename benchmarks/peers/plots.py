@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from .measure import LOOKUP
+from .noise import SIMILARITY_ERROR
 from .registry import METHODS
 from .report import ModelReport, Report
 from .running import Point
@@ -67,24 +69,34 @@ def _rendered(figure: Any, suffix: str) -> bytes:
 
 
 def _quality(model: ModelReport) -> Any:
-    names = list(model.dense)
-    figure, panels = _figure(len(names))
-    for axes, name in zip(panels, names, strict=True):
+    panels = list(_panels(model))
+    figure, all_axes = _figure(len(panels))
+    points = [point for point in model.points if point.method != "dense"]
+    for axes, (title, unit, value) in zip(all_axes, panels, strict=True):
+        _lines(axes, points, lambda point: point.bits, value)
+        axes.axhline(0, color=STYLES["dense"][0], lw=0.8, ls=":")
+        _scale(axes, linear=LINEAR[model.lower_is_better])
+        axes.set_title(title, fontsize=10)
+        _label(axes, "bits per weight", unit)
+    _legend(figure, all_axes)
+    figure.suptitle(f"{model.name}: lower and further left is better", fontsize=12)
+    return figure
+
+
+Panel = tuple[str, str, Callable[[Point], "float | None"]]  # title, unit, and what is shown of a point
+
+
+def _panels(model: ModelReport) -> Iterator[Panel]:
+    """What a model loses on each file, and how far its similarities move."""
+    for name in model.dense:
 
         def loss(point: Point, name: str = name) -> float | None:
             found = point.quality.get(name)
             return None if found is None else 100 * (found - 1) if model.lower_is_better else -found
 
-        points = [point for point in model.points if point.method != "dense"]
-        _lines(axes, points, lambda point: point.bits, loss)
-        axes.axhline(0, color=STYLES["dense"][0], lw=0.8, ls=":")
-        _scale(axes, linear=LINEAR[model.lower_is_better])
-        axes.set_title(name, fontsize=10)
-        unit = "perplexity above dense, %" if model.lower_is_better else "Spearman x 100 lost"
-        _label(axes, "bits per weight", unit)
-    _legend(figure, panels)
-    figure.suptitle(f"{model.name}: lower and further left is better", fontsize=12)
-    return figure
+        yield name, "perplexity above dense, %" if model.lower_is_better else "Spearman x 100 lost", loss
+        if model.has_similarities:
+            yield name, SIMILARITY_ERROR, partial(model.similarity_error, file=name)
 
 
 def _scale(axes: Axes, linear: float) -> None:
@@ -106,7 +118,7 @@ def _scale(axes: Axes, linear: float) -> None:
 def _scaling(report: Report) -> Any:
     figure, panels = _figure(2, 2)
     batch = next((min(point.measured["head"], key=int) for point in report.scaling if point.measured.get("head")), "")
-    shown: list[tuple[str, str, Callable[[Point], float | None]]] = [
+    shown: list[Panel] = [
         ("fitting", "seconds", lambda point: None if point.method == "dense" else point.measured.get("fit_s")),
         ("loading", "milliseconds", lambda point: point.measured.get("load", {}).get("ms")),
         (f"lookup of {TOKENS} tokens", "milliseconds", lambda point: point.measured.get("lookup", {}).get("ms")),

@@ -55,6 +55,18 @@ class ModelReport:
     base: dict[str, Sequence[float]] = field(default_factory=dict)
     comparisons: list[Comparison] = field(default_factory=list)
 
+    @property
+    def has_similarities(self) -> bool:
+        """Whether its items are the cosines of pairs, as an encoder's are."""
+        return SIMILARITY_ERROR in COMPARED[self.measure]
+
+    def similarity_error(self, point: Point, file: str) -> float | None:
+        """How far the cosines of pairs are from the dense model's; None where either is missing."""
+        dense = next((each.items for each in self.points if each.method == "dense"), {})
+        if not self.has_similarities or file not in dense or file not in point.items:
+            return None
+        return float(similarity_error(point.items[file], dense[file]))
+
 
 @dataclass
 class Report:
@@ -138,31 +150,27 @@ def _model_parts(model: ModelReport) -> list[str]:
         f"below it is the {model.change}. Times over those of the dense table, measured in turns in the same "
         "process; memory above that of the process before."
     )
-    fitted = [point for point in model.points if _fitted(point)]
-    dense = next((point for point in fitted if point.method == "dense"), None)
     form = "{:.4f}x" if model.lower_is_better else "{:+.3f}"
-    with_errors = dense is not None and SIMILARITY_ERROR in COMPARED[model.measure]
-    if with_errors:
+    if model.has_similarities:
         intro += " Error: root mean square x 100 of what the pairs' cosines differ by from the dense model's."
-    header = [column for name in model.dense for column in (name, *(["error"] if with_errors else []))]
+    header = [column for name in model.dense for column in (name, *(["error"] if model.has_similarities else []))]
 
     def cells(point: Point) -> list[str]:
         quality = []
         for name in model.dense:
             quality.append(form.format(point.quality[name]) if name in point.quality else "")
-            if with_errors:
-                quality.append(f"{_similarity_error(point, dense, name):.3f}" if name in point.items else "")
+            if model.has_similarities:
+                error = model.similarity_error(point, name)
+                quality.append("" if error is None else f"{error:.3f}")
         return [point.method, f"{point.bits:.3f}", f"{point.measured['file_bytes'] / 1e6:.2f}", *quality]
 
+    fitted = [point for point in model.points if _fitted(point)]
     parts = [intro, _measured(["method", "bits", "file, MB", *header], cells, fitted, _ratio)]
+    dense = next((point for point in fitted if point.method == "dense"), None)
     if dense is not None:
         parts.append(_dense_times(dense))
     parts += [_bullets(failures(model.points)), *comparison_parts(model), *_static_parts(model)]
     return [part for part in parts if part]
-
-
-def _similarity_error(point: Point, dense: Point, file: str) -> float:
-    return float(similarity_error(point.items[file], dense.items[file]))
 
 
 def _fitted(point: Point) -> bool:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from ..layout_dirembed import BIT_WIDTHS
-from ..packing_dirembed import trellis_states
-from .trellis import Codebooks, encode, round_to_levels
+from .trellis import Codebooks, best_states, round_to_levels
 
 
 # Steps of 8 bits to try, in standard deviations: around the best uniform mid-rise quantiser of a Gaussian (Max 1960),
@@ -53,8 +52,8 @@ class Quantisers:
         found = [_best_uniform(normalised)]
         for index, width in enumerate(BIT_WIDTHS[1:]):
             levels, unit = codebooks.levels[index], codebooks.units[index]
-            symbols = encode(normalised, importance, levels * unit, width)
-            found.append(_regression(normalised, levels[trellis_states(symbols, width)]))
+            states = best_states(normalised, importance, levels * unit, width)
+            found.append(_regression(normalised, levels[states.int()]))
         errors, steps = (torch.stack(each) for each in zip(*found, strict=True))
         errors = torch.cat([torch.ones_like(errors[:1]), errors.clamp_min(0)])
         return cls(errors * variances, steps * torch.where(variances > 0, variances.sqrt(), 1), codebooks)

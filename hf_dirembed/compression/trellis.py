@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..layout_dirembed import BIT_WIDTHS, STATE_BITS
-from ..packing_dirembed import trellis_states
 
 
 NUM_STATES = 1 << STATE_BITS
@@ -18,8 +17,8 @@ _TRAINING_SYMBOLS, _LLOYD_ROUNDS = 40_000, 10
 POSITIVE = 1e-3  # added to each squared error: path costs must stay positive, as their bits are compared
 
 
-def encode(targets: Tensor, importance: Tensor, levels: Tensor, width: int) -> Tensor:
-    """The symbols whose levels have the least weighted squared error, over all sequences: Viterbi's algorithm.
+def best_states(targets: Tensor, importance: Tensor, levels: Tensor, width: int) -> Tensor:
+    """The states whose levels have the least weighted squared error, over all sequences: Viterbi's algorithm.
 
     Args:
         targets: (n, count) float32, what the levels shall approximate.
@@ -28,15 +27,15 @@ def encode(targets: Tensor, importance: Tensor, levels: Tensor, width: int) -> T
         width: Bits of a symbol: 4, 2 or 1.
 
     Returns:
-        (n, count) uint8 symbols; [`trellis_states`] of them are the states.
+        (n, count) uint8. Symbols are in their lowest `width` bits; of these [`trellis_states`] makes the states again.
 
     Source: Viterbi 1967; Tseng et al. 2024 (QTIP), section 3.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
         >>> targets, levels = torch.randn(64, 100, generator=generator), torch.randn(256, generator=generator)
-        >>> symbols = encode(targets, torch.ones(100), levels, width=2)
-        >>> error = (levels[trellis_states(symbols, 2)] - targets).square().mean()
+        >>> states = best_states(targets, torch.ones(100), levels, width=2)
+        >>> error = (levels[states.int()] - targets).square().mean()
         >>> bool(error < 0.1175)  # the least of a scalar quantiser of 2 bits (Max 1960); the bound is 1/16
         True
     """
@@ -60,16 +59,16 @@ def _cheapest_paths(targets: Tensor, importance: Tensor, levels: Tensor, width: 
 
 
 def _trace_back(last: Tensor, survivors: Tensor, width: int) -> Tensor:
-    """Symbols, (steps, n) uint8, from the last state of each row, (n,), and what `_search` found."""
+    """States, (steps, n) uint8, from the last of each row, (n,), and what `_search` found."""
     steps, pasts, num_rows = survivors.shape
-    symbols = torch.empty(steps, num_rows, dtype=torch.uint8, device=last.device)
+    states = torch.empty(steps, num_rows, dtype=torch.uint8, device=last.device)
     columns = torch.arange(num_rows, device=last.device)
     for step in range(steps - 1, -1, -1):
-        symbols[step] = last & ((1 << width) - 1)
+        states[step] = last
         past = last >> width
         # The state before is the past below the symbol that fell out of this one's memory.
         last = survivors[step].view(-1)[past * num_rows + columns].long() * pasts + past
-    return symbols
+    return states
 
 
 def _search(targets: Tensor, importance: Tensor, levels: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -122,8 +121,8 @@ def quantise(targets: Tensor, importance: Tensor, levels: Tensor, width: int) ->
         rounded = round_to_levels(targets)
         return (rounded + LARGEST_LEVEL).to(torch.uint8), rounded
     book = levels[BIT_WIDTHS.index(width) - 1]
-    symbols = encode(targets, importance, book, width)
-    return symbols, book[trellis_states(symbols, width)]
+    states = best_states(targets, importance, book, width)
+    return states & ((1 << width) - 1), book[states.int()]
 
 
 def round_to_levels(latents: Tensor) -> Tensor:
@@ -173,7 +172,7 @@ def _lloyd(latents: Tensor, levels: Tensor, width: int) -> Tensor:
     """Moves levels to the means of the latents that they are chosen for, in turn with the choice."""
     importance = latents.new_ones(latents.shape[1])
     for _ in range(_LLOYD_ROUNDS):
-        states = trellis_states(encode(latents, importance, levels, width), width).reshape(-1).long()
+        states = best_states(latents, importance, levels, width).reshape(-1).long()
         visits = torch.bincount(states, minlength=NUM_STATES)
         sums = torch.zeros_like(levels).index_add_(0, states, latents.reshape(-1))
         levels = torch.where(visits > 0, sums / visits, levels)

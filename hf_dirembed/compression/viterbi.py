@@ -20,7 +20,7 @@ _UNREACHABLE = numpy.float32(1e30)  # the path cost of what the stream cannot st
 
 
 def cheapest_paths(targets: Tensor, importance: Tensor, levels: Tensor, width: int) -> Tensor:
-    """The symbols of each row's cheapest path, the same on any number of threads.
+    """The states of each row's cheapest path, the same on any number of threads.
 
     Args:
         targets: (steps, n) float32, in the order of the stream.
@@ -29,7 +29,7 @@ def cheapest_paths(targets: Tensor, importance: Tensor, levels: Tensor, width: i
         width: Bits of a symbol: 4, 2 or 1.
 
     Returns:
-        (steps, n) uint8.
+        (steps, n) uint8: the newest symbol of each is in its lowest bits, those before above.
 
     Source: Viterbi 1967.
 
@@ -37,16 +37,16 @@ def cheapest_paths(targets: Tensor, importance: Tensor, levels: Tensor, width: i
         >>> targets = torch.tensor([[0.9, -0.2], [0.1, 0.8]])
         >>> newest_bit = torch.arange(256).remainder(2).float()
         >>> cheapest_paths(targets, torch.ones(2), newest_bit, width=1).tolist()
-        [[1, 0], [0, 1]]
+        [[1, 0], [2, 1]]
     """
     arrays = [each.contiguous().numpy() for each in (targets, importance, levels)]
-    symbols = numpy.empty(targets.shape, dtype=numpy.uint8)
+    states = numpy.empty(targets.shape, dtype=numpy.uint8)
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:
-        searches = [pool.submit(_search, *arrays, width, symbols, each, threads) for each in range(threads)]
+        searches = [pool.submit(_search, *arrays, width, states, each, threads) for each in range(threads)]
     for search in searches:
         search.result()  # raises what a thread raised
-    return torch.from_numpy(symbols)
+    return torch.from_numpy(states)
 
 
 def _cached(function: Callable[..., None]) -> Callable[..., None]:
@@ -58,8 +58,8 @@ def _cached(function: Callable[..., None]) -> Callable[..., None]:
 
 
 @_cached
-def _search(targets, importance, levels, width, symbols, thread, threads):  # type: ignore[no-untyped-def]
-    """Fills in the symbols of every so many'th block of rows."""
+def _search(targets, importance, levels, width, states, thread, threads):  # type: ignore[no-untyped-def]
+    """Fills in the states of every so many'th block of rows."""
     steps, num_rows = targets.shape
     pasts = NUM_STATES >> width  # what of a state the next one still knows
     survivors = numpy.empty((steps, pasts, _LANES), dtype=numpy.uint8)
@@ -76,7 +76,7 @@ def _search(targets, importance, levels, width, symbols, thread, threads):  # ty
             target[:rows] = targets[step, first : first + rows]
             _branch(best, target, importance[step], levels, width, cost)
         for row in range(rows):
-            _trace_back(cost[:, row].argmin(), survivors[:, :, row], width, symbols[:, first + row])
+            _trace_back(cost[:, row].argmin(), survivors[:, :, row], width, states[:, first + row])
 
 
 @numba.njit
@@ -111,11 +111,11 @@ def _branch(best, target, importance, levels, width, cost):  # type: ignore[no-u
 
 
 @numba.njit
-def _trace_back(last, survivors, width, symbols):  # type: ignore[no-untyped-def]
-    """The symbols from the last to the first."""
+def _trace_back(last, survivors, width, states):  # type: ignore[no-untyped-def]
+    """The states from the last to the first."""
     pasts = survivors.shape[1]
-    for step in range(len(symbols) - 1, -1, -1):
-        symbols[step] = last & ((1 << width) - 1)
+    for step in range(len(states) - 1, -1, -1):
+        states[step] = last
         if step:
             past = last >> width
             # The state before is the past below the symbol that fell out of this one's memory.

@@ -20,7 +20,7 @@ from hf_dirembed.compression.quantisation import Allocation, BitAllocator, Quant
 from hf_dirembed.compression.subspace import mean_cosine
 from hf_dirembed.compression.table import Table
 from hf_dirembed.compression.transform import TransformSettings, transform
-from hf_dirembed.compression.trellis import Codebooks, encode
+from hf_dirembed.compression.trellis import Codebooks, best_states
 from hf_dirembed.compression.viterbi import cheapest_paths
 from hf_dirembed.layout_dirembed import BIT_WIDTHS, BudgetError, TableError
 from hf_dirembed.packing_dirembed import trellis_states
@@ -67,9 +67,10 @@ def test_the_trellis_against_all_sequences(width: int, count: int, seed: int) ->
         return (targets - levels[trellis_states(symbols, width)]).square() @ importance
 
     least = torch.stack([errors(symbols.expand(30, -1)) for symbols in every]).min(dim=0).values
-    found = encode(targets, importance, levels, width)
-    assert int(found.max()) < 1 << width
-    assert torch.allclose(errors(found), least, atol=2e-5)
+    states = best_states(targets, importance, levels, width)
+    symbols = states & ((1 << width) - 1)
+    assert torch.equal(trellis_states(symbols, width), states.int())
+    assert torch.allclose(errors(symbols), least, atol=2e-5)
 
 
 @pytest.mark.parametrize("width", [1, 2, 4])
@@ -90,9 +91,8 @@ def test_one_trellis_search_on_all_devices(
     for each in (compiled, stepwise):
         assert all(torch.equal(other, each[0]) for other in each[1:])
 
-    def errors(symbols: Tensor) -> Tensor:
-        states = trellis_states(symbols.flip(0).T, width)
-        return importance.flip(0) @ (levels[states] - targets.flip(0).T).square().T
+    def errors(states: Tensor) -> Tensor:
+        return importance @ (levels[states.int()] - targets).square()
 
     assert torch.allclose(errors(compiled[0]), errors(stepwise[0]), rtol=1e-4, atol=1e-5)  # rounding may choose
 

@@ -13,7 +13,7 @@ import transformers
 from families import FAMILIES
 from learning import AUTO, learn, logits, optimiser, rich_model, table
 from packed import NUM_ROWS, SPEC
-from test_training import in_two_processes, trainer
+from test_training import LEARNING, in_two_processes, trainer
 from tiny import Sentences, make, outputs
 
 
@@ -118,31 +118,12 @@ def test_beside_adapters_of_the_body(tmp_path: Path) -> None:
     assert torch.equal(logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path)), logits(merged))
 
 
-PROCESS = """
-import sys
-import torch
-from accelerate import Accelerator
-from transformers import AutoModelForCausalLM
-import hf_dirembed
-
-accelerator = Accelerator(cpu=True)
-assert accelerator.num_processes == 2
+PROCESS = f"""{LEARNING}
 for source, target in (sys.argv[1:3], sys.argv[3:5]):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(source).unfreeze_codes().train()
     codes = model.get_input_embeddings().weight.clone()
-    loader = torch.utils.data.DataLoader(torch.randint(8, 160, (32, 9)), batch_size=4)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    losses = []
-    for epoch in range(3):
-        for batch in loader:
-            loss = model(input_ids=batch, labels=batch).loss
-            accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-    assert losses[-1] < losses[0], losses
+    model, batch = learn(model)
     state = accelerator.get_state_dict(model)
     inner = accelerator.unwrap_model(model).eval()
     embedding = inner.get_input_embeddings()

@@ -118,31 +118,38 @@ def test_expand_train_and_compress_again(tmp_path: Path) -> None:
     assert torch.equal(outputs(loaded, "llama-tied")[0], outputs(again.eval(), "llama-tied")[0])
 
 
-PROCESS = """
+LEARNING = """
 import sys
 import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 import hf_dirembed
 
-torch.manual_seed(0)
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2
+
+def learn(model):
+    loader = torch.utils.data.DataLoader(torch.randint(8, 160, (32, 9)), batch_size=4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    losses = []
+    for epoch in range(3):
+        for batch in loader:
+            loss = model(input_ids=batch, labels=batch).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert losses[-1] < losses[0], losses
+    return model, batch
+"""
+
+
+PROCESS = f"""{LEARNING}
+torch.manual_seed(0)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 codes = model.get_input_embeddings().weight.clone()
-ids = torch.randint(8, 160, (32, 9))
-loader = torch.utils.data.DataLoader(ids, batch_size=4)
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
-model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-losses = []
-for epoch in range(3):
-    for batch in loader:
-        loss = model(input_ids=batch, labels=batch).loss
-        accelerator.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-assert losses[-1] < losses[0], losses
+model, batch = learn(model)
 inner = accelerator.unwrap_model(model)
 decoder = inner.get_input_embeddings().decoder_weight.detach()
 assert (accelerator.gather(decoder[None]) == decoder).all()
@@ -153,7 +160,7 @@ accelerator.load_state(sys.argv[2])
 if accelerator.is_main_process:
     inner.save_pretrained(sys.argv[3])
     again = AutoModelForCausalLM.from_pretrained(sys.argv[3])
-    assert torch.equal(again.eval()(ids[:2]).logits, inner.eval()(ids[:2]).logits)
+    assert torch.equal(again.eval()(batch).logits, inner.eval()(batch).logits)
 accelerator.end_training()
 """
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from markdown_tables import read_table
 from transformers import BertConfig, BertForMaskedLM, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_dirembed.compression.autoencoder import AutoencoderSettings, autoencoder_epochs
@@ -71,19 +72,12 @@ def paper(place: Path, monkeypatch: pytest.MonkeyPatch):
     return paper
 
 
-def read(markdown: str) -> list[list[str]]:
-    """The cells of the Markdown table, its ruler left out."""
-    lines = [line for line in markdown.splitlines() if line.startswith("|")]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return [cells[0], *cells[2:]]
-
-
 def test_all_columns_of_a_masked_model(paper, capsys: pytest.CaptureFixture[str]) -> None:
     data = ["--text", "text.txt", "--pairs", "pairs.csv", "--json", "found.json"]
     paper.main(["masked", *data, "--ratios", "2.5", "--max-tokens", "200"])
     output = capsys.readouterr().out
     assert output.startswith(f"`python benchmarks/paper.py masked {' '.join(data)} --ratios 2.5 --max-tokens 200`\n")
-    titles, dense, *rows = read(output)
+    titles, dense, *rows = read_table(output)
     assert titles[8:] == [
         "text.txt whole-word perplexity, input only",
         "text.txt whole-word perplexity, tied",
@@ -122,7 +116,7 @@ def test_all_columns_of_a_masked_model(paper, capsys: pytest.CaptureFixture[str]
 def test_fine_tuned_columns_have_deviations(paper, capsys: pytest.CaptureFixture[str]) -> None:
     data = ["--fine-tune", "sst2=sst2.tsv,sst2.tsv", "--squad", "squad.json,squad.json", "--json", "tuned.json"]
     paper.main(["masked", *data, "--seeds", "0,1", "--epochs", "1", "--ratios", "5", "--methods", "transform"])
-    titles, *rows = read(capsys.readouterr().out)
+    titles, *rows = read_table(capsys.readouterr().out)
     assert titles[8:] == ["sst2 accuracy x 100", "SQuAD exact_match", "SQuAD f1"]
     found = json.loads(Path("tuned.json").read_text())
     assert found["settings"]["sst2"]["epochs"] == found["settings"]["SQuAD"]["epochs"] == 1
@@ -147,7 +141,7 @@ def test_the_published_protocol(paper, capsys: pytest.CaptureFixture[str], monke
     fine_tuning = ["--fine-tune", "sst2=sst2.tsv,sst2.tsv", "--epochs", "1", "--seeds", "0"]
     paper.main(["masked", *options, *fine_tuning, "--faithful", "--json", "faithful.json"])
     assert trained == [True, False, True, True]  # dense, svd, autoencoder, transform
-    titles, *_ = read(capsys.readouterr().out)
+    titles, *_ = read_table(capsys.readouterr().out)
     assert titles[8:] == ["text.txt whole-word perplexity, input only", "sst2 accuracy x 100"]
     chosen = json.loads(Path("faithful.json").read_text())["rows"][2]["metrics"][titles[8]]
 
@@ -169,7 +163,7 @@ def test_a_causal_model_with_an_untied_head(paper, capsys: pytest.CaptureFixture
     assert (
         "no head is tied to it. Token weights: counts of text.txt; `transform` measures errors in the metric" in output
     )
-    titles, dense, *rows = read(output)
+    titles, dense, *rows = read_table(output)
     assert titles[8:] == ["text.txt perplexity, input only"]
     assert [row[1] for row in rows] == ["4", "4", "bytes of 4", "8", "8", "bytes of 8"]
     assert all(float(row[8].replace(",", "")) > 0 for row in (dense, *rows))
@@ -177,7 +171,7 @@ def test_a_causal_model_with_an_untied_head(paper, capsys: pytest.CaptureFixture
 
 def test_the_tables_alone(paper, capsys: pytest.CaptureFixture[str]) -> None:
     paper.main(["masked", "--ratios", "3", "--methods", "svd", "direction"])
-    titles, dense, *rows = read(capsys.readouterr().out)
+    titles, dense, *rows = read_table(capsys.readouterr().out)
     assert titles == list(paper.COLUMNS)
     assert dense == ["dense", "", "", "32.00", "", "", "", ""]
     assert len(rows) == 2

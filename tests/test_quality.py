@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from markdown_tables import read_table
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
@@ -50,10 +51,7 @@ def cells(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
         monkeypatch.chdir(place)
         monkeypatch.setattr(sys, "argv", [script, *" ".join(arguments).split()])
         runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
-        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-        return [
-            [cell.strip() for cell in line.strip("|").split("|")] for line in lines if not line.startswith("| ---")
-        ]
+        return read_table(capsys.readouterr().out)
 
     return run
 

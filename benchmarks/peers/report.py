@@ -56,13 +56,18 @@ class ModelReport:
     comparisons: list[Comparison] = field(default_factory=list)
 
     @property
+    def dense_point(self) -> Point | None:
+        """The dense table itself, if it could be measured."""
+        return next((point for point in self.points if point.method == "dense" and _fitted(point)), None)
+
+    @property
     def has_similarities(self) -> bool:
         """Whether its items are the cosines of pairs, as an encoder's are."""
         return SIMILARITY_ERROR in COMPARED[self.measure]
 
     def similarity_error(self, point: Point, file: str) -> float | None:
         """How far the cosines of pairs are from the dense model's; None where either is missing."""
-        dense = next((each.items for each in self.points if each.method == "dense"), {})
+        dense = self.dense_point.items if self.dense_point else {}
         if not self.has_similarities or file not in dense or file not in point.items:
             return None
         return float(similarity_error(point.items[file], dense[file]))
@@ -166,9 +171,8 @@ def _model_parts(model: ModelReport) -> list[str]:
 
     fitted = [point for point in model.points if _fitted(point)]
     parts = [intro, _measured(["method", "bits", "file, MB", *header], cells, fitted, _ratio)]
-    dense = next((point for point in fitted if point.method == "dense"), None)
-    if dense is not None:
-        parts.append(_dense_times(dense))
+    if model.dense_point is not None:
+        parts.append(_dense_times(model.dense_point))
     parts += [_bullets(failures(model.points)), *comparison_parts(model), *_static_parts(model)]
     return [part for part in parts if part]
 
@@ -235,7 +239,7 @@ def failures(points: Iterable[Point]) -> list[str]:
 def compare(model: ModelReport) -> list[Comparison]:
     """The methods of other packages against `transform` in as many bits or fewer, the most that are there."""
     ours, others = _ours_and_others(model)
-    dense = next((point.items for point in model.points if point.method == "dense"), {})
+    dense = model.dense_point.items if model.dense_point else {}
     found = []
     for name in model.dense:
         for point in others:
@@ -307,7 +311,7 @@ def _static_parts(model: ModelReport) -> list[str]:
         return [f"model2vec: {found['failure']}"]
     dense = found["dense_model_bytes"]
     ours = [point for point in model.points if point.method == OURS and _fitted(point)]
-    table_bytes = next((p.measured["file_bytes"] for p in model.points if p.method == "dense"), 0)
+    table_bytes = model.dense_point.measured["file_bytes"] if model.dense_point else 0
     sizes = [f"{(dense - table_bytes + p.measured['file_bytes']) / 1e6:.1f} MB at {p.bits:.2g} bits" for p in ours]
     quality = ", ".join(f"{name} {each - model.dense[name]:+.2f}" for name, each in found["quality"].items())
     return [

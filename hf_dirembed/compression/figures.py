@@ -26,7 +26,7 @@ def table_figures(
     metric: Tensor | None = None,
     tempering: float | None = None,
 ) -> dict[str, float]:
-    """Measures a compressed table against the dense one, in three passes over it.
+    """Measures a compressed table against the dense one, in four passes over it.
 
     All figures are of the rows over their usual length, as squares of very short or long rows leave float32.
 

@@ -105,23 +105,25 @@ class CompressedLMHead(CompressedMatrix):
         if (shadow := self.heeded_shadow) is not None:
             shadow.refresh(self)
         states = F.linear(hidden_states, self.decoder_weight)
-        latents, rank = self.scaled(states), self.spec.rank
+        latents, rank = self.scaled(states), self.spec.base_rank
         logits = self._code_product(latents[..., :rank], self.weight, self.spec.bit_allocation, self._expanded)
         if shadow is not None:
             logits = shadow.lend_to_product(logits, states[..., :rank], "weight")
         if (
             self.refinement_weight is not None
             and self.refined_rows_weight is not None
+            and self.refined_latents_weight is not None
             and self.spec.refinement is not None
         ):
+            refined_latents = self.refined_latents_weight.long()
             refinement = self._code_product(
-                latents[..., rank:],
+                latents[..., refined_latents] * self.refinement_steps(latents.dtype),
                 self.refinement_weight,
                 self.spec.refinement.bit_allocation,
                 self._expanded_refinement,
             )
             if shadow is not None:
-                refinement = shadow.lend_to_product(refinement, states[..., rank:], "refinement_weight")
+                refinement = shadow.lend_to_product(refinement, states[..., refined_latents], "refinement_weight")
             logits = logits.index_add(-1, self.refined_rows_weight.long(), refinement)  # int64 is what ONNX has
         if self.decoder_bias_weight is not None:
             logits = logits + (hidden_states @ self.decoder_bias_weight).unsqueeze(-1)

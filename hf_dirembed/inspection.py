@@ -44,8 +44,8 @@ class CheckpointSummary:
         num_embeddings: V.
         embedding_dim: d.
         rank: Latents of every row.
-        refined_rows: Rows that have further latents.
-        refinement_rank: How many they have.
+        refined_rows: Rows that have further codes.
+        refinement_rank: For how many latents.
         outliers: Rows that are kept as they are.
         codes: `packed`, or the dtype of the latents.
         bits_per_weight: 8 x `bytes` / (V x d).
@@ -112,7 +112,7 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSummary:
         base_model_type=base_model_type,
         num_embeddings=num_rows,
         embedding_dim=dim,
-        rank=spec.rank,
+        rank=spec.base_rank,
         refined_rows=spec.refinement.rows if spec.refinement else 0,
         refinement_rank=spec.refinement.rank if spec.refinement else 0,
         outliers=spec.outliers or 0,

@@ -51,7 +51,7 @@ def expanded_bytes(num_rows: int, spec: CompressionSpec) -> int:
     if spec.bit_allocation is None:
         return 0
     further = spec.refinement.rows * padded_rank(spec.refinement.rank) if spec.refinement else 0
-    return num_rows * padded_rank(spec.rank) + further
+    return num_rows * padded_rank(spec.base_rank) + further
 
 
 class ExpandedCodes:

@@ -17,6 +17,7 @@ PACKED_CODES = "packed"
 BIT_WIDTHS = (8, 4, 2, 1)  # the order of a packed row; powers of two, so that no latent straddles two bytes
 STATE_BITS = 8  # of the trellis that latents of fewer bits are read through
 CODEBOOK_SHAPE = (len(BIT_WIDTHS) - 1, 1 << STATE_BITS)
+OCTAVE = 8  # steps of a refinement come in eighths of a power of two
 MAX_RANK = 65_536
 CODE_TENSORS = (
     "weight",
@@ -26,6 +27,8 @@ CODE_TENSORS = (
     "decoder_bias_weight",
     "refinement_weight",
     "refined_rows_weight",
+    "refined_latents_weight",
+    "refinement_exponent_weight",
     "outlier_weight",
     "outlier_rows_weight",
 )
@@ -74,16 +77,16 @@ def code_bytes(bit_allocation: tuple[int, ...]) -> int:
     return sum(math.ceil(count * width / 8) for count, width in zip(bit_allocation, BIT_WIDTHS, strict=True))
 
 
-def _check_bit_allocation(counts: Any, rank: int) -> None:
+def _check_bit_allocation(counts: Any) -> None:
     if (
         not isinstance(counts, tuple)
         or len(counts) != len(BIT_WIDTHS)
         or any(type(count) is not int or count < 0 for count in counts)
-        or sum(counts) != rank
+        or not 1 <= sum(counts) <= MAX_RANK
     ):
         raise SpecError(
             f"dirembed bit_allocation {counts!r} is not {len(BIT_WIDTHS)} counts of latents "
-            f"(of {', '.join(map(str, BIT_WIDTHS))} bits) that sum to {rank!r}: compress the model again"
+            f"(of {', '.join(map(str, BIT_WIDTHS))} bits) that sum to 1 to {MAX_RANK}: compress the model again"
         )
 
 
@@ -94,26 +97,30 @@ def _check_rank(rank: Any) -> None:
 
 @dataclass(frozen=True)
 class Refinement:
-    """A second layer of packed latents, which only some rows have: those of frequent tokens.
+    """A second layer of packed codes, which only some rows have: those of frequent tokens.
+
+    It makes latents of the first layer finer, or has the bits of latents that the first layer has none for.
 
     Attributes:
         rows: How many rows have it.
-        rank: Its number of latents; their decoder follows the first layer's.
-        bit_allocation: How many of them have 8, 4, 2 and 1 bits.
+        bit_allocation: How many latents have 8, 4, 2 and 1 bits of it.
 
     Raises:
         SpecError: If a field is of the wrong type or out of range.
     """
 
     rows: int
-    rank: int
     bit_allocation: tuple[int, ...]
 
     def __post_init__(self) -> None:
         if type(self.rows) is not int or self.rows < 1:
             raise SpecError(f"dirembed refinement rows {self.rows!r} is not a positive whole number: compress again")
-        _check_rank(self.rank)
-        _check_bit_allocation(self.bit_allocation, self.rank)
+        _check_bit_allocation(self.bit_allocation)
+
+    @property
+    def rank(self) -> int:
+        """The number of latents that it makes finer."""
+        return sum(self.bit_allocation)
 
     @property
     def code_width(self) -> int:
@@ -129,12 +136,12 @@ class CompressionSpec:
 
     Attributes:
         method: What found the codes: `svd`, `autoencoder`, `direction` or `transform`. Loading does not depend on it.
-        rank: The number of latents that every row has, r.
+        rank: The number of latents, r: rows of the decoder.
         codes: The code matrix: `float32`, `float16` or `bfloat16` latents of shape (V, r), or `packed` integers of
             shape (V, bytes per row) and dtype uint8.
         decoder: Dtype of the decoder, never wider than the model's.
         bias: Whether the decoder is affine. Over packed codes it is.
-        bit_allocation: For packed codes, how many latents have 8, 4, 2 and 1 bits; they sum to the rank.
+        bit_allocation: For packed codes, how many of the leading latents have 8, 4, 2 and 1 bits in every row.
         refinement: For packed codes, a second layer that only some rows have.
         outliers: Over packed codes, how many rows are kept as they are, whatever their codes stand for: those that the
             codes would lose.
@@ -180,9 +187,10 @@ class CompressionSpec:
             known = ", ".join(DECODERS)
             raise SpecError(f"dirembed decoder {self.decoder!r} is not one of {known}: compress the model again")
         if self.codes == PACKED_CODES:
-            _check_bit_allocation(self.bit_allocation, self.rank)
+            _check_bit_allocation(self.bit_allocation)
             if not self.bias:
                 raise SpecError("dirembed packed codes come with a bias: compress the model again")
+            self._check_layers()
         elif self.codes not in FLOAT_CODES:
             known = ", ".join((*FLOAT_CODES, PACKED_CODES))
             raise SpecError(f"dirembed codes {self.codes!r} are not one of {known}: compress the model again")
@@ -200,6 +208,20 @@ class CompressionSpec:
             if not isinstance(getattr(self, name), dict):
                 raise SpecError(f"dirembed {name} {getattr(self, name)!r} is not an object: compress the model again")
 
+    def _check_layers(self) -> None:
+        """Every latent has bits in one of the layers, and none has more than one code in each."""
+        further = self.refinement.rank if isinstance(self.refinement, Refinement) else 0
+        if max(self.base_rank, further) > self.rank or self.base_rank + further < self.rank:
+            raise SpecError(
+                f"dirembed rank {self.rank} is not what a bit_allocation to {self.base_rank} latents and a refinement "
+                f"of {further} come to: compress the model again"
+            )
+
+    @property
+    def base_rank(self) -> int:
+        """The number of latents that every row has."""
+        return self.rank if self.bit_allocation is None else sum(self.bit_allocation)
+
     @property
     def code_width(self) -> int:
         """Columns of the code matrix: latents for float codes, bytes for packed ones."""
@@ -211,25 +233,21 @@ class CompressionSpec:
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         return value if number else None
 
-    @property
-    def decoder_rows(self) -> int:
-        """Rows of the decoder: the latents of both layers."""
-        return self.rank + (self.refinement.rank if self.refinement else 0)
-
     def stored_shapes(self, num_rows: int, dim: int) -> dict[str, tuple[int, ...]]:
         """The shapes of those of `CODE_TENSORS` that a (num_rows, dim) table has."""
         shapes: dict[str, tuple[int, ...]] = {
             "weight": (num_rows, self.code_width),
-            "decoder_weight": (self.decoder_rows, dim),
+            "decoder_weight": (self.rank, dim),
         }
         if self.codes == PACKED_CODES:
             shapes["codebook_weight"] = CODEBOOK_SHAPE
-            shapes["exponent_weight"] = (self.decoder_rows,)
+            shapes["exponent_weight"] = (self.rank,)
         if self.bias:
             shapes["decoder_bias_weight"] = (dim,)
         if self.refinement is not None:
             shapes["refinement_weight"] = (self.refinement.rows, self.refinement.code_width)
             shapes["refined_rows_weight"] = (self.refinement.rows,)
+            shapes["refined_latents_weight"] = shapes["refinement_exponent_weight"] = (self.refinement.rank,)
         if self.outliers is not None:
             shapes["outlier_weight"] = (self.outliers, dim)
             shapes["outlier_rows_weight"] = (self.outliers,)
@@ -237,9 +255,9 @@ class CompressionSpec:
 
     def stored_dtypes(self, tensor: str) -> tuple[str, ...]:
         """The dtypes that one of `CODE_TENSORS` may have in a file, as safetensors calls them."""
-        if tensor in ("refined_rows_weight", "outlier_rows_weight"):
+        if tensor in ("refined_rows_weight", "refined_latents_weight", "outlier_rows_weight"):
             return ("I32",)
-        if tensor in ("codebook_weight", "exponent_weight"):
+        if tensor in ("codebook_weight", "exponent_weight", "refinement_exponent_weight"):
             return ("I8",)
         packed = tensor == "refinement_weight" or (tensor == "weight" and self.codes == PACKED_CODES)
         floats = ("F16", "BF16", "F32", "F64")
@@ -251,10 +269,10 @@ class CompressionSpec:
         """Refuses a layout that does not fit a table, or that a stock class would take for the table itself.
 
         Raises:
-            SpecError: If the code matrix is as wide as the table, or ranks, refined rows, outliers or the zero row
-                exceed it.
+            SpecError: If the code matrix is as wide as the table, or the layers' ranks, refined rows, outliers or the
+                zero row exceed it.
         """
-        ranks = [self.rank, self.refinement.rank if self.refinement else 1]
+        ranks = [self.base_rank, self.refinement.rank if self.refinement else 1]
         rows = [self.refinement.rows if self.refinement else 1, self.outliers or 1, 1 + (self.zero_row or 0)]
         if max(ranks) > dim or max(rows) > num_rows:
             raise SpecError(f"the dirembed layout exceeds a table of {num_rows} x {dim}: compress the model again")

@@ -152,8 +152,8 @@ def check_table(matrix: CompressedMatrix) -> None:
     """Refuses values that no compressed table has.
 
     Raises:
-        CheckpointError: If a float is not finite, or the refined rows or outliers are not distinct rows in ascending
-            order.
+        CheckpointError: If a float is not finite, if the refined rows or outliers are not distinct rows in ascending
+            order, or the refined latents not distinct latents.
     """
     for name, tensor in matrix.code_tensors().items():
         if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
@@ -164,6 +164,13 @@ def check_table(matrix: CompressedMatrix) -> None:
             continue
         if int(rows[0]) < 0 or int(rows[-1]) >= len(matrix.weight) or not (rows[1:] > rows[:-1]).all():
             raise CheckpointError(f"{name} does not name rows of {len(matrix.weight)} in ascending order: {AGAIN}")
+    latents = matrix.refined_latents_weight
+    if latents is not None and not latents.is_meta:
+        named = latents.sort().values
+        if int(named[0]) < 0 or int(named[-1]) >= matrix.spec.rank or not (named[1:] > named[:-1]).all():
+            raise CheckpointError(
+                f"refined_latents_weight does not name each of {matrix.spec.rank} latents at most once: {AGAIN}"
+            )
 
 
 def settle(model: PreTrainedModel) -> None:

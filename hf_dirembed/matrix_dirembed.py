@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layout_dirembed import CODE_TENSORS, CODEBOOK_SHAPE, PACKED_CODES, CompressionSpec, ModelError
+from .layout_dirembed import CODE_TENSORS, CODEBOOK_SHAPE, OCTAVE, PACKED_CODES, CompressionSpec, ModelError
 from .packing_dirembed import unpack
 
 
@@ -28,10 +28,10 @@ class CompressedMatrix(nn.Module):
 
     The latents zᵢ are the floats of row i of the code matrix or, where it is packed, the integers that it stands for
     plus ½ (a mid-rise quantiser), times a power of two for each latent: these exponents keep D at the size that
-    optimisers expect of weights and that narrow floats hold well. Rows that a refinement names have further latents,
-    which follow in D; outliers, rows that the codes would lose, are kept as they are. Training changes the decoder
-    alone; latents and outliers too, once they are unfrozen. Packed latents then have floats beside them that learn, a
-    module which is no part of files.
+    optimisers expect of weights and that narrow floats hold well. To some latents of the rows that a refinement names
+    it adds finer ones, times steps of their own; outliers, rows that the codes would lose, are kept as they are.
+    Training changes the decoder alone; latents and outliers too, once they are unfrozen. Packed latents then have
+    floats beside them that learn, a module which is no part of files.
 
     The code matrix is the parameter named `weight`: native tying of an LM head's `weight` then works unchanged, and a
     stock class that is given this checkpoint fails on its shape instead of loading it for a table. The float
@@ -55,6 +55,8 @@ class CompressedMatrix(nn.Module):
     decoder_bias_weight: nn.Parameter | None
     refinement_weight: nn.Parameter | None
     refined_rows_weight: nn.Parameter | None
+    refined_latents_weight: nn.Parameter | None
+    refinement_exponent_weight: nn.Parameter | None
     outlier_weight: nn.Parameter | None
     outlier_rows_weight: nn.Parameter | None
     tied = False  # whether other modules of the model share its tensors
@@ -80,13 +82,15 @@ class CompressedMatrix(nn.Module):
         code_dtype = torch.uint8 if spec.codes == PACKED_CODES else _narrower(spec.codes, dtype)
         refined = spec.refinement
         self.decoder_bias_weight = parameter(dim, dtype=dtype, trained=True) if spec.bias else None
-        self.decoder_weight = parameter(spec.decoder_rows, dim, dtype=dtype, trained=True)
+        self.decoder_weight = parameter(spec.rank, dim, dtype=dtype, trained=True)
         self.weight = parameter(num_rows, spec.code_width, dtype=code_dtype)
         packed = spec.codes == PACKED_CODES
         self.codebook_weight = parameter(*CODEBOOK_SHAPE, dtype=torch.int8) if packed else None
-        self.exponent_weight = parameter(spec.decoder_rows, dtype=torch.int8) if packed else None
+        self.exponent_weight = parameter(spec.rank, dtype=torch.int8) if packed else None
         self.refinement_weight = parameter(refined.rows, refined.code_width, dtype=torch.uint8) if refined else None
         self.refined_rows_weight = parameter(refined.rows, dtype=torch.int32) if refined else None
+        self.refined_latents_weight = parameter(refined.rank, dtype=torch.int32) if refined else None
+        self.refinement_exponent_weight = parameter(refined.rank, dtype=torch.int8) if refined else None
         self.outlier_weight = parameter(spec.outliers, dim, dtype=dtype) if spec.outliers else None
         self.outlier_rows_weight = parameter(spec.outliers, dtype=torch.int32) if spec.outliers else None
         self.reset_parameters()
@@ -106,11 +110,13 @@ class CompressedMatrix(nn.Module):
                 codes.random_(torch.iinfo(codes.dtype).min, torch.iinfo(codes.dtype).max + 1)
         if self.exponent_weight is not None:
             self.exponent_weight.fill_(-7)  # as levels go up to 127.5
+        if self.refinement_exponent_weight is not None:
+            nn.init.zeros_(self.refinement_exponent_weight)
         if self.outlier_weight is not None:
             nn.init.normal_(self.outlier_weight)
-        for rows in (self.refined_rows_weight, self.outlier_rows_weight):
-            if rows is not None:
-                torch.arange(len(rows), out=rows)
+        for numbers in (self.refined_rows_weight, self.refined_latents_weight, self.outlier_rows_weight):
+            if numbers is not None:
+                torch.arange(len(numbers), out=numbers)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -118,7 +124,7 @@ class CompressedMatrix(nn.Module):
         return self.decoder_weight.dtype
 
     def latents(self, ids: Tensor) -> Tensor:
-        """The latents of rows, (..., decoder rows); zero where a row has no refinement."""
+        """The latents of rows, (..., rank); zero where a row has none."""
         self.check_gradients()
         if (shadow := self.heeded_shadow) is not None:
             shadow.refresh(self, ids)
@@ -134,9 +140,21 @@ class CompressedMatrix(nn.Module):
             slots, refined = find_slots(self.refined_rows_weight, ids, len(self.weight))
             codes = F.embedding(slots, self.refinement_weight)
             further = unpack(codes, self.spec.refinement.bit_allocation, self.codebook_weight).to(self.dtype) + HALF
-            latents = torch.cat([latents, further * refined.unsqueeze(-1)], dim=-1)
+            latents = self.refine(latents, further * self.refinement_steps(self.dtype) * refined.unsqueeze(-1))
         latents = self.scaled(latents)
-        return latents if shadow is None else shadow.lend_to_rows(latents, ids, self.refined_rows_weight)
+        return latents if shadow is None else shadow.lend_to_rows(latents, ids, self)
+
+    def refine(self, latents: Tensor, further: Tensor) -> Tensor:
+        """Latents of the first layer, (..., base rank), and those of the second in their unit: (..., rank)."""
+        assert self.refined_latents_weight is not None
+        every = F.pad(latents, (0, self.spec.rank - self.spec.base_rank))
+        return every.index_add(-1, self.refined_latents_weight.long(), further)
+
+    def refinement_steps(self, dtype: torch.dtype) -> Tensor:
+        """What the second layer's half-integers are multiplied by to be in the first layer's unit, (its rank,)."""
+        assert self.refinement_exponent_weight is not None
+        wide = torch.promote_types(dtype, torch.float32)
+        return torch.exp2(self.refinement_exponent_weight.to(wide) / OCTAVE).to(dtype)
 
     @property
     def shadow(self) -> Any:
@@ -149,7 +167,7 @@ class CompressedMatrix(nn.Module):
         return None if torch.compiler.is_compiling() and not self.training else self.shadow
 
     def scaled(self, latents: Tensor) -> Tensor:
-        """Half-integers, (..., decoder rows), times the powers of two that belong to them; floats as they are."""
+        """Half-integers, (..., rank), times the powers of two that belong to them; floats as they are."""
         if self.exponent_weight is None:
             return latents
         return latents * torch.exp2(self.exponent_weight.to(latents.dtype))
@@ -318,7 +336,7 @@ class CompressedMatrix(nn.Module):
     def extra_repr(self) -> str:
         """What `print(model)` shows of it."""
         shape = f"{self.weight.shape[0]}, {self.decoder_weight.shape[1]}"
-        rank = f"rank={self.spec.rank}"
+        rank = f"rank={self.spec.base_rank}"
         if self.refined_rows_weight is not None and self.spec.refinement is not None:
             rank += f"+{self.spec.refinement.rank} for {len(self.refined_rows_weight)} rows"
         if self.outlier_rows_weight is not None:

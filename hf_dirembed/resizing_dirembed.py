@@ -39,9 +39,11 @@ def _resize_refinement(matrix: CompressedMatrix, num_rows: int) -> None:
         return
     inside = matrix.refined_rows_weight < num_rows
     rows, codes = matrix.refined_rows_weight[inside], matrix.refinement_weight[inside]
-    if not len(rows):  # none at all would be another layout: the first row becomes one, to which codes add nothing
+    if not len(rows):  # none at all would be another layout: the first row becomes one, to which
+        # codes add next to nothing
         rows, codes = matrix.refined_rows_weight.new_zeros(1), matrix.refinement_weight[:1].clone()
-        matrix.decoder_weight[matrix.spec.rank :] = 0
+        assert matrix.refinement_exponent_weight is not None
+        matrix.refinement_exponent_weight.fill_(-128)
     matrix.refined_rows_weight = nn.Parameter(rows, requires_grad=False)
     matrix.refinement_weight = nn.Parameter(codes, requires_grad=False)
 

@@ -102,18 +102,18 @@ class LatentShadow(nn.Module):
         self._written = None
 
     @torch.compiler.disable
-    def lend_to_rows(self, latents: Tensor, ids: Tensor, refined_rows: Tensor | None) -> Tensor:
+    def lend_to_rows(self, latents: Tensor, ids: Tensor, matrix: CompressedMatrix) -> Tensor:
         """The same latents of rows, whose gradient reaches the floats.
 
         Args:
-            latents: (..., decoder rows), of the codes.
+            latents: (..., rank), of the codes.
             ids: (...,) the rows.
-            refined_rows: In the matrix.
+            matrix: Whose rows they are.
         """
         mine = F.embedding(ids, self.weight)
-        if refined_rows is not None and self.refinement_weight is not None:
-            slots, refined = find_slots(refined_rows, ids, len(self.weight))
-            mine = torch.cat([mine, F.embedding(slots, self.refinement_weight) * refined.unsqueeze(-1)], dim=-1)
+        if matrix.refined_rows_weight is not None and self.refinement_weight is not None:
+            slots, refined = find_slots(matrix.refined_rows_weight, ids, len(self.weight))
+            mine = matrix.refine(mine, F.embedding(slots, self.refinement_weight) * refined.unsqueeze(-1))
         rows: Tensor = _Rows.apply(latents, mine, self)
         return rows
 
@@ -205,11 +205,21 @@ def _layers(matrix: CompressedMatrix) -> Iterator[_Layer]:
     steps = torch.exp2(exponents.float())
     gains = (matrix.decoder_weight.float() * steps.unsqueeze(1)).square().sum(dim=1)
     gains = gains.clamp_min(torch.finfo(gains.dtype).tiny)
-    base, further = slice(spec.rank), slice(spec.rank, None)
+    base = slice(spec.base_rank)
     yield _Layer("weight", matrix.weight, None, spec.bit_allocation, codebook, steps[base], gains[base])
     if spec.refinement is not None and (codes := matrix.refinement_weight) is not None:
+        assert matrix.refined_latents_weight is not None
         rows, allocation = matrix.refined_rows_weight, spec.refinement.bit_allocation
-        yield _Layer("refinement_weight", codes, rows, allocation, codebook, steps[further], gains[further])
+        named, further = matrix.refined_latents_weight.long(), matrix.refinement_steps(torch.float32)
+        yield _Layer(
+            "refinement_weight",
+            codes,
+            rows,
+            allocation,
+            codebook,
+            steps[named] * further,
+            (gains[named] * further.square()).clamp_min(torch.finfo(gains.dtype).tiny),
+        )
 
 
 class _Rows(torch.autograd.Function):

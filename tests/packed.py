@@ -19,12 +19,12 @@ DTYPES = tuple(TOLERANCE)
 NUM_ROWS, DIM, NUM_REFINED, NUM_OUTLIERS = 160, 32, 37, 5
 SPEC = CompressionSpec(
     method="transform",
-    rank=25,
+    rank=30,
     codes="packed",
     decoder="float8_e4m3fn",
     bias=True,
     bit_allocation=(1, 3, 10, 11),
-    refinement=Refinement(rows=NUM_REFINED, rank=13, bit_allocation=(0, 0, 3, 10)),
+    refinement=Refinement(rows=NUM_REFINED, bit_allocation=(0, 0, 3, 10)),
     outliers=NUM_OUTLIERS,
 )
 
@@ -54,17 +54,28 @@ def draw_codes(num_rows: int, allocation: tuple[int, ...], seed: int = 0) -> tup
     return PackedCodes(packed, allocation, codebook), torch.cat(latents, dim=1).to(torch.int8)
 
 
+def draw_refined_latents(seed: int = 0) -> Tensor:
+    """Those that the first layer of `SPEC` has not, and some that it has, in any order."""
+    generator = torch.Generator().manual_seed(seed)
+    own = torch.arange(SPEC.base_rank, SPEC.rank)
+    others = torch.randperm(SPEC.base_rank, generator=generator)[: SPEC.refinement.rank - len(own)]
+    mixed = torch.randperm(SPEC.refinement.rank, generator=generator)
+    return torch.cat([own, others])[mixed].int()
+
+
 def draw_tensors(seed: int = 0) -> dict[str, Tensor]:
     """Codes and a decoder of `SPEC`, of a table whose rows have a mean."""
     torch.manual_seed(seed)
     return {
         "weight": draw_codes(NUM_ROWS, SPEC.bit_allocation, seed)[0].packed,
         "codebook_weight": draw_codebook(seed),
-        "decoder_weight": torch.randn(SPEC.decoder_rows, DIM).half(),
-        "exponent_weight": torch.randint(-9, -4, (SPEC.decoder_rows,)).to(torch.int8),
+        "decoder_weight": torch.randn(SPEC.rank, DIM).half(),
+        "exponent_weight": torch.randint(-9, -4, (SPEC.rank,)).to(torch.int8),
         "decoder_bias_weight": torch.randn(DIM),
         "refinement_weight": draw_codes(NUM_REFINED, SPEC.refinement.bit_allocation, seed)[0].packed,
         "refined_rows_weight": torch.randperm(NUM_ROWS)[:NUM_REFINED].sort().values.int(),
+        "refined_latents_weight": draw_refined_latents(seed),
+        "refinement_exponent_weight": torch.randint(-9, 3, (SPEC.refinement.rank,)).to(torch.int8),
         "outlier_weight": torch.randn(NUM_OUTLIERS, DIM),
         "outlier_rows_weight": torch.randperm(NUM_ROWS)[:NUM_OUTLIERS].sort().values.int(),
     }
@@ -87,11 +98,13 @@ def make_embedding(dtype: torch.dtype = torch.float32) -> CompressedEmbedding:
 def brute_force_rows(module: CompressedMatrix) -> tuple[Tensor, Tensor]:
     """The dense rows of a module with the tensors of seed 0 in float64, and how large their terms are."""
     decoder, bias = module.decoder_weight.double(), module.decoder_bias_weight.double()
-    latents = torch.zeros(NUM_ROWS, SPEC.decoder_rows, dtype=torch.float64)
-    latents[:, : SPEC.rank] = draw_codes(NUM_ROWS, SPEC.bit_allocation)[1].double() + 0.5
+    latents = torch.zeros(NUM_ROWS, SPEC.rank, dtype=torch.float64)
+    latents[:, : SPEC.base_rank] = draw_codes(NUM_ROWS, SPEC.bit_allocation)[1].double() + 0.5
     further = draw_codes(NUM_REFINED, SPEC.refinement.bit_allocation)[1].double() + 0.5
     for slot, row in enumerate(module.refined_rows_weight.tolist()):
-        latents[row, SPEC.rank :] = further[slot]
+        for code, latent in enumerate(module.refined_latents_weight.tolist()):
+            exponent = int(module.refinement_exponent_weight[code])
+            latents[row, latent] += further[slot, code] * 2.0 ** (exponent / 8)
     latents = latents * 2.0 ** module.exponent_weight.double()
     rows, terms = latents @ decoder + bias, latents.abs() @ decoder.abs() + bias.abs()
     outliers = module.outlier_rows_weight.long()

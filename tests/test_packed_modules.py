@@ -52,7 +52,8 @@ def test_logits_depend_on_codes_and_states_alone(dtype, batch):
     """Not on the cache, on gradients, or on where a file's memory map placed the codes."""
     head, hidden = make_head(dtype), torch.randn(batch, DIM).to(dtype)
     first, second = head(hidden), head(hidden)
-    assert head.expanded_bytes == NUM_ROWS * padded_rank(SPEC.rank) + NUM_REFINED * padded_rank(SPEC.refinement.rank)
+    of_refined = NUM_REFINED * padded_rank(SPEC.refinement.rank)
+    assert head.expanded_bytes == NUM_ROWS * padded_rank(SPEC.base_rank) + of_refined
     with torch.inference_mode():
         inferred = head(hidden)
     tensors = {}
@@ -102,7 +103,7 @@ def test_outliers_that_a_resize_drops():
 
 @torch.no_grad()
 def test_refined_rows_that_a_resize_drops(tmp_path):
-    """The first row takes their place, and stays as it is."""
+    """The first row takes their place, and stays what it is to about 2⁻¹⁶ of a step."""
     family = FAMILIES["llama-tied"]
     tensors = draw_tensors()
     tensors["refined_rows_weight"] = 100 + torch.arange(NUM_REFINED, dtype=torch.int32)
@@ -112,8 +113,8 @@ def test_refined_rows_that_a_resize_drops(tmp_path):
     for num_rows, refined in ((102, [100, 101]), (100, [0])):
         model.resize_token_embeddings(num_rows)
         assert embedding.refined_rows_weight.tolist() == refined
-        torch.testing.assert_close(embedding.dense_weight(), rows[:num_rows])
-        torch.testing.assert_close(model.lm_head(hidden), logits[:, :num_rows])
+        torch.testing.assert_close(embedding.dense_weight(), rows[:num_rows], rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(model.lm_head(hidden), logits[:, :num_rows], rtol=1e-4, atol=5e-3)
     model.save_pretrained(tmp_path)
     assert inspect_checkpoint(tmp_path).refined_rows == 1
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..layout_dirembed import BIT_WIDTHS, code_bytes
+from ..layout_dirembed import BIT_WIDTHS, OCTAVE, code_bytes
 from ..matrix_dirembed import HALF
 from ..packing_dirembed import pack, sections, unpack
 from .decoder import DecoderFit, DecoderStorage, StoredDecoder
@@ -18,24 +19,61 @@ from .table import Table
 from .trellis import Codebooks, quantise
 
 
-_WORTHWHILE = 0.005  # the fall of the error that makes another round of training worth it
+@dataclass(frozen=True)
+class Layer:
+    """Codes that the same rows have: which latents they are of, and what they are worth.
+
+    Attributes:
+        allocation: Their bits.
+        latents: (its rank,) int64, the latent of each code; or a slice, of as many leading ones.
+        exponents: (its rank,) int8, the step of each, in eighths of a power of two, as to the decoder.
+    """
+
+    allocation: Allocation
+    latents: Tensor | slice
+    exponents: Tensor
+
+    @classmethod
+    def leading(cls, allocation: Allocation, device: torch.device) -> Layer:
+        """Of the first latents, whose steps the decoder takes in."""
+        exponents = torch.zeros(allocation.rank, dtype=torch.int8, device=device)
+        return cls(allocation, slice(allocation.rank), exponents)
+
+    @classmethod
+    def of_steps(cls, allocation: Allocation, latents: Tensor, steps: Tensor) -> Layer:
+        """With the storable steps nearest to some, (its rank,)."""
+        exponents = (OCTAVE * steps.log2()).round().clamp(-127, 127)
+        return cls(allocation, latents, exponents.to(torch.int8))
+
+    @property
+    def steps(self) -> Tensor:
+        """(its rank,) float32, what a half-integer of each is in its latent's unit."""
+        return torch.exp2(self.exponents.float() / OCTAVE)
+
+    def sections(self) -> Iterator[tuple[int, slice, Tensor | slice]]:
+        """Each width that any codes have, with these codes and their latents."""
+        first = 0
+        for count, width in zip(self.allocation.counts, BIT_WIDTHS, strict=True):
+            section, first = slice(first, first + count), first + count
+            if count:
+                yield width, section, section if isinstance(self.latents, slice) else self.latents[section]
 
 
 @dataclass
 class Codec:
-    """What codes stand for: row ŷ = z D + b, z half-integers, of which refined rows have more.
+    """What codes stand for: row ŷ = z D + b. Half-integers are the latents z, and finer ones add to some of them.
 
     Attributes:
-        base: The latents of every row.
-        refinement: The further latents of refined rows, if there are any.
-        codebooks: Of the latents of fewer than 8 bits.
-        decoder: D, (rank of both, dim), in the metric: once it was fitted, what its stored form stands for.
+        base: The codes that every row has, of the leading latents.
+        refinement: The further codes of refined rows, if there are any.
+        codebooks: Of the codes of fewer than 8 bits.
+        decoder: D, (rank, dim), in the metric: once it was fitted, what its stored form stands for.
         bias: b, (dim,), in the metric.
         storage: How the decoder is stored.
     """
 
     base: Allocation
-    refinement: Allocation | None
+    refinement: Layer | None
     codebooks: Codebooks
     decoder: Tensor
     bias: Tensor
@@ -49,60 +87,70 @@ class Codec:
         decoder = base.steps(quantisers).to(basis).unsqueeze(1) * basis[:, : base.rank].T
         return cls(base, None, quantisers.codebooks, decoder, bias, storage)
 
-    def refined_by(self, other: Codec) -> Codec:
-        """This codec with that of its residual as a second layer."""
-        decoder = torch.cat([self.decoder, other.decoder])
-        return replace(self, refinement=other.base, decoder=decoder, bias=self.bias + other.bias)
+    def refined_by(self, layer: Layer, further: Tensor) -> Codec:
+        """This codec with a second layer, and with the decoder's rows, (n, dim), of latents that the first has not."""
+        return replace(self, refinement=layer, decoder=torch.cat([self.decoder, further]))
 
-    def encode(self, rows: Tensor, refined: Tensor) -> tuple[Symbols, Tensor]:
-        """Finds the symbols of rows, for the decoder there is.
+    @property
+    def layers(self) -> list[Layer]:
+        """The codes of every row, then those of refined rows, if there are any."""
+        base = Layer.leading(self.base, self.decoder.device)
+        return [base] if self.refinement is None else [base, self.refinement]
 
-        Args:
-            rows: y, (n, dim).
-            refined: (n,) which rows have the second layer.
+    @property
+    def num_codes(self) -> int:
+        """Of a refined row."""
+        return self.base.rank + (self.refinement.allocation.rank if self.refinement else 0)
 
-        Returns:
-            The symbols, and what they leave of each row, ‖y - ŷ‖², (n,).
-        """
-        latents = rows.new_zeros(len(rows), len(self.decoder))
-        nothing = Symbols(torch.zeros_like(latents, dtype=torch.uint8), latents, refined)
-        coded, residual = self._sweep(rows - self.bias, nothing, keep_better=False)
-        return coded, residual.square().sum(dim=1)
+    def latents(self, levels: Tensor) -> Tensor:
+        """Of rows, (n, rank), from the levels of all their codes, (n, codes)."""
+        latents = F.pad(levels[:, : self.base.rank], (0, len(self.decoder) - self.base.rank))
+        if self.refinement is not None:
+            latents[:, self.refinement.latents] += levels[:, self.base.rank :] * self.refinement.steps
+        return latents
 
-    def improve(self, rows: Tensor, coded: Symbols) -> tuple[Symbols, Tensor]:
+    def encode(self, rows: Tensor, refined: Tensor) -> Symbols:
+        """Finds the symbols of rows, (n, dim), of which some are `refined`, (n,), for the decoder there is."""
+        levels = rows.new_zeros(len(rows), self.num_codes)
+        nothing = Symbols(torch.zeros_like(levels, dtype=torch.uint8), levels, refined)
+        return self._sweep(rows, nothing, keep_better=False)
+
+    def improve(self, rows: Tensor, coded: Symbols) -> Symbols:
         """Codes rows anew for the decoder there is, from the symbols they have; no row's error rises."""
-        rank = self.base.rank
-        residual = rows - self.bias - coded.latents[:, :rank] @ self.decoder[:rank]
-        residual[coded.refined] -= coded.latents[coded.refined, rank:] @ self.decoder[rank:]
-        coded, residual = self._sweep(residual, coded, keep_better=True)
-        return coded, residual.square().sum(dim=1)
+        return self._sweep(rows, coded, keep_better=True)
 
-    def _sweep(self, residual: Tensor, coded: Symbols, keep_better: bool) -> tuple[Symbols, Tensor]:
-        """Codes one section of latents after the other, each for what all others leave; with what all then leave."""
-        residual, symbols, latents = residual.clone(), coded.symbols.clone(), coded.latents.clone()
-        for section, width, of_refined in self._sections():
-            has_section = coded.refined.nonzero().squeeze(1) if of_refined else slice(None)
-            decoder, left, before = self.decoder[section], residual[has_section], latents[has_section, section]
-            gains = decoder.square().sum(dim=1).clamp_min(torch.finfo(decoder.dtype).tiny)
-            targets = before + left @ decoder.T / gains
-            # The best ones, were the section's rows of the decoder orthogonal.
-            found, levels = quantise(targets, gains, self.codebooks.levels, width)
-            after = left - (levels - before) @ decoder
-            if keep_better:
-                better = (after.square().sum(dim=1) < left.square().sum(dim=1)).unsqueeze(1)
-                found = torch.where(better, found, symbols[has_section, section])
-                levels, after = torch.where(better, levels, before), torch.where(better, after, left)
-            symbols[has_section, section], latents[has_section, section] = found, levels
-            residual[has_section] = after
-        return Symbols(symbols, latents, coded.refined), residual
+    def residual(self, rows: Tensor, coded: Symbols) -> Tensor:
+        """What codes leave of rows, y - ŷ, (n, dim)."""
+        return rows - self.bias - self.latents(coded.levels) @ self.decoder
 
-    def _sections(self) -> Iterator[tuple[slice, int, bool]]:
-        first = 0
-        for layer, of_refined in ((self.base, False), (self.refinement, True)):
-            for count, width in zip(layer.counts if layer else (), BIT_WIDTHS, strict=layer is not None):
-                if count:
-                    yield slice(first, first + count), width, of_refined
-                first += count
+    def _sweep(self, rows: Tensor, coded: Symbols, keep_better: bool) -> Symbols:
+        """Codes one section after the other, each for what all others leave.
+
+        The error is ‖y - b‖² - 2 z·t + z G zᵀ with t = (y - b) Dᵀ and G = D Dᵀ: no row has to be decoded.
+        """
+        symbols, levels = coded.symbols.clone(), coded.levels.clone()
+        sums, gram = (rows - self.bias) @ self.decoder.T, self.decoder @ self.decoder.T
+        latents, first = self.latents(levels), 0
+        having_layer: list[slice | Tensor] = [slice(None), coded.refined.nonzero().squeeze(1)]
+        for layer, having in zip(self.layers, having_layer, strict=False):
+            sums, latents = sums[having], latents[having]
+            for width, section, named in layer.sections():
+                codes = having, slice(first + section.start, first + section.stop)
+                steps = layer.steps[section]
+                slopes = (sums[:, named] - latents @ gram[:, named]) * steps
+                curvature = gram[named][:, named] * torch.outer(steps, steps)
+                gains = curvature.diagonal().clamp_min(torch.finfo(gram.dtype).tiny)
+                # The best ones, were the section's rows of the decoder orthogonal.
+                before, found_before = levels[codes], symbols[codes]
+                found, after = quantise(before + slopes / gains, gains, self.codebooks.levels, width)
+                moves = after - before
+                if keep_better:
+                    better = (moves * (moves @ curvature - 2 * slopes)).sum(dim=1, keepdim=True) < 0
+                    found, moves = torch.where(better, found, found_before), moves * better
+                symbols[codes], levels[codes] = found, before + moves
+                latents[:, named] += moves * steps
+            first += layer.allocation.rank
+        return Symbols(symbols, levels, coded.refined)
 
     def refit(self, fit: DecoderFit) -> StoredDecoder:
         """Takes over the best decoder for the latents that `fit` has seen, as it is stored."""
@@ -116,30 +164,15 @@ class Codec:
         return DecoderFit(rank, dim, self.decoder.device)
 
     def _count_in(self, rows: Tensor, coded: Symbols, omega: Tensor, fit: DecoderFit) -> None:
-        for chosen, rank in ((coded.refined, len(self.decoder)), (~coded.refined, self.base.rank)):
-            fit.add(rows[chosen], coded.latents[chosen, :rank], omega[chosen])
+        refined, others = coded.refined, ~coded.refined
+        fit.add(rows[refined], self.latents(coded.levels[refined]), omega[refined])
+        fit.add(rows[others], coded.levels[others, : self.base.rank], omega[others])
 
-    def train(self, sample: Sample, refined: Tensor, rounds: int) -> None:
-        """Fits decoder and codes to each other on a sample, in turn, while it helps.
-
-        Args:
-            sample: The rows.
-            refined: (n,) which of them have the second layer.
-            rounds: The most rounds.
-        """
-        coded, errors = self.encode(sample.rows, refined)
-        before = errors.double() @ sample.omega.double()
-        for left in reversed(range(rounds)):
-            fit = self._fit()
-            self._count_in(sample.rows, coded, sample.omega, fit)
-            self.refit(fit)
-            if not left:  # what the sample's codes would be now, nobody asks
-                break
-            coded, errors = self.improve(sample.rows, coded)
-            after = errors.double() @ sample.omega.double()
-            if after > (1 - _WORTHWHILE) * before:
-                break
-            before = after
+    def train(self, sample: Sample, refined: Tensor) -> None:
+        """Fits the decoder to the codes of a sample, of which some rows are `refined`, (n,)."""
+        fit = self._fit()
+        self._count_in(sample.rows, self.encode(sample.rows, refined), sample.omega, fit)
+        self.refit(fit)
 
     def encode_table(self, table: Table, omega: Tensor, refined: Tensor) -> tuple[PackedTable, Tensor]:
         """Codes all rows, and fits the decoder to them.
@@ -154,10 +187,10 @@ class Codec:
         """
         packed, errors, fit = PackedTable.empty(self, refined), torch.empty_like(omega), self._fit()
         for part, rows in table.chunks():
-            coded, left = self.encode(rows, refined[part])
+            coded = self.encode(rows, refined[part])
             self._count_in(rows, coded, omega[part].float(), fit)
             packed.put(part, coded)
-            errors[part] = left.to(errors)
+            errors[part] = self.residual(rows, coded).square().sum(dim=1).to(errors)
         self.refit(fit)
         return packed, errors
 
@@ -174,7 +207,7 @@ class Codec:
         """
         fit = self._fit()
         for part, rows in table.chunks():
-            coded, _ = self.improve(rows, packed.get(part))
+            coded = self.improve(rows, packed.get(part))
             self._count_in(rows, coded, omega[part].float(), fit)
             packed.put(part, coded)
         return self.refit(fit)
@@ -182,16 +215,16 @@ class Codec:
 
 @dataclass(frozen=True)
 class Symbols:
-    """Rows as symbols, and as the latents that these stand for.
+    """Rows as symbols, and as the levels that these stand for.
 
     Attributes:
-        symbols: (n, rank of both layers) uint8; zero for those that a row does not have.
-        latents: (n, rank of both layers) half-integers; zero for those that a row does not have.
+        symbols: (n, codes of both layers) uint8; zero for those that a row does not have.
+        levels: (n, codes of both layers) half-integers; zero for those that a row does not have.
         refined: (n,) which rows have the second layer.
     """
 
     symbols: Tensor
-    latents: Tensor
+    levels: Tensor
     refined: Tensor
 
 
@@ -215,7 +248,7 @@ class PackedTable:
     def empty(cls, codec: Codec, refined: Tensor) -> PackedTable:
         """Room for the symbols of rows, (num_rows,) of which are `refined`."""
         base = refined.new_zeros(len(refined), code_bytes(codec.base.counts), dtype=torch.uint8)
-        further_bytes = code_bytes(codec.refinement.counts) if codec.refinement else 0
+        further_bytes = code_bytes(codec.refinement.allocation.counts) if codec.refinement else 0
         return cls(codec, refined, base, base.new_zeros(int(refined.sum()), further_bytes))
 
     def refining(self, refined: Tensor) -> PackedTable:
@@ -226,28 +259,30 @@ class PackedTable:
         first = int(self.refined[: part.start].sum())
         return self.further[first : first + int(self.refined[part].sum())]
 
+    def _packed(self, part: slice) -> list[tuple[Tensor, Layer, Tensor]]:
+        """The packed codes of some rows, layer by layer, with which of the rows have them."""
+        refined = self.refined[part]
+        packed, having = [self.base[part], self._further(part)], [torch.ones_like(refined), refined]
+        return list(zip(packed, self.codec.layers, having, strict=False))
+
     def put(self, part: slice, coded: Symbols) -> None:
         """Packs the symbols of some rows."""
-        symbols, rank = coded.symbols, self.codec.base.rank
-        self.base[part] = pack(symbols[:, :rank], self.codec.base.counts)
-        if self.codec.refinement is not None:
-            self._further(part).copy_(pack(symbols[coded.refined, rank:], self.codec.refinement.counts))
+        first = 0
+        for packed, layer, having in self._packed(part):
+            of_layer = slice(first, first := first + layer.allocation.rank)
+            packed.copy_(pack(coded.symbols[having, of_layer], layer.allocation.counts))
 
     def get(self, part: slice) -> Symbols:
-        """The symbols of some rows, with their latents."""
-        codec, refined = self.codec, self.refined[part]
-        symbols = torch.zeros(len(refined), len(codec.decoder), dtype=torch.uint8, device=refined.device)
-        latents = torch.zeros_like(symbols, dtype=torch.float32)
-        layers = [(self.base[part], codec.base, torch.ones_like(refined))]
-        if codec.refinement is not None:
-            layers.append((self._further(part), codec.refinement, refined))
-        first = 0
-        for packed, allocation, rows in layers:
-            of_layer = slice(first, first := first + allocation.rank)
-            found = torch.cat([each for _, each in sections(packed, allocation.counts)], dim=1)
-            symbols[rows, of_layer] = found.to(torch.uint8)
-            latents[rows, of_layer] = unpack(packed, allocation.counts, codec.codebooks.stored()).float() + HALF
-        return Symbols(symbols, latents, refined)
+        """The symbols of some rows, with their levels."""
+        refined, codebook = self.refined[part], self.codec.codebooks.stored()
+        symbols = torch.zeros(len(refined), self.codec.num_codes, dtype=torch.uint8, device=refined.device)
+        levels, first = torch.zeros_like(symbols, dtype=torch.float32), 0
+        for packed, layer, having in self._packed(part):
+            of_layer, counts = slice(first, first := first + layer.allocation.rank), layer.allocation.counts
+            found = torch.cat([each for _, each in sections(packed, counts)], dim=1)
+            symbols[having, of_layer] = found.to(torch.uint8)
+            levels[having, of_layer] = unpack(packed, counts, codebook).float() + HALF
+        return Symbols(symbols, levels, refined)
 
     def tensors(self, decoder: StoredDecoder) -> dict[str, Tensor]:
         """What files hold, by name: the codes of both layers, the codebook, and their decoder."""
@@ -260,4 +295,6 @@ class PackedTable:
         if self.codec.refinement is not None:
             tensors["refinement_weight"] = self.further
             tensors["refined_rows_weight"] = self.refined.nonzero().squeeze(1).to(torch.int32)
+            tensors["refined_latents_weight"] = torch.as_tensor(self.codec.refinement.latents).to(torch.int32)
+            tensors["refinement_exponent_weight"] = self.codec.refinement.exponents
         return tensors

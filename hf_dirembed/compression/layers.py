@@ -13,6 +13,7 @@ from .quantisation import Allocation, BitAllocator
 
 
 ROW_NUMBER_ITEMSIZE = 4  # int32
+_STEP_BYTES = 5  # of each code of the second layer: the latent's number and the exponent
 # How bytes may be split: the first layer's share of those that a row could have, and the second's relative to the
 # first's. Without a metric about half of the rows are refined: to a sentence encoder the thousands of a word list
 # matter nearly as much as its first thousand, which the estimate does not see, as it goes by their frequency. With a
@@ -49,10 +50,13 @@ class Room:
         """The bytes that the first layer leaves, its decoder counted."""
         return self.num_bytes - self.num_rows * base.num_bytes - self.decoder_bytes(base.rank)
 
-    def refinable_rows(self, left: int, refinement_bytes: int, refinement_rank: int) -> int:
-        """How many rows can be refined with `left` bytes, of which the second layer's decoder takes its part."""
-        affordable = (left - self.decoder_bytes(refinement_rank)) // (refinement_bytes + ROW_NUMBER_ITEMSIZE)
-        return min(self.num_rows, max(0, affordable))
+    def left_by_both(self, base: Allocation, refinement_rank: int, further: int) -> int:
+        """The bytes that are left for rows of a second layer, some of whose latents the first layer has not."""
+        return self.left_by(base) - _STEP_BYTES * refinement_rank - self.decoder_bytes(further)
+
+    def refinable_rows(self, left: int, refinement_bytes: int) -> int:
+        """How many rows can be refined with `left` bytes."""
+        return min(self.num_rows, max(0, left // (refinement_bytes + ROW_NUMBER_ITEMSIZE)))
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,11 @@ def plan_layers(
         for relative in refinements:
             num_bytes = max(1, int(relative * base.num_bytes))
             refined = further.allocate(num_bytes, room.dim)
-            rows = room.refinable_rows(room.left_by(base), num_bytes, refined.rank) if refined else 0
-            if refined is not None and rows:
+            if refined is None:
+                continue
+            of_base = int((further.latents[: refined.rank] < base.rank).sum())
+            left = room.left_by_both(base, refined.rank, refined.rank - of_base)
+            if rows := room.refinable_rows(left, num_bytes):
                 error = base.error * (1 - covered[rows]) + refined.error * covered[rows]
                 plans.append(LayerPlan(base, num_bytes, error + rounded[base.rank]))
     return min(plans, key=lambda plan: plan.error, default=None)

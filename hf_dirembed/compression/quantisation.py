@@ -122,9 +122,11 @@ class BitAllocator:
 
     Args:
         errors: (1 + widths, rank) mean squared error of each latent without any bits, then at each of `BIT_WIDTHS`.
+        latents: (rank,) their numbers, where they were sorted; by default in order.
     """
 
-    def __init__(self, errors: Tensor) -> None:
+    def __init__(self, errors: Tensor, latents: Tensor | None = None) -> None:
+        self.latents = torch.arange(errors.shape[1]) if latents is None else latents
         self._errors = errors.double().cpu()
         zero = self._errors.new_zeros(len(errors), 1)
         self._sums = torch.cat([zero, self._errors.cumsum(dim=1)], dim=1).tolist()
@@ -149,7 +151,8 @@ class BitAllocator:
         left[: base.rank] = base.chosen(self._errors[1:])
         factors = self._errors / self._errors[0].clamp_min(torch.finfo(torch.float64).tiny)
         factors = factors[:, : base.rank].mean(dim=1, keepdim=True)
-        return BitAllocator(factors * left.sort(descending=True).values)
+        variances, latents = left.sort(descending=True, stable=True)
+        return BitAllocator(factors * variances, latents)
 
     def error(self, spent: tuple[int, ...]) -> float:
         """The error when so many bytes are spent on each width; infinite if they exceed the latents there are."""

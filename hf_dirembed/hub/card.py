@@ -173,10 +173,10 @@ def size(num_bytes: int) -> str:
 
 def layout(spec: CompressionSpec) -> list[tuple[str, str]]:
     """The layout of the codes, as lines of the card's table."""
-    lines = [("method", f"`{spec.method}`"), ("latents of every row", f"{spec.rank}: {_widths(spec)}")]
+    lines = [("method", f"`{spec.method}`"), ("latents of every row", f"{spec.base_rank}: {_widths(spec)}")]
     if spec.refinement:
         further = f"{spec.refinement.rank}: {_widths(spec.refinement)}"
-        lines.append((f"further latents of the {spec.refinement.rows:,} most important rows", further))
+        lines.append((f"further codes of the {spec.refinement.rows:,} most important rows", further))
     if spec.outliers:
         lines.append(("rows that are kept as they are", f"{spec.outliers:,}"))
     return [*lines, ("decoder", f"{spec.decoder}, {'affine' if spec.bias else 'linear'}")]

@@ -37,7 +37,7 @@ def save_intact(folder: Path) -> None:
         decoder="float16",
         bias=True,
         bit_allocation=(4, 4, 4, 4),
-        refinement=Refinement(rows=100, rank=8, bit_allocation=(0, 4, 4, 0)),
+        refinement=Refinement(rows=100, bit_allocation=(0, 4, 4, 0)),
         outliers=3,
     )
     convert(model, spec, CompressedMatrix(3000, 32, spec).code_tensors()).save_pretrained(folder)
@@ -193,6 +193,7 @@ SPECS: dict[str, Spoil] = {
     "refinement of more rows than the table": refinement(rows=HUGE),
     "refinement of other rows": refinement(rows=3),
     "refinement of unknown keys": refinement(extra=1),
+    "refinement of more latents than there are": refinement(bit_allocation=[0, 8, 16, 0]),
     "refinement as text": spec(refinement="all"),
     "refinement dropped": config(lambda c: c["dirembed"].pop("refinement")),
     "no outliers": spec(outliers=0),
@@ -282,6 +283,9 @@ TENSORS: dict[str, Spoil] = {
     "negative refined row": filled("refined_rows_weight", -1),
     "refined rows out of order": tensor("refined_rows_weight", lambda t: t.flip(0)),
     "a refined row twice": tensor("refined_rows_weight", lambda t: torch.cat([t[:1], t[:-1]])),
+    "refined latents beyond the rank": filled("refined_latents_weight", 2**31 - 1, at=-1),
+    "negative refined latent": filled("refined_latents_weight", -1),
+    "a refined latent twice": tensor("refined_latents_weight", lambda t: torch.cat([t[:1], t[:-1]])),
     "refined rows in float": tensor("refined_rows_weight", lambda t: t.float()),
     "NaN in an outlier": filled("outlier_weight", float("nan")),
     "infinity in an outlier": filled("outlier_weight", float("inf"), at=-1),

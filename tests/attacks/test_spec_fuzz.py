@@ -25,7 +25,7 @@ GOOD = {
     "decoder": "float16",
     "bias": True,
     "bit_allocation": [4, 4, 4, 4],
-    "refinement": {"rows": 100, "rank": 8, "bit_allocation": [0, 4, 4, 0]},
+    "refinement": {"rows": 100, "bit_allocation": [0, 4, 4, 0]},
     "outliers": 3,
     "settings": {},
     "figures": {},
@@ -77,7 +77,7 @@ def test_a_spec_is_read_back_or_refused(spec: Any) -> None:
         return
     assert (base, CompressionSpec.from_dict(as_read(read.to_dict()))) == (spec["base_model_type"], read)
     assert 1 <= read.code_width <= 2**16
-    assert 1 <= read.decoder_rows <= 2**17
+    assert 1 <= read.base_rank <= read.rank <= 2**16
 
 
 @settings(max_examples=400, deadline=None)

@@ -23,7 +23,7 @@ LAYOUT = replace(SPEC, zero_row=ZERO_ROW)
 def codec_tensors() -> dict[str, Tensor]:
     """Of `LAYOUT`, with levels that a quantiser has, and rows of about unit length."""
     sample = torch.randn(4000, 10, generator=torch.Generator().manual_seed(1))
-    decoder = {"decoder_weight": torch.randn(LAYOUT.decoder_rows, DIM).half() / 8}
+    decoder = {"decoder_weight": torch.randn(LAYOUT.rank, DIM).half() / 8}
     return draw_tensors() | decoder | {"codebook_weight": Codebooks.train(sample).stored()}
 
 

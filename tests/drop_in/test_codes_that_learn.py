@@ -46,8 +46,10 @@ def test_loading_derives_the_floats_anew() -> None:
     assert other.get_input_embeddings().shadow.weight is floats  # an optimiser may have it by now
     assert torch.equal(logits(other.eval()), logits(model))
     embedding = other.get_input_embeddings()
+    alone = torch.ones(NUM_ROWS, dtype=torch.bool)
+    alone[embedding.refined_rows_weight.long()] = False
     latents = embedding.latents(torch.arange(NUM_ROWS))
-    assert torch.equal(floats, latents[:, : SPEC.rank])
+    assert torch.equal(floats[alone], latents[alone, : SPEC.base_rank])
 
 
 def test_copies_learn_on_by_themselves() -> None:
@@ -69,7 +71,7 @@ def test_new_tokens_while_codes_learn(tmp_path: Path) -> None:
     for size in (NUM_ROWS + 5, NUM_ROWS - 20):
         model.resize_token_embeddings(size)
         embedding = model.get_input_embeddings()
-        assert embedding.shadow.weight.shape == (size, SPEC.rank)
+        assert embedding.shadow.weight.shape == (size, SPEC.base_rank)
         assert len(embedding.shadow.refinement_weight) == len(embedding.refinement_weight)
         assert embedding.shadow.weight.requires_grad
         assert embedding.outlier_weight.requires_grad

@@ -29,8 +29,9 @@ def quantised(matrix: CompressedMatrix, name: str) -> Tensor:
     """What the packed codes of a layer should stand for: its floats, quantised section by section."""
     of_base = name == "weight"
     allocation = matrix.spec.bit_allocation if of_base else matrix.spec.refinement.bit_allocation
-    of_layer = slice(matrix.spec.rank) if of_base else slice(matrix.spec.rank, None)
-    steps = 2.0 ** matrix.exponent_weight.float()[of_layer]
+    of_layer = torch.arange(matrix.spec.base_rank) if of_base else matrix.refined_latents_weight.long()
+    units = 2.0 ** matrix.exponent_weight.float()[of_layer]
+    steps = units if of_base else units * 2.0 ** (matrix.refinement_exponent_weight.float() / 8)
     importance = (matrix.decoder_weight[of_layer] * steps.unsqueeze(1)).square().sum(dim=1).detach()
     levels = matrix.codebook_weight.float() + 0.5
     targets, found, first = getattr(matrix.shadow, name).detach() / steps, [], 0
@@ -86,8 +87,9 @@ def test_gradients_are_those_of_float_latents() -> None:
     rows = dense_rows(embedding, latents, outliers)
     ((3.0 * rows[ids]).square().sum() + (states @ rows.T * target).sum()).backward()
     refined = embedding.refined_rows_weight.long()
-    torch.testing.assert_close(embedding.shadow.weight.grad, latents.grad[:, : SPEC.rank])
-    torch.testing.assert_close(embedding.shadow.refinement_weight.grad, latents.grad[refined, SPEC.rank :])
+    torch.testing.assert_close(embedding.shadow.weight.grad, latents.grad[:, : SPEC.base_rank])
+    further = latents.grad[refined][:, embedding.refined_latents_weight.long()]
+    torch.testing.assert_close(embedding.shadow.refinement_weight.grad, further)
     torch.testing.assert_close(embedding.outlier_weight.grad, outliers.grad)
     assert not embedding.shadow.weight.grad[embedding.outlier_rows_weight.long()].any()
     assert not embedding.shadow.weight.grad[ZERO_ROW].any()

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .kernels_dirembed import ExpandedCodes, packed_linear
 from .layout_dirembed import CompressionSpec, ModelError
-from .matrix_dirembed import HALF, CompressedMatrix
-from .packing_dirembed import PackedCodes
+from .matrix_dirembed import CompressedMatrix
+from .packing_dirembed import HALF, PackedCodes
 
 
 class CompressedLMHead(CompressedMatrix):

@@ -14,7 +14,7 @@ from .configuration_dirembed import read_spec
 from .kernels_dirembed import expanded_bytes
 from .layout_dirembed import CODE_TENSORS, CheckpointError, CompressionSpec, ModelError
 from .loading_dirembed import check_stored_dtypes, shards_of
-from .reading import as_checkpoint_error, find_checkpoint, read_compressed_config
+from .reading import as_unreadable_error, find_checkpoint, read_compressed_config
 from .stored import StoredFile
 
 
@@ -100,7 +100,7 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSummary:
     config = read_compressed_config(folder)
     if config is None:
         raise ModelError(f"{folder} is not a compressed checkpoint: compress it first")
-    with as_checkpoint_error(folder):
+    with as_unreadable_error(folder):
         base_model_type, spec = read_spec(config)
         tensors = _read_headers(folder)
     num_rows, dim, sizes = _table_tensors(folder, spec, tensors)

@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layout_dirembed import CODE_TENSORS, CODEBOOK_SHAPE, OCTAVE, PACKED_CODES, CompressionSpec, ModelError
-from .packing_dirembed import unpack
+from .packing_dirembed import unpack_levels
 
 
-HALF = 0.5  # what a mid-rise quantiser's integer stands for is half a step above it
 CACHE_LINE = 64  # bytes; what torch's own allocations are aligned to
 DENSE_CHUNK = 1 << 14  # rows decoded at a time when the whole table is asked for
 DECODER_TENSORS = ("decoder_weight", "decoder_bias_weight")  # of the code tensors, those that learn unless frozen
@@ -131,7 +130,7 @@ class CompressedMatrix(nn.Module):
         codes = F.embedding(ids, self.weight)
         if self.spec.bit_allocation is None or self.codebook_weight is None:
             return codes.to(self.dtype)
-        latents = unpack(codes, self.spec.bit_allocation, self.codebook_weight).to(self.dtype) + HALF
+        latents = unpack_levels(codes, self.spec.bit_allocation, self.codebook_weight, self.dtype)
         if (
             self.refinement_weight is not None
             and self.refined_rows_weight is not None
@@ -139,7 +138,7 @@ class CompressedMatrix(nn.Module):
         ):
             slots, refined = find_slots(self.refined_rows_weight, ids, len(self.weight))
             codes = F.embedding(slots, self.refinement_weight)
-            further = unpack(codes, self.spec.refinement.bit_allocation, self.codebook_weight).to(self.dtype) + HALF
+            further = unpack_levels(codes, self.spec.refinement.bit_allocation, self.codebook_weight, self.dtype)
             latents = self.refine(latents, further * self.refinement_steps(self.dtype) * refined.unsqueeze(-1))
         latents = self.scaled(latents)
         return latents if shadow is None else shadow.lend_to_rows(latents, ids, self)

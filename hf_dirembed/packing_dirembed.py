@@ -20,6 +20,9 @@ from torch import Tensor
 from .layout_dirembed import BIT_WIDTHS, CODEBOOK_SHAPE, STATE_BITS, TableError, code_bytes
 
 
+HALF = 0.5  # what a mid-rise quantiser's integer stands for is half a step above it
+
+
 def pack(symbols: Tensor, bit_allocation: tuple[int, ...]) -> Tensor:
     """Packs symbols into bytes, the widest latents first.
 
@@ -124,6 +127,17 @@ def unpack(packed: Tensor, bit_allocation: tuple[int, ...], codebook: Tensor) ->
         else:
             latents.append(codebook[BIT_WIDTHS.index(width) - 1][trellis_states(symbols, width).long()])
     return torch.cat(latents, dim=-1)
+
+
+def unpack_levels(packed: Tensor, bit_allocation: tuple[int, ...], codebook: Tensor, dtype: torch.dtype) -> Tensor:
+    """The half-integers that packed rows stand for, (..., rank): [`unpack`] and ½.
+
+    Example:
+        >>> codebook = torch.arange(-128, 128, dtype=torch.int8).repeat(3, 1)
+        >>> unpack_levels(torch.tensor([[200]], dtype=torch.uint8), (1, 0, 0, 0), codebook, torch.float32).tolist()
+        [[72.5]]
+    """
+    return unpack(packed, bit_allocation, codebook).to(dtype) + HALF
 
 
 class PackedCodes(NamedTuple):

@@ -84,7 +84,7 @@ def is_compressed(source: str | os.PathLike[str]) -> bool:
 
 def read_compressed_config(folder: Path) -> dict[str, Any] | None:
     """What the `config.json` of a compressed checkpoint holds; None for another's."""
-    with as_checkpoint_error(folder):
+    with as_unreadable_error(folder):
         config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     return config if isinstance(config, dict) and config.get("model_type") == MODEL_TYPE else None
 
@@ -101,7 +101,7 @@ def load_model(folder: Path, auto_class: Any = None, **options: Any) -> PreTrain
         CheckpointError: If transformers cannot load it from safetensors.
         ModelError: If models of its architecture are not among those of the AutoModel class.
     """
-    with as_checkpoint_error(folder):
+    with as_unreadable_error(folder):
         config = AutoConfig.from_pretrained(folder)
         if auto_class is not None and type(config) not in auto_class._model_mapping:
             raise ModelError(f"{folder} is of an architecture without {auto_class.__name__}: choose another model")
@@ -119,7 +119,7 @@ def find_table(folder: Path) -> StoredTable | None:
         CheckpointError: If transformers cannot read its config.
         ModelError: If the model has no token embedding.
     """
-    with as_checkpoint_error(folder):
+    with as_unreadable_error(folder):
         config = AutoConfig.from_pretrained(folder)
         return StoredTable.find(folder, config, _model_class(config))
 
@@ -142,12 +142,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """
     if not any(fnmatch(file.name, "*token*") or fnmatch(file.name, "vocab*") for file in folder.iterdir()):
         return None
-    with as_checkpoint_error(folder):
+    with as_unreadable_error(folder):
         return AutoTokenizer.from_pretrained(folder)
 
 
 @contextmanager
-def as_checkpoint_error(folder: Path) -> Iterator[None]:
+def as_unreadable_error(folder: Path) -> Iterator[None]:
     """Turns what transformers raises on an unreadable checkpoint into this package's error."""
     try:
         yield

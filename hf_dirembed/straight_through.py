@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from .compression.trellis import quantise
 from .layout_dirembed import BIT_WIDTHS, ModelError
-from .matrix_dirembed import DENSE_CHUNK, HALF, find_slots
-from .packing_dirembed import pack, unpack
+from .matrix_dirembed import DENSE_CHUNK, find_slots
+from .packing_dirembed import HALF, pack, unpack_levels
 
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class _Layer:
 
     def read(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """What packed rows stand for, (n, rank)."""
-        return (unpack(codes, self.bit_allocation, self.codebook).to(dtype) + HALF) * self.steps.to(dtype)
+        return unpack_levels(codes, self.bit_allocation, self.codebook, dtype) * self.steps.to(dtype)
 
     def write(self, slots: Tensor, latents: Tensor) -> None:
         """Quantises latents, (n, rank); those that are what their codes stand for already stay as they are."""
@@ -185,11 +185,11 @@ class _Layer:
         slots, targets = slots[moved], latents[moved].float() / self.steps
         if not len(slots):
             return
-        symbols, first, levels = [], 0, self.codebook.float() + HALF
+        symbols, first, book = [], 0, self.codebook.float() + HALF
         for count, width in zip(self.bit_allocation, BIT_WIDTHS, strict=True):
             section, first = slice(first, first + count), first + count
             if count:
-                symbols.append(quantise(targets[:, section], self.gains[section], levels, width)[0])
+                symbols.append(quantise(targets[:, section], self.gains[section], book, width)[0])
         packed = pack(torch.cat(symbols, dim=1), self.bit_allocation)
         changed = (packed != self.codes[slots]).any(dim=1)
         if changed.any():  # a write makes a head expand the codes anew

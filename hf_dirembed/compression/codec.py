@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..layout_dirembed import BIT_WIDTHS, OCTAVE, code_bytes
-from ..matrix_dirembed import HALF
-from ..packing_dirembed import pack, sections, unpack
+from ..packing_dirembed import pack, sections, unpack_levels
 from .decoder import DecoderFit, DecoderStorage, StoredDecoder
 from .importance import Sample
 from .quantisation import Allocation, Quantisers
@@ -281,7 +280,7 @@ class PackedTable:
             of_layer, counts = slice(first, first := first + layer.allocation.rank), layer.allocation.counts
             found = torch.cat([each for _, each in sections(packed, counts)], dim=1)
             symbols[having, of_layer] = found.to(torch.uint8)
-            levels[having, of_layer] = unpack(packed, counts, codebook).float() + HALF
+            levels[having, of_layer] = unpack_levels(packed, counts, codebook, levels.dtype)
         return Symbols(symbols, levels, refined)
 
     def tensors(self, decoder: StoredDecoder) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ BIT_WIDTHS = (8, 4, 2, 1)  # the order of a packed row; powers of two, so that n
 STATE_BITS = 8  # of the trellis that latents of fewer bits are read through
 CODEBOOK_SHAPE = (len(BIT_WIDTHS) - 1, 1 << STATE_BITS)
 OCTAVE = 8  # steps of a refinement come in eighths of a power of two
+NO_STEP = -128  # the exponent of a step of 0
 MAX_RANK = 65_536
 CODE_TENSORS = (
     "weight",

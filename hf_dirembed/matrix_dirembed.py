@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layout_dirembed import CODE_TENSORS, CODEBOOK_SHAPE, OCTAVE, PACKED_CODES, CompressionSpec, ModelError
-from .packing_dirembed import unpack_levels
+from .layout_dirembed import CODE_TENSORS, CODEBOOK_SHAPE, PACKED_CODES, CompressionSpec, ModelError
+from .packing_dirembed import refinement_steps, unpack_levels
 
 
 CACHE_LINE = 64  # bytes; what torch's own allocations are aligned to
@@ -152,8 +152,7 @@ class CompressedMatrix(nn.Module):
     def refinement_steps(self, dtype: torch.dtype) -> Tensor:
         """What the second layer's half-integers are multiplied by to be in the first layer's unit, (its rank,)."""
         assert self.refinement_exponent_weight is not None
-        wide = torch.promote_types(dtype, torch.float32)
-        return torch.exp2(self.refinement_exponent_weight.to(wide) / OCTAVE).to(dtype)
+        return refinement_steps(self.refinement_exponent_weight, dtype)
 
     @property
     def shadow(self) -> Any:

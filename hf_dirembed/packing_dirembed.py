@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layout_dirembed import BIT_WIDTHS, CODEBOOK_SHAPE, STATE_BITS, TableError, code_bytes
+from .layout_dirembed import BIT_WIDTHS, CODEBOOK_SHAPE, NO_STEP, OCTAVE, STATE_BITS, TableError, code_bytes
 
 
 HALF = 0.5  # what a mid-rise quantiser's integer stands for is half a step above it
@@ -138,6 +138,21 @@ def unpack_levels(packed: Tensor, bit_allocation: tuple[int, ...], codebook: Ten
         [[72.5]]
     """
     return unpack(packed, bit_allocation, codebook).to(dtype) + HALF
+
+
+def refinement_steps(exponents: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a second layer's half-integers are multiplied by to be in the first layer's unit.
+
+    Args:
+        exponents: (rank,) int8, in eighths of a power of two; -128 for a step of 0.
+        dtype: Of the steps.
+
+    Example:
+        >>> refinement_steps(torch.tensor([0, -8, 4, -128], dtype=torch.int8), torch.float64)[[0, 1, 3]].tolist()
+        [1.0, 0.5, 0.0]
+    """
+    wide = exponents.to(torch.promote_types(dtype, torch.float32))
+    return torch.exp2(wide / OCTAVE).masked_fill(exponents == NO_STEP, 0).to(dtype)
 
 
 class PackedCodes(NamedTuple):

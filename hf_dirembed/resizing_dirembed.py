@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from .layout_dirembed import NO_STEP
 from .matrix_dirembed import DENSE_CHUNK, CompressedMatrix
 
 
@@ -39,11 +40,10 @@ def _resize_refinement(matrix: CompressedMatrix, num_rows: int) -> None:
         return
     inside = matrix.refined_rows_weight < num_rows
     rows, codes = matrix.refined_rows_weight[inside], matrix.refinement_weight[inside]
-    if not len(rows):  # none at all would be another layout: the first row becomes one, to which
-        # codes add next to nothing
+    if not len(rows):  # none at all would be another layout: the first row becomes one, to which codes add nothing
         rows, codes = matrix.refined_rows_weight.new_zeros(1), matrix.refinement_weight[:1].clone()
         assert matrix.refinement_exponent_weight is not None
-        matrix.refinement_exponent_weight.fill_(-128)
+        matrix.refinement_exponent_weight.fill_(NO_STEP)
     matrix.refined_rows_weight = nn.Parameter(rows, requires_grad=False)
     matrix.refinement_weight = nn.Parameter(codes, requires_grad=False)
 

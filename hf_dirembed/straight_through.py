@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from .matrix_dirembed import CompressedMatrix
 
 
+_TINY = torch.finfo(torch.float32).tiny
+
+
 class LatentShadow(nn.Module):
     """Float latents that learn in place of a matrix's packed codes, which follow them.
 
@@ -182,7 +185,7 @@ class _Layer:
                 "take it up from the last checkpoint"
             )
         moved = (latents != self.read(self.codes[slots], latents.dtype)).any(dim=1)
-        slots, targets = slots[moved], latents[moved].float() / self.steps
+        slots, targets = slots[moved], latents[moved].float() / self.steps.clamp_min(_TINY)
         if not len(slots):
             return
         symbols, first, book = [], 0, self.codebook.float() + HALF
@@ -203,10 +206,10 @@ def _layers(matrix: CompressedMatrix) -> Iterator[_Layer]:
     assert codebook is not None
     assert exponents is not None
     steps = torch.exp2(exponents.float())
-    gains = (matrix.decoder_weight.float() * steps.unsqueeze(1)).square().sum(dim=1)
-    gains = gains.clamp_min(torch.finfo(gains.dtype).tiny)
-    base = slice(spec.base_rank)
-    yield _Layer("weight", matrix.weight, None, spec.bit_allocation, codebook, steps[base], gains[base])
+    gains, base = (matrix.decoder_weight.float() * steps.unsqueeze(1)).square().sum(dim=1), slice(spec.base_rank)
+    yield _Layer(
+        "weight", matrix.weight, None, spec.bit_allocation, codebook, steps[base], gains[base].clamp_min(_TINY)
+    )
     if spec.refinement is not None and (codes := matrix.refinement_weight) is not None:
         assert matrix.refined_latents_weight is not None
         rows, allocation = matrix.refined_rows_weight, spec.refinement.bit_allocation
@@ -218,7 +221,7 @@ def _layers(matrix: CompressedMatrix) -> Iterator[_Layer]:
             allocation,
             codebook,
             steps[named] * further,
-            (gains[named] * further.square()).clamp_min(torch.finfo(gains.dtype).tiny),
+            (gains[named] * further.square()).clamp_min(_TINY),
         )
 
 

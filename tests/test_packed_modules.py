@@ -103,7 +103,7 @@ def test_outliers_that_a_resize_drops():
 
 @torch.no_grad()
 def test_refined_rows_that_a_resize_drops(tmp_path):
-    """The first row takes their place, and stays what it is to about 2⁻¹⁶ of a step."""
+    """The first row takes their place, and stays as it is."""
     family = FAMILIES["llama-tied"]
     tensors = draw_tensors()
     tensors["refined_rows_weight"] = 100 + torch.arange(NUM_REFINED, dtype=torch.int32)
@@ -113,8 +113,8 @@ def test_refined_rows_that_a_resize_drops(tmp_path):
     for num_rows, refined in ((102, [100, 101]), (100, [0])):
         model.resize_token_embeddings(num_rows)
         assert embedding.refined_rows_weight.tolist() == refined
-        torch.testing.assert_close(embedding.dense_weight(), rows[:num_rows], rtol=1e-4, atol=1e-3)
-        torch.testing.assert_close(model.lm_head(hidden), logits[:, :num_rows], rtol=1e-4, atol=5e-3)
+        torch.testing.assert_close(embedding.dense_weight(), rows[:num_rows])
+        torch.testing.assert_close(model.lm_head(hidden), logits[:, :num_rows])
     model.save_pretrained(tmp_path)
     assert inspect_checkpoint(tmp_path).refined_rows == 1
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()

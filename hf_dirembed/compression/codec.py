@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..layout_dirembed import BIT_WIDTHS, OCTAVE, code_bytes
-from ..packing_dirembed import pack, sections, unpack_levels
+from ..packing_dirembed import pack, refinement_steps, sections, unpack_levels
 from .decoder import DecoderFit, DecoderStorage, StoredDecoder
 from .importance import Sample
 from .quantisation import Allocation, Quantisers
@@ -47,7 +47,7 @@ class Layer:
     @property
     def steps(self) -> Tensor:
         """(its rank,) float32, what a half-integer of each is in its latent's unit."""
-        return torch.exp2(self.exponents.float() / OCTAVE)
+        return refinement_steps(self.exponents, torch.float32)
 
     def sections(self) -> Iterator[tuple[int, slice, Tensor | slice]]:
         """Each width that any codes have, with these codes and their latents."""
@@ -136,8 +136,9 @@ class Codec:
             for width, section, named in layer.sections():
                 codes = having, slice(first + section.start, first + section.stop)
                 steps = layer.steps[section]
-                slopes = (sums[:, named] - latents @ gram[:, named]) * steps
-                curvature = gram[named][:, named] * torch.outer(steps, steps)
+                columns = gram[:, named]
+                slopes = (sums[:, named] - latents @ columns) * steps
+                curvature = columns[named] * torch.outer(steps, steps)
                 gains = curvature.diagonal().clamp_min(torch.finfo(gram.dtype).tiny)
                 # The best ones, were the section's rows of the decoder orthogonal.
                 before, found_before = levels[codes], symbols[codes]

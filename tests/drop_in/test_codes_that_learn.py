@@ -64,6 +64,20 @@ def test_copies_learn_on_by_themselves() -> None:
     assert torch.equal(model.get_input_embeddings().weight, codes)
 
 
+def test_codes_learn_where_a_resize_left_a_refinement_of_nothing() -> None:
+    """Its steps are 0: what it learns changes no row."""
+    model = rich_model()
+    embedding = model.get_input_embeddings()
+    model.resize_token_embeddings(int(embedding.refined_rows_weight[0]))
+    assert not embedding.refinement_steps(torch.float32).any()
+    before = embedding.latents(torch.zeros(1, dtype=torch.long))
+    model.unfreeze_codes()
+    with torch.no_grad():
+        embedding.shadow.refinement_weight += 1
+    assert torch.equal(embedding.latents(torch.zeros(1, dtype=torch.long)), before)
+    assert embedding.dense_weight().isfinite().all()
+
+
 def test_new_tokens_while_codes_learn(tmp_path: Path) -> None:
     model = rich_model().unfreeze_codes()
     learn(model, steps=2)

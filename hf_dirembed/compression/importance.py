@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -60,6 +61,11 @@ class Importance:
         if not share.any():  # a table of zeros, or weights on its zero rows alone: all rows alike
             return cls(torch.ones_like(omega), torch.full_like(share, 1 / len(share)), norms)
         return cls(omega / share.sum(), share / share.sum(), norms)
+
+    @cached_property
+    def order(self) -> Tensor:
+        """(num_rows,) the rows' numbers, the one with the largest share first."""
+        return self.share.argsort(descending=True, stable=True)
 
     @property
     def longest(self) -> float:

@@ -18,6 +18,7 @@ from .trellis import Codebooks, best_states, round_to_levels
 # on the wide side, as latents have heavier tails.
 _STEPS = tuple(0.031 * stretch for stretch in (0.7, 0.8, 0.9, 1.0, 1.12, 1.25, 1.4, 1.6, 1.85))
 
+QUANTISER_SAMPLE = 1024  # rows that step sizes are searched on
 _PRICES = 100  # of a bit, from next to nothing to the strongest latent's variance
 
 

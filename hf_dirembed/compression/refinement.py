@@ -10,11 +10,8 @@ from torch import Tensor
 from .codec import Codec, Layer
 from .importance import Sample
 from .layers import Room
-from .quantisation import BitAllocator, Quantisers
+from .quantisation import QUANTISER_SAMPLE, BitAllocator, Quantisers
 from .subspace import eigenbasis
-
-
-_QUANTISER_SAMPLE = 1024  # rows that step sizes are searched on
 
 
 @dataclass(frozen=True)
@@ -57,12 +54,12 @@ def plan_refinement(
     nothing = torch.zeros(len(sample.rows), dtype=torch.bool, device=sample.rows.device)
     residual = codec.residual(sample.rows, codec.encode(sample.rows, nothing))
     moment = ((residual * sample.omega.unsqueeze(1)).T @ residual / sample.omega.sum()).double()
-    resampled = residual[sample.resample(residual, _QUANTISER_SAMPLE)]
+    resampled = residual[sample.resample(residual, QUANTISER_SAMPLE)]
     steps, covered, plans = codec.base.steps(quantisers).to(residual), shares.cumsum(dim=0), []
     for shared in (codec.base.rank, 0):
         axes, variances = _axes(moment, basis[:, :shared])
         variances, order = variances.sort(descending=True, stable=True)
-        found = Quantisers.fit((resampled @ axes[:, order]), variances, codec.codebooks)
+        found = Quantisers.fit(resampled @ axes[:, order], variances, codec.codebooks)
         allocation = BitAllocator(found.errors).allocate(num_bytes, room.dim)
         if allocation is None:
             continue

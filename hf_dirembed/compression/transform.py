@@ -19,7 +19,7 @@ from .decoder import DecoderStorage
 from .importance import Importance, Sample
 from .layers import METRIC_SPLITS, ROW_NUMBER_ITEMSIZE, SPLITS, LayerPlan, Room, Splits, plan_layers
 from .outliers import RESERVED_SHARE, count_outliers, outlier_bytes
-from .quantisation import BitAllocator, Quantisers
+from .quantisation import QUANTISER_SAMPLE, BitAllocator, Quantisers
 from .refinement import plan_refinement
 from .subspace import eigenbasis, exact_chunks, second_moment
 from .table import Table
@@ -29,7 +29,6 @@ TEMPERING, METRIC_TEMPERING = 0.7, 0.5  # of the token weights
 DECODER_DTYPES = (torch.float16, torch.float8_e4m3fn)  # the narrower one leaves more room for codes
 _ROUNDING_LEFT = 0.4  # of a decoder's rounding, once the codes are fitted to the rounded decoder
 _LENGTHS = 1e-15, 1e17  # of rows, whose squares and importance are held in float32
-_QUANTISER_SAMPLE = 1024  # rows that step sizes are searched on
 
 
 @dataclass(frozen=True)
@@ -189,9 +188,9 @@ def _plan(
     """Chooses subspace, bits, storage and refined rows: the quantisers as a codec, and which rows are refined."""
     mean, variances, basis = _principal_axes(rows, importance)
     centred = sample.rows - mean
-    quantisers = Quantisers.fit((centred @ basis)[sample.resample(centred, _QUANTISER_SAMPLE)], variances)
+    quantisers = Quantisers.fit((centred @ basis)[sample.resample(centred, QUANTISER_SAMPLE)], variances)
     allocator = BitAllocator(quantisers.errors)
-    order = importance.share.argsort(descending=True, stable=True)
+    order = importance.order
     plans: list[tuple[LayerPlan, Room]] = []
     for room in rooms:
         rounding = _rounding(room.storage, variances, basis)
@@ -225,7 +224,7 @@ def _refine(
     basis: Tensor,
 ) -> tuple[Codec, Tensor]:
     """Adds a second layer, for as many of the rows, the most important first, as there is room for."""
-    order = importance.share.argsort(descending=True, stable=True)
+    order = importance.order
     nothing = torch.zeros(room.num_rows, dtype=torch.bool, device=order.device)
     left = room.left_by_both(codec.base, room.dim, room.dim - codec.base.rank)
     roughly = nothing.index_fill(0, order[: room.refinable_rows(left, layers.refinement_bytes) or 1], True)
@@ -257,8 +256,7 @@ def _keep_outliers(
     left = room.left_by_both(codec.base, further.rank, len(codec.decoder) - codec.base.rank)
     number = min(number, (left - refined_bytes) // row_bytes)  # one refined row stays in any case
     outliers[worst[:number]] = True
-    order = importance.share.argsort(descending=True, stable=True)
-    order = order[(refined & ~outliers)[order]][: (left - number * row_bytes) // refined_bytes]
+    order = importance.order[(refined & ~outliers)[importance.order]][: (left - number * row_bytes) // refined_bytes]
     if not len(order):
         return torch.zeros_like(outliers), refined
     return outliers, torch.zeros_like(refined).index_fill(0, order, True)

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_dirembed.checkpoint import find_checkpoint, load_model, load_tokenizer
 from hf_dirembed.compression import compress_table
 from hf_dirembed.compression.autoencoder import AutoencoderSettings, autoencoder_epochs
+from hf_dirembed.compression.calibrated import Calibration, has_tied_head
 from hf_dirembed.compression.coded import CodedTable
-from hf_dirembed.compression.compress import Calibration
 from hf_dirembed.compression.table import Table
 from hf_dirembed.compression.weights import token_weights
 from hf_dirembed.evaluation import (
@@ -39,7 +39,7 @@ from hf_dirembed.evaluation import (
 )
 from hf_dirembed.evaluation.running import find_device, longest_input, settings_of
 from hf_dirembed.modeling_dirembed import convert
-from hf_dirembed.tying_dirembed import embedding_of, tied_modules
+from hf_dirembed.tying_dirembed import embedding_of
 
 
 # Of the latents of all methods but transform: half the bytes of float32, for an error of 1/2000 of a latent.
@@ -94,8 +94,7 @@ class Dense:
         tokenizer = load_tokenizer(folder)
         if tokenizer is None:
             raise EvaluationError(f"{name} has no tokenizer: save one beside the model")
-        head = model.get_output_embeddings()
-        tied = any(model.get_submodule(module) is head for module in tied_modules(model))
+        tied = has_tied_head(model)
         if calibrate is None:
             weights = token_weights(tokenizer, embedding_of(model).num_embeddings, languages=languages)
             return cls(folder, model, tokenizer, tied, weights, None)
@@ -233,7 +232,8 @@ def fit(dense: Dense, method: str, rank: int, measures: Measures, *, faithful: b
     compress = partial(compress_table, rows, padding_idx=embedding_of(dense.model).padding_idx)
     if method == "transform":
         factors = rank * (torch.float16.itemsize * rows.shape[0] + rows.element_size() * rows.shape[1])
-        return compress(bits=8 * factors / rows.numel(), weights=dense.weights, metric=dense.metric)
+        bits = 8 * factors / rows.numel()
+        return compress(bits=bits, weights=dense.weights, metric=dense.metric, head=dense.tied)
     if method in LOSSES:
         settings = AutoencoderSettings.paper(**LOSSES[method]) if faithful else AutoencoderSettings(**LOSSES[method])
         if faithful and measures.texts:

@@ -14,12 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_dirembed.checkpoint import find_checkpoint, load_model, load_tokenizer
 from hf_dirembed.compression import calibrate
-from hf_dirembed.compression.compress import Calibration
+from hf_dirembed.compression.calibrated import Calibration, has_tied_head
 from hf_dirembed.compression.languages import card_languages
 from hf_dirembed.compression.weights import token_weights
 from hf_dirembed.evaluation import EvaluationError, load_pairs, load_text, perplexity, sts
 from hf_dirembed.modeling_dirembed import CompressedEmbedding
-from hf_dirembed.tying_dirembed import embedding_of, tied_modules
+from hf_dirembed.tying_dirembed import embedding_of
 
 from .methods import Table
 
@@ -77,7 +77,7 @@ class Subject(ABC):
     def __init__(self, name: str, folder: Path, model: PreTrainedModel, tokenizer: Any, data: Data) -> None:
         self.name, self.folder, self.data = name, folder, data
         self._model, self._tokenizer = model, tokenizer
-        self.tied = model.get_output_embeddings() is not None and len(tied_modules(model)) > 1
+        self.tied = has_tied_head(model)
         self._rows = embedding_of(model).weight.detach().clone()
         self.shape: tuple[int, int] = (self._rows.shape[0], self._rows.shape[1])
         self.base: dict[str, Items] = {}
@@ -90,7 +90,7 @@ class Subject(ABC):
             state: A file that calibration on text goes on from, and is written to meanwhile.
         """
         embedding_of(self._model).weight.data.copy_(self._rows)
-        return Table(self._rows, *self._hints(state))
+        return Table(self._rows, *self._hints(state), head=self.tied)
 
     def _hints(self, state: Path) -> tuple[Tensor | None, Tensor | None]:
         """Token weights and metric."""

@@ -61,11 +61,17 @@ class Calibration:
             source = calibrate(model, tokenizer, source, resume=resume)
         num_rows = embedding_of(model).num_embeddings
         head = model.get_output_embeddings()
-        tied = any(model.get_submodule(name) is head for name in tied_modules(model))
+        tied = has_tied_head(model)
         counts = usage(source, tied=tied)
         weights = token_weights(tokenizer, num_rows, languages=languages, counts=counts)
         measure = None if head is None else metric(source, use_head=tied)
         return cls(weights, measure, source.num_tokens, described)
+
+
+def has_tied_head(model: PreTrainedModel) -> bool:
+    """Whether the model's output embedding multiplies the same table."""
+    head = model.get_output_embeddings()
+    return any(model.get_submodule(name) is head for name in tied_modules(model))
 
 
 def _describe(calibration: Texts | Statistics) -> str:

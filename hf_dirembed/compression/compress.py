@@ -20,10 +20,11 @@ from ..modeling_dirembed import DirEmbedModelMixin, convert, restore
 from ..tying_dirembed import embedding_of
 from .autoencoder import AutoencoderSettings, train_autoencoder
 from .budget import Budget, TableSize
-from .calibrated import Calibration
+from .calibrated import Calibration, has_tied_head
 from .calibration_text import Texts, check_file
 from .coded import CodedTable
 from .figures import table_figures
+from .measure import Measure
 from .statistics import Statistics
 from .subspace import direction, svd
 from .table import RowSource, Table
@@ -52,6 +53,7 @@ def compress_table(
     codes: str | None = None,
     weights: Tensor | None = None,
     metric: Tensor | None = None,
+    head: bool = False,
     settings: Settings | None = None,
     padding_idx: int | None = None,
     device: torch.device | str | None = None,
@@ -67,7 +69,8 @@ def compress_table(
         rank: Budget as the number of latents, for the methods with float latents. Exactly one of the three is given.
         codes: Dtype of float latents, `float32`, `float16` or `bfloat16`; by default the table's.
         weights: (V,) non-negative: how much each row counts, for `transform` and `direction`. Uniform by default.
-        metric: (d, d) what errors are measured in, for `transform`; the identity by default.
+        metric: (d, d) what errors are measured in, for `transform`; by default they are relative to rows' lengths.
+        head: Whether a language model's head multiplies the table, too: then rare rows matter more, to `transform`.
         settings: How `transform` or `autoencoder` fit; by default as their classes say.
         padding_idx: The row of the padding token; where it is zero, it stays exactly so.
         device: Where to fit; by default a GPU where there is one.
@@ -93,8 +96,10 @@ def compress_table(
     table = Table(rows, device=device)
     size = TableSize(table.num_rows, table.dim, dtype.itemsize)
     budget = Budget(bits, ratio, rank)
+    tempering = settings.tempering if isinstance(settings, TransformSettings) else None
+    measure = Measure(weights, metric, head, tempering)
     if method == "transform":
-        coded = _transform(table, size, budget, dtype, codes, weights, metric, settings)
+        coded = _transform(table, size, budget, dtype, codes, measure, settings)
     else:
         coded = _factorize(table, size, budget, dtype, codes, method, weights, settings, resume)
     if not coded.fits(dtype):
@@ -106,8 +111,7 @@ def compress_table(
         made_with[method] = asdict(settings or SETTINGS[method]())
     made_with |= {"device": device.type, "threads": torch.get_num_threads()}  # sums round differently on others
     made_with["versions"] = {name: version(name) for name in VERSIONS}
-    tempering = settings.tempering if isinstance(settings, TransformSettings) else None
-    figures = {"dense_bytes": size.dense_bytes, **table_figures(table, coded, weights, metric, tempering)}
+    figures = {"dense_bytes": size.dense_bytes, **table_figures(table, coded, measure)}
     if shortened := figures.get("shortened_rows"):
         logger.warning(
             f"rows of the embedding table that are far longer than most: {shortened:,}. Their direction is kept, to a "
@@ -183,8 +187,7 @@ def _transform(
     budget: Budget,
     dtype: torch.dtype,
     codes: str | None,
-    weights: Tensor | None,
-    metric: Tensor | None,
+    measure: Measure,
     settings: Settings | None,
 ) -> CodedTable:
     max_bytes = budget.max_bytes(size)
@@ -193,7 +196,7 @@ def _transform(
     if codes is not None:
         raise BudgetError(f"codes={codes!r} goes with methods of float latents: transform packs its own")
     assert not isinstance(settings, AutoencoderSettings)
-    return transform(table, max_bytes, dtype=dtype, weights=weights, metric=metric, settings=settings)
+    return transform(table, max_bytes, dtype=dtype, measure=measure, settings=settings)
 
 
 def _factorize(
@@ -261,7 +264,7 @@ def compress(
         resume: A file that calibration on text, or the training of `autoencoder`, is saved in now and then, and goes
             on from if it exists.
         **options: Those of [`compress_table`]: exactly one of `bits`, `ratio` and `rank`; `codes`, `settings`,
-            `metric`, `device`.
+            `metric`, `head` (by default whether there is one that is tied), `device`.
 
     Returns:
         The model it was given.
@@ -294,6 +297,7 @@ def compress(
     elif weights is None and tokenizer is not None and method in WEIGHING:
         weights = token_weights(tokenizer, embedding.num_embeddings, languages=languages)
     rows = embedding.weight.data if rows is None else rows
+    options.setdefault("head", has_tied_head(model))
     coded = compress_table(
         rows, method=method, weights=weights, padding_idx=embedding.padding_idx, resume=resume, **options
     )

@@ -9,23 +9,17 @@ from torch import Tensor
 
 from .coded import CodedTable
 from .importance import Importance
+from .measure import Measure
 from .rate_distortion import RateDistortion
 from .subspace import check_weights, eigenbasis, length_scale, row_cosines
 from .table import Table
-from .transform import METRIC_TEMPERING, TEMPERING
 
 
 _DIGITS = 6
 _NOTHING = 1e-9  # of the rows' weighted squares: variance that is rounding
 
 
-def table_figures(
-    table: Table,
-    coded: CodedTable,
-    weights: Tensor | None = None,
-    metric: Tensor | None = None,
-    tempering: float | None = None,
-) -> dict[str, float]:
+def table_figures(table: Table, coded: CodedTable, measure: Measure | None = None) -> dict[str, float]:
     """Measures a compressed table against the dense one, in four passes over it.
 
     All figures are of the rows over their usual length, as squares of very short or long rows leave float32.
@@ -33,9 +27,7 @@ def table_figures(
     Args:
         table: The (num_rows, dim) table.
         coded: What was made of it.
-        weights: w, (num_rows,) non-negative token weights, if there were any.
-        metric: M, (dim, dim), if errors were measured in one.
-        tempering: τ of `transform`; by default its default.
+        measure: That errors were measured in; by default relative to the rows' lengths.
 
     Returns:
         `mean_cosine` over the rows; `token_cosine`, with the token weights, where there are any; `shortened_rows` and
@@ -53,10 +45,9 @@ def table_figures(
     """
     scale = length_scale(table)
     table = table.over(scale)
-    rows = table if metric is None else table.in_metric(torch.linalg.cholesky(metric.double()))
-    if tempering is None:
-        tempering = TEMPERING if metric is None else METRIC_TEMPERING
-    importance = Importance.of(rows, weights, tempering, relative=metric is None)
+    measure = measure or Measure()
+    rows = measure.in_metric(table)
+    importance = measure.importance(rows)
     omega = importance.omega
     spectrum = WeightedSpectrum.of(rows, omega)
     cosines, shares, lost = [], [], omega.new_zeros(())
@@ -70,8 +61,8 @@ def table_figures(
         lost += error.square().sum(dim=1).to(omega) @ omega[part]
     every = check_weights(None, table)
     figures = {"mean_cosine": _weighted_mean(torch.cat(cosines), every)}
-    if weights is not None:
-        figures["token_cosine"] = _weighted_mean(torch.cat(cosines), check_weights(weights, table))
+    if measure.weights is not None:
+        figures["token_cosine"] = _weighted_mean(torch.cat(cosines), check_weights(measure.weights, table))
     if coded.spec.method == "transform" and (shortened := _shortened(importance, coded)).any():
         figures["shortened_rows"] = int(shortened.sum())
         figures["shortened_cosine"] = _weighted_mean(torch.cat(cosines), every * shortened)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .decoder import DecoderStorage
+from .measure import Measure
 from .quantisation import Allocation, BitAllocator
 
 
@@ -17,11 +18,13 @@ _STEP_BYTES = 5  # of each code of the second layer: the latent's number and the
 # How bytes may be split: the first layer's share of those that a row could have, and the second's relative to the
 # first's. Without a metric about half of the rows are refined: to a sentence encoder the thousands of a word list
 # matter nearly as much as its first thousand, which the estimate does not see, as it goes by their frequency. With a
-# metric there is a head, which has to tell each token from all others: large errors of rare rows cost more than their
-# squares, and a first layer below .8 loses more than the estimate says.
+# metric the estimate chooses. But a head has to tell each token from all others: large errors of rare rows cost more
+# than their squares, and a first layer below .8 loses more than the estimate says.
 Splits = Mapping[float, tuple[float, ...]]
-SPLITS: Splits = {0.6: (0.25, 1.0)}
-METRIC_SPLITS: Splits = dict.fromkeys((0.9, 0.8), (0.25, 0.5, 1.0, 1.5, 2.0))
+_REFINEMENTS = (0.25, 0.5, 1.0, 1.5, 2.0)
+DIRECTION_SPLITS: Splits = {0.6: (0.25, 1.0)}
+METRIC_SPLITS: Splits = dict.fromkeys((0.9, 0.8, 0.7, 0.6), _REFINEMENTS)
+HEAD_SPLITS: Splits = dict.fromkeys((0.9, 0.8), _REFINEMENTS)
 _TRIED_SIZES = 100
 _CLEARLY_WORSE = 1.2
 
@@ -72,6 +75,13 @@ class LayerPlan:
     base: Allocation
     refinement_bytes: int
     error: float
+
+
+def splits_for(measure: Measure) -> Splits:
+    """Those that are worth a try."""
+    if measure.head:
+        return HEAD_SPLITS
+    return DIRECTION_SPLITS if measure.metric is None else METRIC_SPLITS
 
 
 def plan_layers(

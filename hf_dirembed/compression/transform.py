@@ -17,7 +17,8 @@ from .codec import Codec
 from .coded import CodedTable
 from .decoder import DecoderStorage
 from .importance import Importance, Sample
-from .layers import METRIC_SPLITS, ROW_NUMBER_ITEMSIZE, SPLITS, LayerPlan, Room, Splits, plan_layers
+from .layers import ROW_NUMBER_ITEMSIZE, LayerPlan, Room, Splits, plan_layers, splits_for
+from .measure import Measure
 from .outliers import RESERVED_SHARE, count_outliers, outlier_bytes
 from .quantisation import QUANTISER_SAMPLE, BitAllocator, Quantisers
 from .refinement import plan_refinement
@@ -25,7 +26,6 @@ from .subspace import eigenbasis, exact_chunks, second_moment
 from .table import Table
 
 
-TEMPERING, METRIC_TEMPERING = 0.7, 0.5  # of the token weights
 DECODER_DTYPES = (torch.float16, torch.float8_e4m3fn)  # the narrower one leaves more room for codes
 _ROUNDING_LEFT = 0.4  # of a decoder's rounding, once the codes are fitted to the rounded decoder
 _LENGTHS = 1e-15, 1e17  # of rows, whose squares and importance are held in float32
@@ -36,9 +36,8 @@ class TransformSettings:
     """How `transform` fits.
 
     Attributes:
-        tempering: The exponent of the token weights; by default 0.7, or 0.5 with a metric. Below 1 it trusts them
-            less: rare tokens matter more than a word list says, in text that the list was not made from, and more
-            still where a head has to tell them from all others.
+        tempering: The exponent of the token weights, of a `Measure` that has none. Below 1 it trusts them less: rare
+            tokens matter more than a word list says. By default 0.7, with a metric or a head 0.5.
         sample_rows: Rows that the first decoder is fitted to.
         passes: How often all rows are coded anew, each time for the decoder of the time before. A second time lowers
             the error by another 1 to 3 %, and takes about half as long as all the rest.
@@ -67,24 +66,20 @@ def transform(
     max_bytes: int,
     *,
     dtype: torch.dtype,
-    weights: Tensor | None = None,
-    metric: Tensor | None = None,
+    measure: Measure | None = None,
     settings: TransformSettings | None = None,
 ) -> CodedTable:
     """Codes a table within a number of bytes.
 
-    Without a metric it minimises Σ wᵢ^τ ‖xᵢ - x̂ᵢ‖² / ‖xᵢ‖²: the error relative to a row's length, which to first
-    order is twice its cosine distance. With a metric M it minimises Σ wᵢ^τ (xᵢ - x̂ᵢ) M (xᵢ - x̂ᵢ)ᵀ: what the metric
-    measures, the rise of a language model's loss, is absolute already. Rows that the codes would lose are kept as
-    they are, as far as the bytes go; of rows that are far longer than most, `Importance.long_rows`, and have to be
-    coded all the same, the length is cut down to one that the shared levels reach.
+    It minimises what a measure says that errors cost. Rows that the codes would lose are kept as they are, as far as
+    the bytes go; of rows that are far longer than most, `Importance.long_rows`, and have to be coded all the same,
+    the length is cut down to one that the shared levels reach.
 
     Args:
         table: The (num_rows, dim) table.
         max_bytes: The most bytes for all tensors that replace it. A second layer fills them to within one row of it.
         dtype: Of the table, and so of the decoder's bias.
-        weights: w, (num_rows,) non-negative; uniform by default.
-        metric: M, (dim, dim) symmetric positive definite; the identity by default.
+        measure: Of errors; by default relative to the rows' lengths, with the tempering of the settings.
         settings: By default those of `TransformSettings`.
 
     Raises:
@@ -101,7 +96,8 @@ def transform(
         True
     """
     settings = settings or TransformSettings()
-    factor = None if metric is None else _factor(metric.to(table.device), table.dim)
+    measure = measure or Measure(tempering=settings.tempering)
+    factor = measure.factor(table)
     room = max_bytes - table.dim * dtype.itemsize - prod(CODEBOOK_SHAPE)
     rooms = [Room(room, table.num_rows, table.dim, DecoderStorage(each, factor)) for each in DECODER_DTYPES]
     least = table.num_rows + min(each.decoder_bytes(1) for each in rooms)  # one byte a row, for its strongest latent
@@ -112,19 +108,17 @@ def transform(
             f"ask for at least bits={enough:.3g}"
         )
     rows = table if factor is None else table.in_metric(factor)
-    usual = TEMPERING if metric is None else METRIC_TEMPERING
-    tempering = usual if settings.tempering is None else settings.tempering
-    importance = Importance.of(rows, weights, tempering, relative=metric is None)
+    importance = measure.importance(rows)
     cut = importance.long_rows
     if cut.any():
         rows = rows.no_longer_than(importance.longest)
-        importance = Importance.of(rows, weights, tempering, relative=metric is None)
+        importance = measure.importance(rows)
     _check_lengths(rows, importance)
     row_bytes = outlier_bytes(table.dim, dtype)
     reserved = min(row_bytes * int(cut.sum()), int(RESERVED_SHARE * max_bytes), room - least)
     planned = [replace(each, num_bytes=room - reserved) for each in rooms]
     sample = Sample.draw(rows, importance, settings.sample_rows, settings.seed)
-    codec, refined = _plan(rows, importance, sample, planned, SPLITS if metric is None else METRIC_SPLITS)
+    codec, refined = _plan(rows, importance, sample, planned, splits_for(measure))
     codec.train(sample, refined[sample.numbers])
     packed, errors = codec.encode_table(rows, importance.omega, refined)
     errors = importance.omega * errors
@@ -170,16 +164,6 @@ def _check_lengths(rows: Table, importance: Importance) -> None:
             f"rows of the embedding table are up to {longest:.0e} long, where squares leave float32: "
             "scale the table to lengths near 1"
         )
-
-
-def _factor(metric: Tensor, dim: int) -> Tensor:
-    """L of M = L Lᵀ, float64."""
-    if tuple(metric.shape) != (dim, dim):
-        raise BudgetError(f"metric of shape {tuple(metric.shape)}: give one of ({dim}, {dim})")
-    factor, info = torch.linalg.cholesky_ex(metric.double())
-    if int(info) or not factor.isfinite().all():
-        raise BudgetError("metric: give a symmetric positive definite matrix, damped if need be")
-    return factor
 
 
 def _plan(

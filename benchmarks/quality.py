@@ -24,6 +24,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 
 import hf_dirembed
 from hf_dirembed import CompressedEmbedding
+from hf_dirembed.compression.calibrated import Calibration
 from hf_dirembed.evaluation import (
     PerplexityFigures,
     STSFigures,
@@ -58,14 +59,10 @@ def variants(
         table = model.get_input_embeddings().weight
         table.data = integer_table(table.data, width)
         yield f"int{width}, groups of {GROUP}", width + 0.5, 0.0, model
-    calibration = arguments.calibrate
-    if calibration:
-        dense = load()
-        if calibration == "self":
-            from hf_dirembed.compression.calibration_text import self_generated_texts
-
-            calibration = list(self_generated_texts(dense, tokenizer, num_tokens=arguments.calibration_tokens))
-        calibration = hf_dirembed.calibrate(dense, tokenizer, calibration, max_tokens=arguments.calibration_tokens)
+    calibration = None
+    if arguments.calibrate:
+        limit, languages = arguments.calibration_tokens, arguments.languages
+        calibration = Calibration.of(load(), tokenizer, arguments.calibrate, languages, max_tokens=limit)
     for method in arguments.methods:
         for bits in arguments.bits:
             model = load()

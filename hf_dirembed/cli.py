@@ -88,7 +88,10 @@ def main() -> None:
 @click.option("--codes", help="Dtype of float latents: float32, float16 or bfloat16.  [default: the table's]")
 @click.option("--languages", help="Languages of the text that the model is for, like en,de.  [default: the card's]")
 @click.option(
-    "--calibrate", metavar="TEXT", help="Text file of mixed domains, or 'self' for text that the model generates."
+    "--calibrate",
+    metavar="TEXT",
+    help="Run the model on this text file of mixed domains, or on 'self', which needs no data: what a language model "
+    "writes, for an encoder words in no order.",
 )
 @click.option(
     "--resume",
@@ -184,8 +187,10 @@ def expand(folder: str, out: Path) -> None:
 def demo(out: Path | None, **options: Any) -> None:
     """Compress the real all-MiniLM-L6-v2 that a package ships, reload it, and show what changed.
 
-    Without a budget it is compressed to 2 bits per weight.
+    Without a budget it is compressed to 2 bits per weight, by transform calibrated on words in no order.
     """
+    if options["method"] == "transform":
+        options["calibration"] = "self"
     if all(options[name] is None for name in ("bits", "ratio", "rank")):
         options["bits"] = 2.0
     with tempfile.TemporaryDirectory() as folder:
@@ -204,7 +209,7 @@ def _print_summary(summary: CheckpointSummary, as_json: bool) -> None:
         cosine += f" over rows, {summary.token_cosine:.4f} over tokens in use"
     latents = f"{summary.rank} for {summary.embedding_dim} dimensions, {summary.codes}"
     if summary.refined_rows:
-        latents += f"; further codes for {summary.refinement_rank} in the {summary.refined_rows:,} most frequent rows"
+        latents += f"; further codes for {summary.refinement_rank} in {summary.refined_rows:,} rows that matter most"
     parts = f"codes {_size(summary.code_bytes)}, decoder {_size(summary.decoder_bytes)}"
     lines = [
         ("method", summary.method),

@@ -17,7 +17,7 @@ from hf_dirembed import AutoencoderSettings, BudgetError, CompressedEmbedding, T
 from hf_dirembed.checkpoint import inspect_checkpoint
 from hf_dirembed.compression import compress_table
 from hf_dirembed.compression.calibrated import Calibration
-from hf_dirembed.compression.statistics import CalibrationError
+from hf_dirembed.compression.statistics import CalibrationError, metric
 from hf_dirembed.layout_dirembed import CODE_TENSORS
 
 
@@ -65,23 +65,38 @@ def test_self_calibration(llama: PreTrainedModel, tokenizer: PreTrainedTokenizer
     module = sys.modules["hf_dirembed.compression.calibrated"]
 
     def few(*arguments: object, **options: object):  # type: ignore[no-untyped-def]
-        return original(*arguments, num_tokens=64, sequence_length=16, **options)
+        return original(*arguments, **{**options, "num_tokens": 64})
 
-    original = module.self_generated_texts
-    monkeypatch.setattr(module, "self_generated_texts", few)
+    original = module.self_texts
+    monkeypatch.setattr(module, "self_texts", few)
     hf_dirembed.compress(llama, tokenizer, bits=5, languages="en", calibration="self")
     assert llama.config.dirembed["settings"]["metric"] is True
     assert llama.config.dirembed["settings"]["calibration"] == "self"
 
 
+def test_self_calibration_of_an_encoder(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Words of the lists in no order: nobody has to give text."""
+    encoder = FAMILIES["bert"].make("AutoModel")
+    hf_dirembed.compress(encoder, tokenizer, bits=6, languages="en", calibration="self")
+    recorded = encoder.config.dirembed["settings"]
+    assert (recorded["metric"], recorded["calibration"]) == (True, "self")
+    assert recorded["calibration_tokens"] >= 32_768
+    with pytest.raises(CalibrationError, match="writes no text"):
+        hf_dirembed.compress(
+            FAMILIES["bert"].make("AutoModelForMaskedLM"), tokenizer, bits=6, languages="en", calibration="self"
+        )
+
+
 def test_an_untied_head_and_an_encoder(tokenizer: PreTrainedTokenizerFast) -> None:
-    """The metric of an input table leaves the head out; an encoder without a head has none."""
+    """The metric of an input table leaves the head out."""
     untied = FAMILIES["llama-untied"].make("AutoModelForCausalLM")
     head = untied.get_output_embeddings()
     hf_dirembed.compress(untied, tokenizer, bits=5, languages="en", calibration=TEXTS)
     assert untied.get_output_embeddings() is head
     encoder = FAMILIES["bert"].make("AutoModel")
-    assert Calibration.of(encoder, tokenizer, TEXTS, "en").metric is None
+    statistics = hf_dirembed.calibrate(encoder, tokenizer, TEXTS)
+    expected = metric(statistics, use_gradient=True)
+    assert torch.equal(Calibration.of(encoder, tokenizer, statistics, "en").metric, expected)
 
 
 def test_the_tokenizer_tells_which_rows_matter(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..tying_dirembed import embedding_of, tied_modules
 from .calibration import calibrate
-from .calibration_text import Texts, self_generated_texts
+from .calibration_text import Texts
+from .self_text import self_texts
 from .statistics import CalibrationError, Statistics, metric, usage
 from .weights import token_weights
 
@@ -23,14 +24,13 @@ class Calibration:
 
     Attributes:
         weights: (V,) token weights.
-        metric: (d, d) what errors are measured in; None for a model without a language-model head, whose sentence
-            embeddings it was measured not to help.
+        metric: (d, d) what errors are measured in.
         num_tokens: Tokens of the text that it was made of.
         source: What it was made of, for the record; of a file its name alone.
     """
 
     weights: Tensor
-    metric: Tensor | None
+    metric: Tensor
     num_tokens: int
     source: str
 
@@ -42,6 +42,7 @@ class Calibration:
         source: Texts | Statistics,
         languages: str | Sequence[str] | None,
         *,
+        max_tokens: int = 32_768,
         resume: str | Path | None = None,
     ) -> Calibration:
         """Reads text, or statistics made of it.
@@ -54,18 +55,16 @@ class Calibration:
         if tokenizer is None:
             raise CalibrationError("calibration needs the model's tokenizer: pass it as the second argument")
         languages, described = (languages,) if isinstance(languages, str) else languages, _describe(source)
+        tied, of_lists = has_tied_head(model), False
         if isinstance(source, str) and source == "self":
-            # All of it first: while `calibrate` reads, the model's hooks are not there for generating.
-            source = list(self_generated_texts(model, tokenizer, languages=languages))
+            of_lists = model.get_output_embeddings() is None
+            source = self_texts(model, tokenizer, num_tokens=max_tokens, languages=languages)
         if not isinstance(source, Statistics):
-            source = calibrate(model, tokenizer, source, resume=resume)
-        num_rows = embedding_of(model).num_embeddings
-        head = model.get_output_embeddings()
-        tied = has_tied_head(model)
-        counts = usage(source, tied=tied)
-        weights = token_weights(tokenizer, num_rows, languages=languages, counts=counts)
-        measure = None if head is None else metric(source, use_head=tied)
-        return cls(weights, measure, source.num_tokens, described)
+            source = calibrate(model, tokenizer, source, max_tokens=max_tokens, resume=resume)
+        # Words that were drawn from lists say less of how frequent they are than the lists themselves.
+        counts = None if of_lists else usage(source, tied=tied)
+        weights = token_weights(tokenizer, embedding_of(model).num_embeddings, languages=languages, counts=counts)
+        return cls(weights, metric(source, use_head=tied), source.num_tokens, described)
 
 
 def has_tied_head(model: PreTrainedModel) -> bool:

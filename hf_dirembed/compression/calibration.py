@@ -64,7 +64,7 @@ def calibrate(
             device unless it is spread over several; on a CPU it runs in float32.
         tokenizer: Its tokenizer.
         texts: The path of a UTF-8 file, strings, a `datasets` dataset (column `text`, or the only string column), or
-            token ids such as `self_generated_texts` gives. Read once, as far as needed.
+            token ids such as `self_texts` gives. Read once, as far as needed.
         max_tokens: Where to stop, at the end of a window. What more tokens of the same kind of text bring beyond the
             default is worth about a hundredth of a bit per weight; text of another kind is worth more.
         sequence_length: Tokens of a window, special tokens included; no more than the model and tokenizer allow.
@@ -115,6 +115,7 @@ def calibrate(
     with bar, _prepared(model, state.device), probe.recording():
         while of_round := list(islice(stream, ROUND_WINDOWS)):
             numbered = list(enumerate(of_round, start=statistics.num_windows))
+            numbered.sort(key=lambda each: len(each[1]))  # texts of like length in a batch: little padding
             batches = [numbered[start : start + per_batch] for start in range(0, len(numbered), per_batch)]
             sums = probe.no_sums(of_round)
             for turn in range(0, len(batches), state.num_processes):

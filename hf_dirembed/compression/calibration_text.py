@@ -1,18 +1,15 @@
-"""Calibration text: cut into windows of token ids, from a file, strings, a dataset or the model's own mouth."""
+"""Calibration text, from a file, strings or a dataset, cut into windows of token ids."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .statistics import CalibrationError
-from .weights import tokenizer_languages, word_list
 
 
 if TYPE_CHECKING:
@@ -22,7 +19,6 @@ if TYPE_CHECKING:
 Texts: TypeAlias = "str | Path | Iterable[str] | Iterable[Sequence[int]] | datasets.Dataset | datasets.IterableDataset"
 
 BLOCK_CHARACTERS = 1 << 16  # of text are tokenised at once: few enough for any memory, enough to be quick
-PROMPT_WORDS = 5_000  # beyond these, prompts would be names and typing errors
 
 
 def windows(
@@ -60,91 +56,6 @@ def windows(
         pending = pending[whole:]
     if pending:
         yield prefix + pending + suffix
-
-
-def self_generated_texts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    num_tokens: int = 32_768,
-    sequence_length: int = 512,
-    batch_size: int = 32,
-    seed: int = 0,
-    languages: Sequence[str] | None = None,
-) -> Iterator[list[int]]:
-    """Text that a causal language model writes itself, at temperature 1: calibration where there is no data.
-
-    Half of the texts start from the tokens that start a document (BOS, or what ends the one before), half go on
-    with the beginning of a frequent word, for variety. A text ends where the model ends it.
-
-    Args:
-        model: A causal language model.
-        tokenizer: Its tokenizer.
-        num_tokens: How many tokens to write, at least.
-        sequence_length: Most tokens of a text.
-        batch_size: Texts written at once; another number gives other texts.
-        seed: Of the random numbers; torch's own state is left as it was.
-        languages: Of the words; by default those of the vocabulary, see `tokenizer_languages`.
-
-    Yields:
-        Token ids of one text. `calibrate` takes a list of them; not the generator itself, as the model cannot write
-        while it is being calibrated.
-
-    Raises:
-        CalibrationError: If the model cannot generate.
-    """
-    if not model.can_generate() or model.config.is_encoder_decoder:
-        raise CalibrationError(f"{type(model).__name__} writes no text of its own: give calibration text")
-    generator = torch.Generator().manual_seed(seed)
-    starts = list(dict.fromkeys(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None))
-    words = _first_tokens(tokenizer, languages or tokenizer_languages(tokenizer))
-    written = 0
-    for start, with_word in cycle([(start, word) for start in starts or [None] for word in (False, True)]):
-        prompt = [] if start is None else [torch.full((batch_size,), start)]
-        if with_word or start is None:
-            prompt.append(words[torch.randint(len(words), (batch_size,), generator=generator)])
-        batch_seed = int(torch.randint(2**31, (), generator=generator))
-        for text in _generate(model, tokenizer, torch.stack(prompt, dim=1), sequence_length, batch_seed):
-            written += len(text)
-            yield text
-        if written >= num_tokens:
-            return
-
-
-def _generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Tensor, length: int, seed: int
-) -> Iterator[list[int]]:
-    """Samples one text for each row of prompts, (batch, n), each up to the end that the model gives it."""
-    eos = model.generation_config.eos_token_id
-    ends = {eos} if isinstance(eos, int) else set(eos or ())
-    ends |= {tokenizer.eos_token_id} - {None}
-    config = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, use_cache=True,
-        max_length=length, eos_token_id=sorted(ends) or None, pad_token_id=min(ends, default=0),
-    )  # fmt: skip
-    modes = {module: module.training for module in model.modules()}
-    device = next(model.get_input_embeddings().parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-        torch.manual_seed(seed)
-        try:
-            model.eval()
-            prompts = prompts.to(device)
-            mask = torch.ones_like(prompts)
-            texts = cast(Any, model).generate(prompts, attention_mask=mask, generation_config=config).tolist()
-        finally:
-            for module, training in modes.items():
-                module.training = training
-    for text in texts:
-        written = range(prompts.shape[1], len(text))
-        yield text[: next((i + 1 for i in written if text[i] in ends), len(text))]
-
-
-def _first_tokens(tokenizer: PreTrainedTokenizerBase, languages: Sequence[str]) -> Tensor:
-    """The first token of each of the commonest words, as they start a text, (n,)."""
-    lists = [word_list(language, PROMPT_WORDS // len(languages))[0] for language in languages]
-    words = [word[:1].upper() + word[1:] for word in chain(*lists)]
-    encoded = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor([ids[0] for ids in encoded if ids])
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

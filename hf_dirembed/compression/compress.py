@@ -255,9 +255,11 @@ def compress(
             keeps directions best, float latents; `autoencoder`, the paper's; `svd`, its baseline.
         languages: Tags of the text that the model is for, like `("en", "de")`, for the token weights; by default
             those that the tokenizer was made for.
-        calibration: What a causal or masked language model needs to lose little: text (a file's path, strings or a
-            `datasets` dataset), the statistics that [`calibrate`] made of some, or `"self"` for text that a causal
-            model generates itself. Processes that were launched together share the work: call it in all of them.
+        calibration: How the model uses its table: text (a file's path, strings or a `datasets` dataset), the
+            statistics that [`calibrate`] made of some, or `"self"`, which needs no data: text that a causal language
+            model generates itself, words of the lists for an encoder without a head. It runs the model, and lets a
+            table of the same size do far better. Processes that were launched together share the work: call it in
+            all of them.
         weights: (V,) token weights, instead of those that tokenizer, languages and calibration give.
         base_model: The model's Hub id, for the record; by default the one that it was loaded by.
         rows: The table, where the model is on the meta device and so does not hold it.

@@ -1,12 +1,16 @@
 """Text for calibration, from the user in any form and from the model itself."""
 
+from itertools import islice
+
 import datasets
 import pytest
 import torch
 from calibrating import LENGTH, TEXTS, build, llama, make_tokenizer
+from wordfreq import word_frequency
 
 from hf_dirembed.compression.calibration import calibrate
-from hf_dirembed.compression.calibration_text import self_generated_texts, windows
+from hf_dirembed.compression.calibration_text import windows
+from hf_dirembed.compression.self_text import self_generated_texts, word_texts
 from hf_dirembed.compression.statistics import CalibrationError
 
 
@@ -49,3 +53,17 @@ def test_a_model_writes_its_own_text(tokenizer):
 def test_a_model_that_predicts_no_next_token_writes_none(tokenizer):
     with pytest.raises(CalibrationError, match="writes no text"):
         next(self_generated_texts(build("masked"), tokenizer))
+
+
+def test_words_are_as_frequent_as_in_running_text():
+    texts = list(islice(word_texts(["en", "zh"]), 4000))
+    assert (
+        texts == list(islice(word_texts(["en", "zh"]), 4000)) != list(islice(word_texts(["en", "zh"], seed=1), 4000))
+    )
+    english, chinese = texts[::2], texts[1::2]
+    words = [word.strip(".").lower() for text in english for word in text.split()]
+    assert all(4 <= len(text.split()) <= 24 for text in english)
+    assert words.count("the") / len(words) == pytest.approx(word_frequency("the", "en"), rel=0.1)
+    assert words.count("i") / len(words) == pytest.approx(word_frequency("i", "en"), rel=0.3)
+    assert not any(" " in text or "、" in text for text in chinese)
+    assert "的" in "".join(chinese)

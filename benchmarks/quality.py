@@ -16,6 +16,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -63,18 +64,19 @@ def variants(
     if arguments.calibrate:
         limit, languages = arguments.calibration_tokens, arguments.languages
         calibration = Calibration.of(load(), tokenizer, arguments.calibrate, languages, max_tokens=limit)
-    for method in arguments.methods:
-        for bits in arguments.bits:
-            model = load()
-            source = calibration if method in ("transform", "direction") else None
-            start = time.perf_counter()
-            hf_dirembed.compress(
-                model, tokenizer, method=method, bits=bits, calibration=source, languages=arguments.languages
-            )
-            seconds = time.perf_counter() - start
-            embedding = model.get_input_embeddings()
-            assert isinstance(embedding, CompressedEmbedding)
-            yield method, embedding.bits_per_weight, seconds, model
+    for method, bits, seed in product(arguments.methods, arguments.bits, arguments.seeds):
+        model, options = load(), {"method": method, "bits": bits, "languages": arguments.languages}
+        if method in ("transform", "direction"):
+            options["calibration"] = calibration
+        if method == "transform":
+            options["settings"] = hf_dirembed.TransformSettings(seed=seed)
+        start = time.perf_counter()
+        hf_dirembed.compress(model, tokenizer, **options)
+        seconds = time.perf_counter() - start
+        embedding = model.get_input_embeddings()
+        assert isinstance(embedding, CompressedEmbedding)
+        name = method if len(arguments.seeds) == 1 else f"{method}, seed {seed}"
+        yield name, embedding.bits_per_weight, seconds, model
 
 
 Measure = Callable[[nn.Module], list[Any]]
@@ -126,6 +128,7 @@ def main() -> None:
     parser.add_argument("--calibrate", help="text file, or self")
     parser.add_argument("--calibration-tokens", type=int, default=32_768)
     parser.add_argument("--languages", nargs="+")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of transform's sample, a row each")
     parser.add_argument("--limit", type=int, help="pairs or tokens of each file")
     arguments = parser.parse_args()
 

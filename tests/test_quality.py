@@ -67,6 +67,13 @@ def test_pairs_at_equal_bytes(cells: Cells) -> None:
     assert all(float(row[1]) <= budget for row, budget in zip(rows, (4.5, 3.5, 2.5, 16, 8), strict=True))
 
 
+def test_seeds_of_a_calibrated_table(cells: Cells) -> None:
+    told = "--calibrate self --calibration-tokens 500 --languages en --bits 6 --seeds 0 1 --integers"
+    _, _, *rows = cells("quality.py", "sts encoder --pairs pairs.csv", told)
+    assert [row[0] for row in rows] == ["transform, seed 0", "transform, seed 1"]
+    assert all(0 < float(row[1]) <= 6 for row in rows)
+
+
 def test_perplexity_at_equal_bytes(cells: Cells) -> None:
     options = "--bits 31 16 --methods svd --integers"
     header, _, whole, half = cells("quality.py", "perplexity causal --text text.txt", options)

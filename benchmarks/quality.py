@@ -26,6 +26,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 import hf_dirembed
 from hf_dirembed import CompressedEmbedding
 from hf_dirembed.compression.calibrated import Calibration
+from hf_dirembed.compression.calibration_text import CALIBRATION_TOKENS
 from hf_dirembed.evaluation import (
     PerplexityFigures,
     STSFigures,
@@ -126,7 +127,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["transform"])
     parser.add_argument("--integers", nargs="*", type=int, default=[4, 3, 2])
     parser.add_argument("--calibrate", help="text file, or self")
-    parser.add_argument("--calibration-tokens", type=int, default=32_768)
+    parser.add_argument("--calibration-tokens", type=int, default=CALIBRATION_TOKENS)
     parser.add_argument("--languages", nargs="+")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of transform's sample, a row each")
     parser.add_argument("--limit", type=int, help="pairs or tokens of each file")

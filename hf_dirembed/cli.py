@@ -209,7 +209,7 @@ def _print_summary(summary: CheckpointSummary, as_json: bool) -> None:
         cosine += f" over rows, {summary.token_cosine:.4f} over tokens in use"
     latents = f"{summary.rank} for {summary.embedding_dim} dimensions, {summary.codes}"
     if summary.refined_rows:
-        latents += f"; further codes for {summary.refinement_rank} in {summary.refined_rows:,} rows that matter most"
+        latents += f"; further codes for {summary.refinement_rank} in the {summary.refined_rows:,} most important rows"
     parts = f"codes {_size(summary.code_bytes)}, decoder {_size(summary.decoder_bytes)}"
     lines = [
         ("method", summary.method),

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..tying_dirembed import embedding_of, tied_modules
 from .calibration import calibrate
-from .calibration_text import Texts
-from .self_text import self_texts
+from .calibration_text import CALIBRATION_TOKENS, Texts
+from .self_text import reads_words, self_texts
 from .statistics import CalibrationError, Statistics, metric, usage
 from .weights import token_weights
 
@@ -42,7 +42,7 @@ class Calibration:
         source: Texts | Statistics,
         languages: str | Sequence[str] | None,
         *,
-        max_tokens: int = 32_768,
+        max_tokens: int = CALIBRATION_TOKENS,
         resume: str | Path | None = None,
     ) -> Calibration:
         """Reads text, or statistics made of it.
@@ -57,7 +57,7 @@ class Calibration:
         languages, described = (languages,) if isinstance(languages, str) else languages, _describe(source)
         tied, of_lists = has_tied_head(model), False
         if isinstance(source, str) and source == "self":
-            of_lists = model.get_output_embeddings() is None
+            of_lists = reads_words(model)
             source = self_texts(model, tokenizer, num_tokens=max_tokens, languages=languages)
         if not isinstance(source, Statistics):
             source = calibrate(model, tokenizer, source, max_tokens=max_tokens, resume=resume)

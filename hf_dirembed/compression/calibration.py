@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..processes import process_state
-from .calibration_text import Texts, windows
+from .calibration_text import CALIBRATION_TOKENS, Texts, windows
 from .probe import Probe
 from .statistics import CalibrationError, Statistics, read_metadata
 from .table import Table
@@ -42,7 +42,7 @@ def calibrate(
     tokenizer: PreTrainedTokenizerBase,
     texts: Texts,
     *,
-    max_tokens: int = 32_768,
+    max_tokens: int = CALIBRATION_TOKENS,
     sequence_length: int = 512,
     batch_size: int = 8,
     seed: int = 0,

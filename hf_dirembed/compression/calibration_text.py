@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # in quotes, because `datasets` need not be installed
 Texts: TypeAlias = "str | Path | Iterable[str] | Iterable[Sequence[int]] | datasets.Dataset | datasets.IterableDataset"
 
+CALIBRATION_TOKENS = 32_768  # unless told otherwise
 BLOCK_CHARACTERS = 1 << 16  # of text are tokenised at once: few enough for any memory, enough to be quick
 
 

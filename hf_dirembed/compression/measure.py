@@ -14,7 +14,7 @@ from .table import Table
 
 # Exponents of the token weights: below 1 rare tokens matter more than a word list says. They are less rare in text
 # that the list was not made from; a head has to tell each from all others; and the rarer a token, the more an error
-# of it moves what a model computes (E‖g‖² of two sentence encoders falls with the frequency's power of .26 and .34).
+# of it moves what a model computes (E‖g‖², g the gradient at its embedding, falls as a power of its frequency).
 DIRECTION_TEMPERING, METRIC_TEMPERING = 0.7, 0.5
 
 

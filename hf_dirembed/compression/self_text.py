@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .calibration_text import CALIBRATION_TOKENS
 from .languages import word_forms, word_list, wordfreq_language
 from .statistics import CalibrationError
 from .weights import LANGUAGE_WORDS, MAX_WORDS, tokenizer_languages
@@ -24,7 +25,7 @@ def self_texts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    num_tokens: int = 32_768,
+    num_tokens: int = CALIBRATION_TOKENS,
     languages: Sequence[str] | None = None,
 ) -> Iterable[str] | Iterable[list[int]]:
     """Text to calibrate a model on without any data: its own, or for an encoder without a head words in no order.
@@ -43,9 +44,14 @@ def self_texts(
         CalibrationError: If the model has a head and cannot generate.
         WeightsError: If a language has no word list.
     """
-    if model.get_output_embeddings() is not None:
-        return list(self_generated_texts(model, tokenizer, num_tokens=num_tokens, languages=languages))
-    return word_texts([wordfreq_language(tag) for tag in languages or tokenizer_languages(tokenizer)])
+    if reads_words(model):
+        return word_texts([wordfreq_language(tag) for tag in languages or tokenizer_languages(tokenizer)])
+    return list(self_generated_texts(model, tokenizer, num_tokens=num_tokens, languages=languages))
+
+
+def reads_words(model: PreTrainedModel) -> bool:
+    """Whether `self_texts` of a model are words of the lists: it has no head to write with."""
+    return model.get_output_embeddings() is None
 
 
 def word_texts(languages: Sequence[str], *, seed: int = 0) -> Iterator[str]:
@@ -89,7 +95,7 @@ def self_generated_texts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    num_tokens: int = 32_768,
+    num_tokens: int = CALIBRATION_TOKENS,
     sequence_length: int = 512,
     batch_size: int = 32,
     seed: int = 0,

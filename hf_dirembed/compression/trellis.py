@@ -58,21 +58,22 @@ def _cheapest_paths(targets: Tensor, importance: Tensor, levels: Tensor, width: 
     return torch.cat([_trace_back(*_search(part, importance, levels, width), width) for part in parts], dim=1)
 
 
-def _trace_back(last: Tensor, survivors: Tensor, width: int) -> Tensor:
-    """States, (steps, n) uint8, from the last of each row, (n,), and what `_search` found."""
+def _trace_back(costs: Tensor, survivors: Tensor, width: int) -> Tensor:
+    """States, (steps, n) uint8, from what `_search` found."""
     steps, pasts, num_rows = survivors.shape
-    states = torch.empty(steps, num_rows, dtype=torch.uint8, device=last.device)
-    columns = torch.arange(num_rows, device=last.device)
+    states = torch.empty(steps, num_rows, dtype=torch.uint8, device=costs.device)
+    columns = torch.arange(num_rows, device=costs.device)
+    past = costs.argmin(dim=0)
     for step in range(steps - 1, -1, -1):
-        states[step] = last
-        past = last >> width
-        # The state before is the past below the symbol that fell out of this one's memory.
-        last = survivors[step].view(-1)[past * num_rows + columns].long() * pasts + past
+        # The state is the past below the symbol that fell out of its memory.
+        state = survivors[step].view(-1)[past * num_rows + columns].long() * pasts + past
+        states[step] = state
+        past = state >> width
     return states
 
 
 def _search(targets: Tensor, importance: Tensor, levels: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The best last state of each row, (n,), and which oldest symbol each past survived with, (steps, pasts, n).
+    """The costs of all pasts at the end, (pasts, n), and which oldest symbol each survived with at each step.
 
     Of all states with the same past the cheapest survives. Costs are positive floats, whose order is that of their
     bits; so each carries its oldest symbol in its lowest bits, and one minimum finds cost and symbol.
@@ -89,15 +90,14 @@ def _search(targets: Tensor, importance: Tensor, levels: Tensor, width: int) -> 
     oldest = torch.arange(fan, dtype=torch.int32, device=targets.device).view(fan, 1, 1)
     best = torch.full((pasts, num_rows), torch.finfo(torch.float32).max / 4, device=targets.device)
     best[0] = 0  # the stream starts on zeros
-    survivors = torch.zeros(steps, pasts, num_rows, dtype=torch.uint8, device=targets.device)
+    survivors = torch.empty(steps, pasts, num_rows, dtype=torch.uint8, device=targets.device)
     for step, power in enumerate(powers):
-        if step:
-            by_oldest.bitwise_and_(-fan).bitwise_or_(oldest)
-            torch.amin(by_oldest, dim=0, out=best.view(torch.int32))
-            survivors[step] = best.view(torch.int32) & (fan - 1)
         torch.mm(factors, power, out=cost)
         by_newest += best.unsqueeze(1)
-    return cost.argmin(dim=0), survivors
+        by_oldest.bitwise_and_(-fan).bitwise_or_(oldest)
+        torch.amin(by_oldest, dim=0, out=best.view(torch.int32))
+        survivors[step] = best.view(torch.int32) & (fan - 1)
+    return best, survivors
 
 
 def quantise(targets: Tensor, importance: Tensor, levels: Tensor, width: int) -> tuple[Tensor, Tensor]:

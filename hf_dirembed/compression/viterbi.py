@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import numba
 import numpy
@@ -14,9 +15,11 @@ from .trellis import NUM_STATES, POSITIVE
 
 
 # Numba's cache does not see it when these change: clear it then.
-_LANES = 32  # rows that are searched in step: their path costs stay in a core's first cache
+_LANES = 64  # rows that are searched in step: vectors are full, and path costs stay in a core's nearest caches
+_UNROLLED = 4  # of the symbols that are compared in registers
 _SMALLEST = numpy.float32(POSITIVE)
 _UNREACHABLE = numpy.float32(1e30)  # the path cost of what the stream cannot start on
+_DEAREST = numpy.int32(numpy.iinfo(numpy.int32).max)
 
 
 def cheapest_paths(targets: Tensor, importance: Tensor, levels: Tensor, width: int) -> Tensor:
@@ -41,82 +44,76 @@ def cheapest_paths(targets: Tensor, importance: Tensor, levels: Tensor, width: i
     """
     arrays = [each.contiguous().numpy() for each in (targets, importance, levels)]
     states = numpy.empty(targets.shape, dtype=numpy.uint8)
-    threads = torch.get_num_threads()
+    search, threads = _search_of(width), torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:
-        searches = [pool.submit(_search, *arrays, width, states, each, threads) for each in range(threads)]
-    for search in searches:
-        search.result()  # raises what a thread raised
+        others = [pool.submit(search, *arrays, states, each, threads) for each in range(1, threads)]
+        search(*arrays, states, 0, threads)
+    for other in others:
+        other.result()  # raises what a thread raised
     return torch.from_numpy(states)
 
 
-def _cached(function: Callable[..., None]) -> Callable[..., None]:
-    """Compiled once for all processes, where they can write to one of numba's caches."""
+@cache
+def _search_of(width: int) -> Callable[..., None]:
+    """Compiled for one width, as only loops of known length become vectors; by one process for all, where it can."""
+
+    def search(targets, importance, levels, states, thread, threads):  # type: ignore[no-untyped-def]
+        """Fills in the states of every so many'th block of rows."""
+        steps, num_rows = targets.shape
+        pasts = NUM_STATES >> width  # what of a state the next one still knows
+        survivors = numpy.empty((steps, pasts, _LANES), dtype=numpy.uint8)
+        costs = numpy.empty((2, pasts, _LANES), dtype=numpy.float32)  # before and after a step
+        target = numpy.zeros(_LANES, dtype=numpy.float32)
+        for first in range(thread * _LANES, num_rows, threads * _LANES):
+            rows = min(_LANES, num_rows - first)
+            costs[0] = _UNREACHABLE
+            costs[0, 0] = 0  # the stream starts on zeros
+            for step in range(steps):
+                target[:rows] = targets[step, first : first + rows]
+                before, after = costs[step & 1], costs[1 - (step & 1)]
+                _survive(before, target, importance[step], levels, width, after, survivors[step])
+            _trace_back(costs[steps & 1], survivors, width, states[:, first : first + rows])
+
     try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # no such place
-        return numba.njit(nogil=True)(function)
+        return numba.njit(nogil=True, cache=True)(search)
+    except RuntimeError:  # no place for numba's cache can be written to
+        return numba.njit(nogil=True)(search)
 
 
-@_cached
-def _search(targets, importance, levels, width, states, thread, threads):  # type: ignore[no-untyped-def]
-    """Fills in the states of every so many'th block of rows."""
-    steps, num_rows = targets.shape
-    pasts = NUM_STATES >> width  # what of a state the next one still knows
-    survivors = numpy.empty((steps, pasts, _LANES), dtype=numpy.uint8)
-    best = numpy.empty((pasts, _LANES), dtype=numpy.float32)
-    cost = numpy.empty((NUM_STATES, _LANES), dtype=numpy.float32)
-    target = numpy.zeros(_LANES, dtype=numpy.float32)
-    for first in range(thread * _LANES, num_rows, threads * _LANES):
-        rows = min(_LANES, num_rows - first)
-        best[:] = _UNREACHABLE
-        best[0] = 0  # the stream starts on zeros
-        for step in range(steps):
-            if step:
-                _survive(cost.view(numpy.int32), best.view(numpy.int32), survivors[step], width)
-            target[:rows] = targets[step, first : first + rows]
-            _branch(best, target, importance[step], levels, width, cost)
-        for row in range(rows):
-            _trace_back(cost[:, row].argmin(), survivors[:, :, row], width, states[:, first + row])
+@numba.njit(inline="always")
+def _survive(before, target, importance, levels, width, after, survivors):  # type: ignore[no-untyped-def]
+    """Every past goes on with every symbol; of all states with the same new past the cheapest survives.
 
-
-@numba.njit
-def _survive(cost, best, survivors, width):  # type: ignore[no-untyped-def]
-    """Of all states with the same past the cheapest survives; which, its oldest symbol says.
-
-    Costs are positive floats, whose order is that of their bits; so each carries its oldest symbol in its lowest bits,
-    and one minimum finds cost and symbol.
+    Which, its oldest symbol says. Costs are positive floats, whose order is that of their bits; so each carries its
+    oldest symbol in its lowest bits, and one minimum finds cost and symbol.
     """
+    fan, pasts = 1 << width, NUM_STATES >> width
+    unrolled = min(_UNROLLED, fan)
     clear, keep = numpy.int32(-1 << width), numpy.int32((1 << width) - 1)
-    cost, best, survivors = cost.reshape(-1), best.reshape(-1), survivors.reshape(-1)
-    for oldest in range(1 << width):
-        candidates, symbol = cost[oldest * len(best) : (oldest + 1) * len(best)], numpy.int32(oldest)
-        if oldest == 0:
-            for each in range(len(best)):
-                best[each] = candidates[each] & clear
-        else:
-            for each in range(len(best)):
-                best[each] = min(best[each], numpy.int32((candidates[each] & clear) | symbol))
-    for each in range(len(best)):
-        survivors[each] = best[each] & keep
-
-
-@numba.njit
-def _branch(best, target, importance, levels, width, cost):  # type: ignore[no-untyped-def]
-    """Every past goes on with every symbol."""
-    for state in range(NUM_STATES):
-        level, so_far, after = levels[state], best[state >> width], cost[state]
+    for past in range(pasts):
         for lane in range(_LANES):
-            error = target[lane] - level
-            after[lane] = so_far[lane] + (importance * (error * error) + _SMALLEST)
+            cheapest = _DEAREST
+            for part in range(0, fan, unrolled):
+                for oldest in range(part, part + unrolled):
+                    state = oldest * pasts + past
+                    error = target[lane] - levels[state]
+                    cost = before[state >> width, lane] + (importance * (error * error) + _SMALLEST)
+                    cheapest = min(cheapest, (numpy.float32(cost).view(numpy.int32) & clear) | numpy.int32(oldest))
+            after[past, lane] = numpy.int32(cheapest).view(numpy.float32)
+            survivors[past, lane] = cheapest & keep
 
 
 @numba.njit
-def _trace_back(last, survivors, width, states):  # type: ignore[no-untyped-def]
-    """The states from the last to the first."""
-    pasts = survivors.shape[1]
-    for step in range(len(states) - 1, -1, -1):
-        states[step] = last
-        if step:
-            past = last >> width
-            # The state before is the past below the symbol that fell out of this one's memory.
-            last = numpy.intp(survivors[step, past]) * pasts + past
+def _trace_back(costs, survivors, width, states):  # type: ignore[no-untyped-def]
+    """The states from the last to the first, of all rows in step: each waits for memory, together they do not."""
+    steps, pasts, _ = survivors.shape
+    rows = states.shape[1]
+    past = numpy.empty(rows, dtype=numpy.intp)
+    for row in range(rows):
+        past[row] = costs[:, row].argmin()
+    for step in range(steps - 1, -1, -1):
+        for row in range(rows):
+            # The state is the past below the symbol that fell out of its memory.
+            state = numpy.intp(survivors[step, past[row], row]) * pasts + past[row]
+            states[step, row] = state
+            past[row] = state >> width

@@ -13,7 +13,11 @@ from ..layout_dirembed import BIT_WIDTHS, STATE_BITS
 NUM_STATES = 1 << STATE_BITS
 LARGEST_LEVEL = 127.5  # of 8 bits
 _SURVIVOR_BYTES = 1 << 28  # of the survivors' symbols that a device holds until the best path is known
-_TRAINING_SYMBOLS, _LLOYD_ROUNDS = 40_000, 10
+# Where training starts: of the 256 quantiles of a Gaussian, state s has the one whose number is a multiple of s,
+# modulo 256; so states that a symbol chooses between, and those that meet, are far apart. Of all odd multiples these,
+# at 4, 2 and 1 bits, leave a Gaussian the least error after training. Levels start too wide: those of tails are slow.
+_MULTIPLES, _STRETCH = (69, 71, 115), 1.15
+_TRAINING_SYMBOLS, _LLOYD_ROUNDS, _OVER_RELAXATION = 100_000, 10, 1.5
 POSITIVE = 1e-3  # added to each squared error: path costs must stay positive, as their bits are compared
 
 
@@ -149,17 +153,26 @@ class Codebooks:
 
     @classmethod
     def train(cls, latents: Tensor) -> Codebooks:
-        """Levels for latents of unit variance, by Lloyd's algorithm from a Gaussian's quantiles in random order.
+        """Levels for latents of unit variance, by Lloyd's algorithm from quantiles of a Gaussian.
 
         Args:
-            latents: (n, rank) float32; about 40,000 of them are used.
+            latents: (n, rank) float32; about 100,000 of them are used.
+
+        Example:
+            >>> latents = torch.randn(1000, 100, generator=torch.Generator().manual_seed(0))
+            >>> codebooks = Codebooks.train(latents)
+            >>> levels = codebooks.levels[1] * codebooks.units[1]  # of 2 bits
+            >>> found = levels[best_states(latents, torch.ones(100), levels, width=2).int()]
+            >>> bool((found - latents).square().mean() < 1.28 / 16)  # the bound is 1/16
+            True
         """
         rows = max(1, _TRAINING_SYMBOLS // latents.shape[1])
         latents = latents[:: max(1, len(latents) // rows)]
-        parts = (torch.arange(NUM_STATES, dtype=torch.float64) + 0.5) / NUM_STATES
-        order = torch.randperm(NUM_STATES, generator=torch.Generator().manual_seed(0))
-        start = torch.special.ndtri(parts).to(latents)[order.to(latents.device)]
-        levels = torch.stack([_lloyd(latents, start, width) for width in BIT_WIDTHS[1:]])
+        states = torch.arange(NUM_STATES, dtype=torch.float64)
+        quantiles = _STRETCH * torch.special.ndtri((states + 0.5) / NUM_STATES).to(latents)
+        starts = [quantiles[(multiple * states.to(latents.device).long()) % NUM_STATES] for multiple in _MULTIPLES]
+        trained = zip(starts, BIT_WIDTHS[1:], strict=True)
+        levels = torch.stack([_lloyd(latents, start, width) for start, width in trained])
         units = levels.abs().amax(dim=1) / LARGEST_LEVEL
         return cls(round_to_levels(levels / units.unsqueeze(1)), units)
 
@@ -169,11 +182,12 @@ class Codebooks:
 
 
 def _lloyd(latents: Tensor, levels: Tensor, width: int) -> Tensor:
-    """Moves levels to the means of the latents that they are chosen for, in turn with the choice."""
+    """Moves levels to the means of the latents that they are chosen for, and beyond, in turn with the choice."""
     importance = latents.new_ones(latents.shape[1])
     for _ in range(_LLOYD_ROUNDS):
         states = best_states(latents, importance, levels, width).reshape(-1).long()
         visits = torch.bincount(states, minlength=NUM_STATES)
         sums = torch.zeros_like(levels).index_add_(0, states, latents.reshape(-1))
-        levels = torch.where(visits > 0, sums / visits, levels)
+        means = torch.where(visits > 0, sums / visits, levels)
+        levels = torch.lerp(levels, means, _OVER_RELAXATION)
     return levels

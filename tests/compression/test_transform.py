@@ -100,16 +100,13 @@ def test_one_trellis_search_on_all_devices(
 
 
 def test_quantisers_of_a_gaussian() -> None:
-    """Trellis-coded, latents come closer to the bound 4^-bits than any scalar quantiser of as many bits (Max 1960)."""
+    """Trellis-coded, latents come as close to the bound 4^-bits as 16, 64 and 128 pasts allow at 4, 2 and 1 bits."""
     sample = 3 * torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
     fitted = Quantisers.fit(sample, torch.full((64,), 9.0))
     errors = fitted.errors.mean(dim=1) / 9
     assert errors[0] == pytest.approx(1, rel=0.02)
-    for error, width, scalar in zip(errors[1:].tolist(), BIT_WIDTHS, (None, 0.00954, 0.1175, 0.3634), strict=True):
-        assert error > 4**-width
-        if scalar is not None:
-            assert error < 0.85 * scalar
-    assert errors[1] < 1.2e-4  # a uniform quantiser of 8 bits, at its best, makes 1.0e-4
+    for error, width, most in zip(errors[1:].tolist(), BIT_WIDTHS, (4.8, 1.45, 1.28, 1.19), strict=True):
+        assert 4**-width < error < most * 4**-width  # scalar quantisers (Max 1960): 2.44, 1.88, 1.45 at 4, 2, 1 bits
     assert fitted.codebooks.levels.abs().amax(dim=1).tolist() == [127.5] * 3
 
 

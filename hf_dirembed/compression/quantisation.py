@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import combinations, permutations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..layout_dirembed import BIT_WIDTHS
@@ -20,6 +18,7 @@ _STEPS = tuple(0.031 * stretch for stretch in (0.7, 0.8, 0.9, 1.0, 1.12, 1.25, 1
 
 QUANTISER_SAMPLE = 1024  # rows that step sizes are searched on
 _PRICES = 100  # of a bit, from next to nothing to the strongest latent's variance
+_PATIENCE = 2  # numbers of latents with 8 bits that may be worse, one after the other, before the search ends
 
 
 @dataclass(frozen=True)
@@ -116,10 +115,11 @@ class Allocation:
 class BitAllocator:
     """Gives every latent 8, 4, 2, 1 or 0 bits, to the least error within whole bytes.
 
-    Latents are in descending order of variance, so an allocation is four counts, and each byte is spent on one latent
-    of 8 bits, two of 4, four of 2 or eight of 1: the budget is met to the byte. Bytes are moved from one width to
-    another while that lowers the error, from what a Lagrangian finds without regard to whole bytes, and from the best
-    way to spend all bytes on two widths.
+    Latents are in descending order of variance, so an allocation is the four ranks where latents stop having 8, 4, 2
+    and 1 bits, and each byte is spent on one latent of 8 bits, two of 4, four of 2 or eight of 1: the budget is met to
+    the byte. The error is a sum of four terms, one of each of these ranks. For a number of latents of 8 bits the best
+    way to spend the other bytes is taken of all there are; that number is sought from the one that a Lagrangian finds
+    without regard to whole bytes, as the error is convex in it where quantisers are alike.
 
     Args:
         errors: (1 + widths, rank) mean squared error of each latent without any bits, then at each of `BIT_WIDTHS`.
@@ -128,20 +128,20 @@ class BitAllocator:
 
     def __init__(self, errors: Tensor, latents: Tensor | None = None) -> None:
         self.latents = torch.arange(errors.shape[1]) if latents is None else latents
-        self._errors = errors.double().cpu()
-        zero = self._errors.new_zeros(len(errors), 1)
-        self._sums = torch.cat([zero, self._errors.cumsum(dim=1)], dim=1).tolist()
         self.rank = errors.shape[1]
-        self._on_hull = self._lagrangian()
+        self._errors = errors.double().cpu()
+        sums = F.pad(self._errors.cumsum(dim=1), (1, 0))
+        self._of_nothing = float(sums[0, -1])
+        self._terms = sums[1:] - sums.roll(-1, dims=0)[1:]  # of a width less those of the next, at last without bits
+        self._lagrangian_bytes, self._lagrangian_eights = self._lagrangian()
 
-    def _lagrangian(self) -> list[tuple[int, ...]]:
-        """Bytes of each width where each latent takes what is worth its bits, from cheap bits to dear ones."""
+    def _lagrangian(self) -> tuple[Tensor, Tensor]:
+        """Where each latent takes what is worth its bits, at prices from low to high: bytes, and latents of 8 bits."""
         bits = torch.tensor([0, *BIT_WIDTHS], dtype=torch.float64)
         strongest = self._errors[0].amax().clamp_min(torch.finfo(torch.float64).tiny)
         prices = strongest * torch.logspace(-10, 0, _PRICES, dtype=torch.float64)
-        costs = self._errors + (prices.view(-1, 1) * bits).unsqueeze(2)
-        counts = torch.nn.functional.one_hot(costs.argmin(dim=1), len(bits)).sum(dim=1)[:, 1:]
-        return [tuple(row) for row in (counts * bits[1:].long() // 8).tolist()]
+        width = (self._errors + (prices.view(-1, 1) * bits).unsqueeze(2)).argmin(dim=1)
+        return bits[width].sum(dim=1) / 8, (width == 1).sum(dim=1)
 
     def after(self, base: Allocation) -> BitAllocator:
         """Allocates further bits to what an allocation leaves, were it like the latents: so successive codes add up.
@@ -155,78 +155,37 @@ class BitAllocator:
         variances, latents = left.sort(descending=True, stable=True)
         return BitAllocator(factors * variances, latents)
 
-    def error(self, spent: tuple[int, ...]) -> float:
-        """The error when so many bytes are spent on each width; infinite if they exceed the latents there are."""
-        first, total = 0, 0.0
-        for index, (width, num_bytes) in enumerate(zip(BIT_WIDTHS, spent, strict=True), start=1):
-            last = first + num_bytes * (8 // width)
-            if last > self.rank:
-                return torch.inf
-            total += self._sums[index][last] - self._sums[index][first]
-            first = last
-        return total + self._sums[0][self.rank] - self._sums[0][first]
-
     def allocate(self, num_bytes: int, max_rank: int) -> Allocation | None:
         """The best allocation of exactly `num_bytes` to at most `max_rank` latents; None if there is none."""
-        found = [
-            self._descend(start, max_rank)
-            for starts in (self._two_widths(num_bytes), self._near_hull(num_bytes, max_rank))
-            if (start := self._least(starts, max_rank)) is not None and start[0] < torch.inf
-        ]
-        if not found:
+        max_rank = min(max_rank, self.rank)
+        least = max(0, 2 * num_bytes - max_rank)  # of latents with 8 bits, if all others had 4
+        if num_bytes > max_rank:
             return None
-        error, spent = min(found)
-        counts = tuple(number * (8 // width) for number, width in zip(spent, BIT_WIDTHS, strict=True))
-        return Allocation(counts, error)
+        nearest = int((self._lagrangian_bytes - num_bytes).abs().argmin())
+        start = min(max(int(self._lagrangian_eights[nearest]), least), num_bytes)
+        best = self._with_eights(start, num_bytes, max_rank)
+        for further in (range(start + 1, num_bytes + 1), range(start - 1, least - 1, -1)):
+            worse = 0
+            for eights in further:
+                found = self._with_eights(eights, num_bytes, max_rank)
+                best, worse = (found, 0) if found.error < best.error else (best, worse + 1)
+                if worse == _PATIENCE:
+                    break
+        return best
 
-    def _descend(self, start: tuple[float, tuple[int, ...]], max_rank: int) -> tuple[float, tuple[int, ...]]:
-        """Moves bytes between widths while that lowers the error."""
-        error, spent = start
-        while True:
-            single = list(_moves(spent))
-            found = self._least(single, max_rank)
-            if found is None or found[0] >= error:  # two moves at once, of which one alone may be impossible
-                found = self._least([twice for once in single for twice in _moves(once)], max_rank)
-            if found is None or found[0] >= error:
-                return error, spent
-            error, spent = found
-
-    def _two_widths(self, num_bytes: int) -> Iterator[tuple[int, ...]]:
-        """Sixteenths of the bytes on one width, the others on another."""
-        for first, second in combinations(range(len(BIT_WIDTHS)), 2):
-            for share in range(17):
-                spent = [0] * len(BIT_WIDTHS)
-                spent[first] = num_bytes * share // 16
-                spent[second] = num_bytes - spent[first]
-                yield tuple(spent)
-
-    def _near_hull(self, num_bytes: int, max_rank: int) -> Iterator[tuple[int, ...]]:
-        """Between the Lagrangian's two nearest, and on one of the widths the bytes that are missing then."""
-        nothing = (0,) * len(BIT_WIDTHS)
-        possible = [nothing] + [spent for spent in self._on_hull if _rank_of(spent) <= max_rank]
-        below = max((spent for spent in possible if sum(spent) <= num_bytes), key=sum)
-        above = min((spent for spent in possible if sum(spent) > num_bytes), key=sum, default=below)
-        share = (num_bytes - sum(below)) / max(1, sum(above) - sum(below))
-        between = [first + math.floor(share * (last - first)) for first, last in zip(below, above, strict=True)]
-        for index in range(len(BIT_WIDTHS)):
-            spent = list(between)
-            spent[index] += num_bytes - sum(between)
-            yield tuple(spent)
-
-    def _least(self, spent: Iterable[tuple[int, ...]], max_rank: int) -> tuple[float, tuple[int, ...]] | None:
-        return min(((self.error(each), each) for each in spent if _rank_of(each) <= max_rank), default=None)
-
-
-def _moves(spent: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Moves one byte, or an eighth of a width's, to another width."""
-    for source, target in permutations(range(len(spent)), 2):
-        for step in {1, max(1, spent[source] // 8)}:
-            if spent[source] >= step:
-                moved = list(spent)
-                moved[source] -= step
-                moved[target] += step
-                yield tuple(moved)
-
-
-def _rank_of(spent: tuple[int, ...]) -> int:
-    return sum(number * (8 // width) for number, width in zip(spent, BIT_WIDTHS, strict=True))
+    def _with_eights(self, eights: int, num_bytes: int, max_rank: int) -> Allocation:
+        """The best allocation of which so many latents have 8 bits."""
+        left, most = num_bytes - eights, max_rank - eights
+        of_fours = torch.arange(min(left, most // 2) + 1).view(-1, 1)
+        of_twos = torch.arange(min(left, most // 4) + 1)
+        of_ones = left - of_fours - of_twos
+        fours = eights + 2 * of_fours
+        twos = fours + 4 * of_twos
+        ones = twos + 8 * of_ones
+        errors = self._terms[0, eights] + self._terms[1, fours] + self._terms[2, twos.clamp(max=max_rank)]
+        errors = errors + self._terms[3, ones.clamp(0, max_rank)]
+        errors = errors.masked_fill((of_ones < 0) | (ones > max_rank), torch.inf)
+        best = int(errors.argmin())
+        row, column = divmod(best, len(of_twos))
+        counts = (eights, 2 * row, 4 * column, 8 * (left - row - column))
+        return Allocation(counts, self._of_nothing + float(errors.view(-1)[best]))

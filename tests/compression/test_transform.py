@@ -115,16 +115,27 @@ def test_quantisers_of_a_gaussian() -> None:
 def test_allocation_against_all_allocations(budget: int, rank: int, decay: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     sample = torch.randn(200, rank, generator=generator) * (-decay * torch.arange(rank)).exp()
-    allocator = BitAllocator(quantisers_of(sample).errors)
-    all_spent = [s for s in itertools.product(range(budget + 1), repeat=4) if sum(s) == budget]
-    best = min(allocator.error(spent) for spent in all_spent)
-    found = allocator.allocate(budget, max_rank=rank)
+    errors = quantisers_of(sample).errors.double()
+
+    def error(spent: tuple[int, ...]) -> float:
+        rows = [
+            row
+            for row, num_bytes, width in zip((1, 2, 3, 4), spent, BIT_WIDTHS, strict=True)
+            for _ in range(num_bytes * 8 // width)
+        ]
+        return torch.inf if len(rows) > rank else float(errors[rows + [0] * (rank - len(rows)), range(rank)].sum())
+
+    best = min(error(spent) for spent in itertools.product(range(budget + 1), repeat=4) if sum(spent) == budget)
+    found = BitAllocator(errors).allocate(budget, max_rank=rank)
     if best == torch.inf:
         assert found is None
     else:
         assert found is not None
         assert found.num_bytes == budget
-        assert found.error <= best * 1.05 + 1e-12
+        assert found.error == pytest.approx(best, rel=1e-9)
+        assert found.error == pytest.approx(
+            error(tuple(count * width // 8 for count, width in zip(found.counts, BIT_WIDTHS, strict=True)))
+        )
 
 
 @pytest.mark.parametrize(("base_bytes", "further_bytes"), [(20, 20), (64, 16), (64, 64)])

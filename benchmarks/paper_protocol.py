@@ -233,7 +233,7 @@ def fit(dense: Dense, method: str, rank: int, measures: Measures, *, faithful: b
     if method == "transform":
         factors = rank * (torch.float16.itemsize * rows.shape[0] + rows.element_size() * rows.shape[1])
         bits = 8 * factors / rows.numel()
-        return compress(bits=bits, weights=dense.weights, metric=dense.metric, head=dense.tied)
+        return compress(bits=bits, weights=dense.weights, metric=dense.metric)
     if method in LOSSES:
         settings = AutoencoderSettings.paper(**LOSSES[method]) if faithful else AutoencoderSettings(**LOSSES[method])
         if faithful and measures.texts:

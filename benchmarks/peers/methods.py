@@ -30,24 +30,20 @@ class Table:
         rows: (V, d), dense.
         weights: (V,) how often each token is expected; for the methods that can use it.
         metric: (d, d) what errors are measured in, from calibration text; likewise.
-        head: Whether it is a head's, too; likewise.
     """
 
     rows: Tensor
     weights: Tensor | None = None
     metric: Tensor | None = None
-    head: bool = False
 
     def save(self, file: Path) -> None:
         """Writes a safetensors file."""
-        tensors = {name: value.contiguous() for name, value in vars(self).items() if isinstance(value, Tensor)}
-        save_file(tensors, file, {"head": json.dumps(self.head)})
+        save_file({name: tensor.contiguous() for name, tensor in vars(self).items() if tensor is not None}, file)
 
     @classmethod
     def load(cls, file: Path) -> Table:
         """Reads what `save` wrote, into memory of its own."""
-        tensors, metadata = _read(file)
-        return cls(**tensors, head=json.loads(metadata["head"]))
+        return cls(**_read(file)[0])
 
 
 @dataclass(frozen=True)
@@ -184,7 +180,7 @@ class DirEmbed(Method):
         """Compresses, with token weights and metric where the method can use them."""
         options: dict[str, Any] = {}
         if self.name == "transform":
-            options = {"weights": table.weights, "metric": table.metric, "head": table.head}
+            options = {"weights": table.weights, "metric": table.metric}
         elif self.name == "direction":
             options = {"weights": table.weights}
         if self.name != "transform":

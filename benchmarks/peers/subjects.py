@@ -90,7 +90,7 @@ class Subject(ABC):
             state: A file that calibration on text goes on from, and is written to meanwhile.
         """
         embedding_of(self._model).weight.data.copy_(self._rows)
-        return Table(self._rows, *self._hints(state), head=self.tied)
+        return Table(self._rows, *self._hints(state))
 
     def _hints(self, state: Path) -> tuple[Tensor | None, Tensor | None]:
         """Token weights and metric."""

@@ -20,11 +20,11 @@ from ..modeling_dirembed import DirEmbedModelMixin, convert, restore
 from ..tying_dirembed import embedding_of
 from .autoencoder import AutoencoderSettings, train_autoencoder
 from .budget import Budget, TableSize
-from .calibrated import Calibration, has_tied_head
+from .calibrated import Calibration
 from .calibration_text import Texts, check_file
 from .coded import CodedTable
 from .figures import table_figures
-from .measure import Measure
+from .measure import TEMPERING, Measure
 from .statistics import Statistics
 from .subspace import direction, svd
 from .table import RowSource, Table
@@ -53,7 +53,6 @@ def compress_table(
     codes: str | None = None,
     weights: Tensor | None = None,
     metric: Tensor | None = None,
-    head: bool = False,
     settings: Settings | None = None,
     padding_idx: int | None = None,
     device: torch.device | str | None = None,
@@ -70,7 +69,6 @@ def compress_table(
         codes: Dtype of float latents, `float32`, `float16` or `bfloat16`; by default the table's.
         weights: (V,) non-negative: how much each row counts, for `transform` and `direction`. Uniform by default.
         metric: (d, d) what errors are measured in, for `transform`; by default they are relative to rows' lengths.
-        head: Whether a language model's head multiplies the table, too: then rare rows matter more, to `transform`.
         settings: How `transform` or `autoencoder` fit; by default as their classes say.
         padding_idx: The row of the padding token; where it is zero, it stays exactly so.
         device: Where to fit; by default a GPU where there is one.
@@ -96,8 +94,8 @@ def compress_table(
     table = Table(rows, device=device)
     size = TableSize(table.num_rows, table.dim, dtype.itemsize)
     budget = Budget(bits, ratio, rank)
-    tempering = settings.tempering if isinstance(settings, TransformSettings) else None
-    measure = Measure(weights, metric, head, tempering)
+    tempering = settings.tempering if isinstance(settings, TransformSettings) else TEMPERING
+    measure = Measure(weights, metric, tempering)
     if method == "transform":
         coded = _transform(table, size, budget, dtype, codes, measure, settings)
     else:
@@ -266,7 +264,7 @@ def compress(
         resume: A file that calibration on text, or the training of `autoencoder`, is saved in now and then, and goes
             on from if it exists.
         **options: Those of [`compress_table`]: exactly one of `bits`, `ratio` and `rank`; `codes`, `settings`,
-            `metric`, `head` (by default whether there is one that is tied), `device`.
+            `metric`, `device`.
 
     Returns:
         The model it was given.
@@ -299,7 +297,6 @@ def compress(
     elif weights is None and tokenizer is not None and method in WEIGHING:
         weights = token_weights(tokenizer, embedding.num_embeddings, languages=languages)
     rows = embedding.weight.data if rows is None else rows
-    options.setdefault("head", has_tied_head(model))
     coded = compress_table(
         rows, method=method, weights=weights, padding_idx=embedding.padding_idx, resume=resume, **options
     )

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .decoder import DecoderStorage
-from .measure import Measure
 from .quantisation import Allocation, BitAllocator
 
 
 ROW_NUMBER_ITEMSIZE = 4  # int32
 _STEP_BYTES = 5  # of each code of the second layer: the latent's number and the exponent
-# How bytes may be split: the first layer's share of those that a row could have, and the second's relative to the
-# first's. Without a metric about half of the rows are refined: to a sentence encoder the thousands of a word list
-# matter nearly as much as its first thousand, which the estimate does not see, as it goes by their frequency. With a
-# metric the estimate chooses. But a head has to tell each token from all others: large errors of rare rows cost more
-# than their squares, and a first layer below .8 loses more than the estimate says.
-Splits = Mapping[float, tuple[float, ...]]
-_REFINEMENTS = (0.25, 0.5, 1.0, 1.5, 2.0)
-DIRECTION_SPLITS: Splits = {0.6: (0.25, 1.0)}
-METRIC_SPLITS: Splits = dict.fromkeys((0.9, 0.8, 0.7, 0.6), _REFINEMENTS)
-HEAD_SPLITS: Splits = dict.fromkeys((0.9, 0.8), _REFINEMENTS)
+# How bytes may be split: the first layer's share of those that a row could have, the second's relative to the first's.
+_SHARES, _REFINEMENTS = (0.9, 0.8, 0.7, 0.6), (0.25, 0.5, 1.0, 1.5, 2.0)
 _TRIED_SIZES = 100
 _CLEARLY_WORSE = 1.2
 
@@ -77,16 +67,7 @@ class LayerPlan:
     error: float
 
 
-def splits_for(measure: Measure) -> Splits:
-    """Those that are worth a try."""
-    if measure.head:
-        return HEAD_SPLITS
-    return DIRECTION_SPLITS if measure.metric is None else METRIC_SPLITS
-
-
-def plan_layers(
-    allocator: BitAllocator, shares: Tensor, room: Room, rounding: Tensor, splits: Splits
-) -> LayerPlan | None:
+def plan_layers(allocator: BitAllocator, shares: Tensor, room: Room, rounding: Tensor) -> LayerPlan | None:
     """Puts all bytes into one layer or splits them between two, to the least error that the quantisers promise.
 
     Where all rows count alike, one layer is best; the more uneven the weights are, the more bytes go to the second.
@@ -96,7 +77,6 @@ def plan_layers(
         shares: (num_rows,) each row's share of the error, descending.
         room: For codes and decoder.
         rounding: (dim,) the error that storing the decoder adds, of each latent.
-        splits: Those to try.
 
     Returns:
         The best plan; None if not even one byte a row and its decoder fit.
@@ -106,12 +86,12 @@ def plan_layers(
     plans = []
     if one := _first_layer(allocator, room, 1.0):
         plans.append(LayerPlan(one, 0, one.error + rounded[one.rank]))
-    for share, refinements in splits.items():
+    for share in _SHARES:
         base = _first_layer(allocator, room, share)
         if base is None:
             continue
         further = allocator.after(base)
-        for relative in refinements:
+        for relative in _REFINEMENTS:
             num_bytes = max(1, int(relative * base.num_bytes))
             refined = further.allocate(num_bytes, room.dim)
             if refined is None:

@@ -12,10 +12,10 @@ from .importance import Importance
 from .table import Table
 
 
-# Exponents of the token weights: below 1 rare tokens matter more than a word list says. They are less rare in text
+# The exponent of the token weights: below 1 rare tokens matter more than a word list says. They are less rare in text
 # that the list was not made from; a head has to tell each from all others; and the rarer a token, the more an error
 # of it moves what a model computes (E‖g‖², g the gradient at its embedding, falls as a power of its frequency).
-DIRECTION_TEMPERING, METRIC_TEMPERING = 0.7, 0.5
+TEMPERING = 0.5
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,7 @@ class Measure:
     Attributes:
         weights: w, (num_rows,) non-negative; uniform by default.
         metric: M, (dim, dim) symmetric positive definite; the identity by default.
-        head: Whether a language model's head multiplies the table, too.
-        tempering: τ; by default 0.7, with a metric or a head 0.5.
+        tempering: τ.
 
     Raises:
         BudgetError: On use, if weights or metric are malformed.
@@ -46,15 +45,7 @@ class Measure:
 
     weights: Tensor | None = None
     metric: Tensor | None = None
-    head: bool = False
-    tempering: float | None = None
-
-    @property
-    def exponent(self) -> float:
-        """τ, that which is usual for such a measure if none was given."""
-        if self.tempering is not None:
-            return self.tempering
-        return DIRECTION_TEMPERING if self.metric is None and not self.head else METRIC_TEMPERING
+    tempering: float = TEMPERING
 
     def factor(self, table: Table) -> Tensor | None:
         """L of M = L Lᵀ, (dim, dim) float64, on the table's device; None for the identity."""
@@ -74,4 +65,4 @@ class Measure:
 
     def importance(self, rows: Table) -> Importance:
         """What an error of each row counts; of rows in the metric."""
-        return Importance.of(rows, self.weights, self.exponent, relative=self.metric is None)
+        return Importance.of(rows, self.weights, self.tempering, relative=self.metric is None)

@@ -17,8 +17,8 @@ from .codec import Codec
 from .coded import CodedTable
 from .decoder import DecoderStorage
 from .importance import Importance, Sample
-from .layers import ROW_NUMBER_ITEMSIZE, LayerPlan, Room, Splits, plan_layers, splits_for
-from .measure import Measure
+from .layers import ROW_NUMBER_ITEMSIZE, LayerPlan, Room, plan_layers
+from .measure import TEMPERING, Measure
 from .outliers import RESERVED_SHARE, count_outliers, outlier_bytes
 from .quantisation import QUANTISER_SAMPLE, BitAllocator, Quantisers
 from .refinement import plan_refinement
@@ -36,8 +36,8 @@ class TransformSettings:
     """How `transform` fits.
 
     Attributes:
-        tempering: The exponent of the token weights, of a `Measure` that has none. Below 1 it trusts them less: rare
-            tokens matter more than a word list says. By default 0.7, with a metric or a head 0.5.
+        tempering: The exponent of the token weights. Below 1 it trusts them less: rare tokens matter more than a word
+            list says.
         sample_rows: Rows that the first decoder is fitted to.
         passes: How often all rows are coded anew, each time for the decoder of the time before. A second time lowers
             the error by another 1 to 3 %, and takes about half as long as all the rest.
@@ -47,13 +47,13 @@ class TransformSettings:
         BudgetError: If a setting is out of its range.
     """
 
-    tempering: float | None = None
+    tempering: float = TEMPERING
     sample_rows: int = 8_000
     passes: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.tempering is not None and not 0 <= self.tempering <= 4:
+        if not 0 <= self.tempering <= 4:
             raise BudgetError(f"transform setting tempering={self.tempering!r}: give a number from 0 to 4")
         for name, least in (("sample_rows", 1), ("passes", 1), ("seed", 0)):
             value = getattr(self, name)
@@ -79,7 +79,7 @@ def transform(
         table: The (num_rows, dim) table.
         max_bytes: The most bytes for all tensors that replace it. A second layer fills them to within one row of it.
         dtype: Of the table, and so of the decoder's bias.
-        measure: Of errors; by default relative to the rows' lengths, with the tempering of the settings.
+        measure: Of errors; by default relative to the rows' lengths, with the settings' tempering.
         settings: By default those of `TransformSettings`.
 
     Raises:
@@ -118,7 +118,7 @@ def transform(
     reserved = min(row_bytes * int(cut.sum()), int(RESERVED_SHARE * max_bytes), room - least)
     planned = [replace(each, num_bytes=room - reserved) for each in rooms]
     sample = Sample.draw(rows, importance, settings.sample_rows, settings.seed)
-    codec, refined = _plan(rows, importance, sample, planned, splits_for(measure))
+    codec, refined = _plan(rows, importance, sample, planned)
     codec.train(sample, refined[sample.numbers])
     packed, errors = codec.encode_table(rows, importance.omega, refined)
     errors = importance.omega * errors
@@ -166,9 +166,7 @@ def _check_lengths(rows: Table, importance: Importance) -> None:
         )
 
 
-def _plan(
-    rows: Table, importance: Importance, sample: Sample, rooms: list[Room], splits: Splits
-) -> tuple[Codec, Tensor]:
+def _plan(rows: Table, importance: Importance, sample: Sample, rooms: list[Room]) -> tuple[Codec, Tensor]:
     """Chooses subspace, bits, storage and refined rows: the quantisers as a codec, and which rows are refined."""
     mean, variances, basis = _principal_axes(rows, importance)
     centred = sample.rows - mean
@@ -178,7 +176,7 @@ def _plan(
     plans: list[tuple[LayerPlan, Room]] = []
     for room in rooms:
         rounding = _rounding(room.storage, variances, basis)
-        if plan := plan_layers(allocator, importance.share[order], room, rounding, splits):
+        if plan := plan_layers(allocator, importance.share[order], room, rounding):
             plans.append((plan, room))
     if not plans:
         raise BudgetError(

@@ -94,7 +94,7 @@ def are_zero(rows: Tensor, found: Tensor, method: str) -> None:
 
 def stay_equal(rows: Tensor, found: Tensor, method: str) -> None:
     if method.startswith("transform"):  # which may refine some of them
-        assert largest_error(rows, found) < 0.01
+        assert largest_error(rows, found) < 0.1
         return
     assert torch.equal(found, found[:5].repeat(V // 5, 1))
     if not method.endswith("rank 1"):

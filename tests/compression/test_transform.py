@@ -320,13 +320,6 @@ def test_a_metric_lowers_the_error_that_it_measures() -> None:
     assert error(code(rows, 1.5, metric=metric)) < 0.5 * error(code(rows, 1.5))
 
 
-@pytest.mark.parametrize("bits", [1, 1.5, 3])
-def test_under_a_head_rare_rows_lose_less(bits: float) -> None:
-    rows, weights = table_of(8000, 48), torch.arange(1, 8001).double().reciprocal()
-    alone, under_head = (code(rows, bits, weights=weights, head=head).reconstruct() for head in (False, True))
-    assert (rows - under_head)[4000:].norm() < 0.8 * (rows - alone)[4000:].norm()
-
-
 def test_same_input_same_bytes_and_chunks_do_not_matter() -> None:
     rows = table_of(3000, 40)
     first, again = code(rows, 2), code(rows, 2)

@@ -109,12 +109,12 @@ def test_a_row_that_the_codes_would_lose_is_kept() -> None:
     """Of usual length, but far out along an axis that hardly any other row uses."""
     rows = gaussian(64)
     rows[:, 40:] *= 0.01
-    rows[123, 50] = 1
+    rows[123, 50] = 2
     assert rows[123].norm() < 2 * rows.norm(dim=1).median()
-    coded = compress_table(rows, bits=4, weights=1 / torch.arange(1, V + 1))
+    coded = compress_table(rows, bits=3, weights=1 / torch.arange(1, V + 1))
     assert coded.tensors["outlier_rows_weight"].tolist() == [123]
     assert torch.equal(coded.reconstruct()[123], rows[123])
-    assert sum(tensor.nbytes for tensor in coded.tensors.values()) <= 4 * rows.numel() / 8
+    assert sum(tensor.nbytes for tensor in coded.tensors.values()) <= 3 * rows.numel() / 8
 
 
 @pytest.mark.parametrize("number", [3, 90])

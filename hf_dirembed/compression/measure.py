@@ -1,4 +1,4 @@
-"""What an error of a table's rows costs: along which directions, in which rows, and for whom."""
+"""What an error of a table's rows costs: along which directions, and in which rows."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ _STEPS = tuple(0.031 * stretch for stretch in (0.7, 0.8, 0.9, 1.0, 1.12, 1.25, 1
 
 QUANTISER_SAMPLE = 1024  # rows that step sizes are searched on
 _PRICES = 100  # of a bit, from next to nothing to the strongest latent's variance
+_WINDOW = 32  # bytes for latents of 4 bits to try, more and fewer than the Lagrangian's
 _PATIENCE = 2  # numbers of latents with 8 bits that may be worse, one after the other, before the search ends
 
 
@@ -117,9 +118,9 @@ class BitAllocator:
 
     Latents are in descending order of variance, so an allocation is the four ranks where latents stop having 8, 4, 2
     and 1 bits, and each byte is spent on one latent of 8 bits, two of 4, four of 2 or eight of 1: the budget is met to
-    the byte. The error is a sum of four terms, one of each of these ranks. For a number of latents of 8 bits the best
-    way to spend the other bytes is taken of all there are; that number is sought from the one that a Lagrangian finds
-    without regard to whole bytes, as the error is convex in it where quantisers are alike.
+    the byte. The error is a sum of four terms, one of each of these ranks. Compared are all allocations around what a
+    Lagrangian finds without regard to whole bytes: with about as many latents of 4 bits, and with as many of 8 bits or
+    more or fewer, as long as the error falls.
 
     Args:
         errors: (1 + widths, rank) mean squared error of each latent without any bits, then at each of `BIT_WIDTHS`.
@@ -133,15 +134,27 @@ class BitAllocator:
         sums = F.pad(self._errors.cumsum(dim=1), (1, 0))
         self._of_nothing = float(sums[0, -1])
         self._terms = sums[1:] - sums.roll(-1, dims=0)[1:]  # of a width less those of the next, at last without bits
-        self._lagrangian_bytes, self._lagrangian_eights = self._lagrangian()
+        self._hulls: dict[int, Tensor] = {}
 
-    def _lagrangian(self) -> tuple[Tensor, Tensor]:
-        """Where each latent takes what is worth its bits, at prices from low to high: bytes, and latents of 8 bits."""
-        bits = torch.tensor([0, *BIT_WIDTHS], dtype=torch.float64)
-        strongest = self._errors[0].amax().clamp_min(torch.finfo(torch.float64).tiny)
-        prices = strongest * torch.logspace(-10, 0, _PRICES, dtype=torch.float64)
-        width = (self._errors + (prices.view(-1, 1) * bits).unsqueeze(2)).argmin(dim=1)
-        return bits[width].sum(dim=1) / 8, (width == 1).sum(dim=1)
+    def _hull(self, max_rank: int) -> Tensor:
+        """(prices, widths) bytes of each width where so many latents take what is worth its bits, cheap ones first."""
+        if max_rank not in self._hulls:
+            errors, bits = self._errors[:, :max_rank], torch.tensor([0, *BIT_WIDTHS], dtype=torch.float64)
+            strongest = errors[0].amax().clamp_min(torch.finfo(torch.float64).tiny)
+            prices = strongest * torch.logspace(-10, 0, _PRICES, dtype=torch.float64)
+            width = (errors + (prices.view(-1, 1) * bits).unsqueeze(2)).argmin(dim=1)
+            counts = torch.stack([(width == index).sum(dim=1) for index in range(1, len(bits))], dim=1)
+            self._hulls[max_rank] = counts * bits[1:] / 8
+        return self._hulls[max_rank]
+
+    def _lagrangian(self, num_bytes: int, max_rank: int) -> Tensor:
+        """(widths,) float64, about the bytes of each width: between the two points of the hull that are next to it."""
+        hull = self._hull(max_rank).flip(0)
+        totals = hull.sum(dim=1)
+        above = int(torch.searchsorted(totals, float(num_bytes)).clamp(1, len(totals) - 1))
+        below, wanted = totals[above - 1], totals[above] - totals[above - 1]
+        share = ((num_bytes - below) / wanted.clamp_min(1)).clamp(0, 1)
+        return torch.lerp(hull[above - 1], hull[above], share)
 
     def after(self, base: Allocation) -> BitAllocator:
         """Allocates further bits to what an allocation leaves, were it like the latents: so successive codes add up.
@@ -161,22 +174,24 @@ class BitAllocator:
         least = max(0, 2 * num_bytes - max_rank)  # of latents with 8 bits, if all others had 4
         if num_bytes > max_rank:
             return None
-        nearest = int((self._lagrangian_bytes - num_bytes).abs().argmin())
-        start = min(max(int(self._lagrangian_eights[nearest]), least), num_bytes)
-        best = self._with_eights(start, num_bytes, max_rank)
+        about = self._lagrangian(num_bytes, max_rank).round().long().tolist()
+        start = min(max(about[0], least), num_bytes)
+        best = self._with_eights(start, about[1], num_bytes, max_rank)
         for further in (range(start + 1, num_bytes + 1), range(start - 1, least - 1, -1)):
             worse = 0
             for eights in further:
-                found = self._with_eights(eights, num_bytes, max_rank)
+                found = self._with_eights(eights, about[1], num_bytes, max_rank)
                 best, worse = (found, 0) if found.error < best.error else (best, worse + 1)
                 if worse == _PATIENCE:
                     break
         return best
 
-    def _with_eights(self, eights: int, num_bytes: int, max_rank: int) -> Allocation:
-        """The best allocation of which so many latents have 8 bits."""
+    def _with_eights(self, eights: int, about: int, num_bytes: int, max_rank: int) -> Allocation:
+        """The best allocation with so many latents of 8 bits, and about so many bytes of latents with 4."""
         left, most = num_bytes - eights, max_rank - eights
-        of_fours = torch.arange(min(left, most // 2) + 1).view(-1, 1)
+        least = max(0, 4 * left - most) // 2  # of bytes for 4 bits, if all others had 2
+        nearest = min(max(about, least), min(left, most // 2))
+        of_fours = torch.arange(max(0, nearest - _WINDOW), min(left, most // 2, nearest + _WINDOW) + 1).view(-1, 1)
         of_twos = torch.arange(min(left, most // 4) + 1)
         of_ones = left - of_fours - of_twos
         fours = eights + 2 * of_fours
@@ -187,5 +202,6 @@ class BitAllocator:
         errors = errors.masked_fill((of_ones < 0) | (ones > max_rank), torch.inf)
         best = int(errors.argmin())
         row, column = divmod(best, len(of_twos))
-        counts = (eights, 2 * row, 4 * column, 8 * (left - row - column))
+        spent_on_fours = int(of_fours[row])
+        counts = (eights, 2 * spent_on_fours, 4 * column, 8 * (left - spent_on_fours - column))
         return Allocation(counts, self._of_nothing + float(errors.view(-1)[best]))

@@ -16,7 +16,7 @@ from .trellis import NUM_STATES, POSITIVE
 
 # Numba's cache does not see it when these change: clear it then.
 _LANES = 64  # rows that are searched in step: vectors are full, and path costs stay in a core's nearest caches
-_UNROLLED = 4  # of the symbols that are compared in registers
+_UNROLLED = 4  # symbols that are compared at a time, in registers
 _SMALLEST = numpy.float32(POSITIVE)
 _UNREACHABLE = numpy.float32(1e30)  # the path cost of what the stream cannot start on
 _DEAREST = numpy.int32(numpy.iinfo(numpy.int32).max)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -97,6 +101,24 @@ def test_one_trellis_search_on_all_devices(
         return importance @ (levels[states.int()] - targets).square()
 
     assert torch.allclose(errors(compiled[0]), errors(stepwise[0]), rtol=1e-4, atol=1e-5)  # rounding may choose
+
+
+def test_the_search_is_compiled_once_for_all_processes(tmp_path: Path) -> None:
+    code = """
+import torch
+from hf_dirembed.compression.viterbi import _search_of, cheapest_paths
+
+for width in (1, 2, 4):
+    cheapest_paths(torch.zeros(2, 3), torch.ones(2), torch.zeros(256), width)
+    print(width, sum(_search_of(width).stats.cache_hits.values()))
+"""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    run = [sys.executable, "-c", code]
+    outputs = [subprocess.run(run, env=environment, check=True, capture_output=True, text=True) for _ in range(2)]
+    assert [output.stdout.split() for output in outputs] == [
+        ["1", "0", "2", "0", "4", "0"],
+        ["1", "1", "2", "1", "4", "1"],
+    ]
 
 
 def test_quantisers_of_a_gaussian() -> None:

@@ -53,7 +53,7 @@ class TransformSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.tempering <= 4:
+        if not isinstance(self.tempering, (int, float)) or not 0 <= self.tempering <= 4:
             raise BudgetError(f"transform setting tempering={self.tempering!r}: give a number from 0 to 4")
         for name, least in (("sample_rows", 1), ("passes", 1), ("seed", 0)):
             value = getattr(self, name)

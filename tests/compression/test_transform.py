@@ -390,6 +390,6 @@ def test_mistakes() -> None:
         code(rows, 6, metric=-torch.eye(16))
     with pytest.raises(BudgetError, match=r"\(16, 16\)"):
         code(rows, 6, metric=torch.eye(4))
-    for wrong in ({"tempering": -1}, {"passes": 0}, {"sample_rows": 1.5}, {"seed": -1}):
+    for wrong in ({"tempering": -1}, {"tempering": None}, {"passes": 0}, {"sample_rows": 1.5}, {"seed": -1}):
         with pytest.raises(BudgetError, match=next(iter(wrong))):
             TransformSettings(**wrong)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from typing import Any
 import click
 import transformers
 
+from hf_dirembed.compression.calibration_text import CALIBRATION_TOKENS
 from hf_dirembed.evaluation.results import portable_arguments
 from hf_dirembed.layout_dirembed import DirEmbedError
 from hf_dirembed.picture import require_matplotlib
@@ -81,7 +82,7 @@ class Names(click.ParamType):
     metavar="FILE",
     help="Text that transform is calibrated on, for causal LMs.",
 )
-@click.option("--calibration-tokens", type=click.IntRange(min=1), default=32_768, show_default=True)
+@click.option("--calibration-tokens", type=click.IntRange(min=1), default=CALIBRATION_TOKENS, show_default=True)
 @click.option("--languages", help="Of the text that the models are for, like en,de.  [default: their cards']")
 @click.option("--prefix", default="", help="Put before each sentence of a pair.")
 @click.option("--limit", type=click.IntRange(min=1), help="Pairs or tokens of each file, at most.")

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_dirembed.checkpoint import find_checkpoint, load_model, load_tokenizer
 from hf_dirembed.compression import calibrate
 from hf_dirembed.compression.calibrated import Calibration, has_tied_head
+from hf_dirembed.compression.calibration_text import CALIBRATION_TOKENS
 from hf_dirembed.compression.languages import card_languages
 from hf_dirembed.compression.weights import token_weights
 from hf_dirembed.evaluation import EvaluationError, load_pairs, load_text, perplexity, sts
@@ -44,7 +45,7 @@ class Data:
     pairs: Sequence[str] = ()
     text: Sequence[str] = ()
     calibrate: str | None = None
-    calibration_tokens: int = 32_768
+    calibration_tokens: int = CALIBRATION_TOKENS
     languages: Sequence[str] = ()
     prefix: str = ""
     limit: int | None = None

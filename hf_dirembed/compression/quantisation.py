@@ -17,7 +17,7 @@ from .trellis import Codebooks, best_states, round_to_levels
 _STEPS = tuple(0.031 * stretch for stretch in (0.7, 0.8, 0.9, 1.0, 1.12, 1.25, 1.4, 1.6, 1.85))
 
 QUANTISER_SAMPLE = 1024  # rows that step sizes are searched on
-_PRICES = 100  # of a bit, from next to nothing to the strongest latent's variance
+_PRICES = 100  # of a bit, from the strongest latent's variance to next to nothing
 _WINDOW = 32  # bytes for latents of 4 bits to try, more and fewer than the Lagrangian's
 _PATIENCE = 2  # numbers of latents with 8 bits that may be worse, one after the other, before the search ends
 
@@ -137,11 +137,11 @@ class BitAllocator:
         self._hulls: dict[int, Tensor] = {}
 
     def _hull(self, max_rank: int) -> Tensor:
-        """(prices, widths) bytes of each width where so many latents take what is worth its bits, cheap ones first."""
+        """(prices, widths) bytes of each width where so many latents take what is worth its bits, dear ones first."""
         if max_rank not in self._hulls:
             errors, bits = self._errors[:, :max_rank], torch.tensor([0, *BIT_WIDTHS], dtype=torch.float64)
             strongest = errors[0].amax().clamp_min(torch.finfo(torch.float64).tiny)
-            prices = strongest * torch.logspace(-10, 0, _PRICES, dtype=torch.float64)
+            prices = strongest * torch.logspace(0, -10, _PRICES, dtype=torch.float64)
             width = (errors + (prices.view(-1, 1) * bits).unsqueeze(2)).argmin(dim=1)
             counts = torch.stack([(width == index).sum(dim=1) for index in range(1, len(bits))], dim=1)
             self._hulls[max_rank] = counts * bits[1:] / 8
@@ -149,7 +149,7 @@ class BitAllocator:
 
     def _lagrangian(self, num_bytes: int, max_rank: int) -> Tensor:
         """(widths,) float64, about the bytes of each width: between the two points of the hull that are next to it."""
-        hull = self._hull(max_rank).flip(0)
+        hull = self._hull(max_rank)
         totals = hull.sum(dim=1)
         above = int(torch.searchsorted(totals, float(num_bytes)).clamp(1, len(totals) - 1))
         below, wanted = totals[above - 1], totals[above] - totals[above - 1]

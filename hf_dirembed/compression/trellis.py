@@ -168,11 +168,10 @@ class Codebooks:
         """
         rows = max(1, _TRAINING_SYMBOLS // latents.shape[1])
         latents = latents[:: max(1, len(latents) // rows)]
-        states = torch.arange(NUM_STATES, dtype=torch.float64)
-        quantiles = _STRETCH * torch.special.ndtri((states + 0.5) / NUM_STATES).to(latents)
-        starts = [quantiles[(multiple * states.to(latents.device).long()) % NUM_STATES] for multiple in _MULTIPLES]
-        trained = zip(starts, BIT_WIDTHS[1:], strict=True)
-        levels = torch.stack([_lloyd(latents, start, width) for start, width in trained])
+        states = torch.arange(NUM_STATES)
+        quantiles = _STRETCH * torch.special.ndtri((states.double() + 0.5) / NUM_STATES).to(latents)
+        starts = [quantiles[multiple * states % NUM_STATES] for multiple in _MULTIPLES]
+        levels = torch.stack([_lloyd(latents, *each) for each in zip(starts, BIT_WIDTHS[1:], strict=True)])
         units = levels.abs().amax(dim=1) / LARGEST_LEVEL
         return cls(round_to_levels(levels / units.unsqueeze(1)), units)
 

@@ -6,7 +6,6 @@ import logging
 import sys
 
 
-INTERRUPTED = "hf-dirembed: interrupted"
 # transformers imports torchao where it is installed, which then warns of kernels for other machines.
 WARNING_AT_IMPORT = ("torchao", "torch.utils._pytree")
 
@@ -18,6 +17,6 @@ def main() -> None:
     try:
         from hf_dirembed.cli import main as run  # takes seconds
     except KeyboardInterrupt:
-        sys.stderr.write(f"\n{INTERRUPTED}\n")
+        sys.stderr.write("\nhf-dirembed: interrupted\n")
         sys.exit(130)
     run()

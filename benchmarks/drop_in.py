@@ -27,8 +27,8 @@ import transformers
 from drop_in_subject import ROWS, Skip, Subject
 
 from hf_dirembed import DirEmbedError
-from hf_dirembed.checkpoint import compress_checkpoint, expand_checkpoint, load_model
-from hf_dirembed.layout_dirembed import first_line
+from hf_dirembed.checkpoints.convert import compress_checkpoint, expand_checkpoint, load_model
+from hf_dirembed.errors import first_line
 
 
 def prepare(model: str, bits: float, work: Path) -> Subject:

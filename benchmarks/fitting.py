@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 import hf_dirembed
 from hf_dirembed.compression.table import Table
-from hf_dirembed.compression.transform import transform
+from hf_dirembed.compression.transform.transform import transform
 
 from .peers.measure import PeakMemory
 

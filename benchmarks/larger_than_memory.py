@@ -76,7 +76,7 @@ def make(folder: Path, gib: float) -> None:
 def compress(source: Path, out: Path, method: str, bits: float, limit: float) -> None:
     """Runs in a process of its own: compresses within the limit, and prints what it took."""
     resource.setrlimit(resource.RLIMIT_DATA, (int(limit * GIB),) * 2)
-    from hf_dirembed.checkpoint import compress_checkpoint
+    from hf_dirembed.checkpoints.convert import compress_checkpoint
 
     start = time.perf_counter()
     summary = compress_checkpoint(source, out, method=method, bits=bits)

@@ -23,10 +23,10 @@ from pathlib import Path
 
 from huggingface_hub import metadata_load, metadata_save
 
-from hf_dirembed.checkpoint import compress_checkpoint, find_checkpoint
-from hf_dirembed.cli import main as run_cli
-from hf_dirembed.picture import TableProfile, save_picture
-from hf_dirembed.publishing import write_checkpoint_card
+from hf_dirembed.checkpoints.convert import compress_checkpoint, find_checkpoint
+from hf_dirembed.cli.commands import main as run_cli
+from hf_dirembed.cli.picture import TableProfile, save_picture
+from hf_dirembed.hub.publishing import write_checkpoint_card
 
 
 KEPT = ("README.md", "dirembed.png", "dirembed_results.json", "config.json", ".eval_results")

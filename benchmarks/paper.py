@@ -30,13 +30,13 @@ from paper_protocol import CODES, METHODS, Dense, Measures, fit, root_mean_squar
 from transformers import PreTrainedModel
 
 from hf_dirembed import CompressedEmbedding, DirEmbedError
+from hf_dirembed.checkpoints.atomic import save_bytes
 from hf_dirembed.compression.subspace import mean_cosine
 from hf_dirembed.compression.table import Table
 from hf_dirembed.evaluation import GLUE
 from hf_dirembed.evaluation.results import installed_versions
 from hf_dirembed.evaluation.tasks import parse_seeds
-from hf_dirembed.staging import save_bytes
-from hf_dirembed.tying_dirembed import embedding_of
+from hf_dirembed.remote.modeling_dirembed import embedding_of
 
 
 COLUMNS = ("method", "ratio", "rank", "bits", "fit, s", "mean cosine", "token cosine", "RMSE")

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_dirembed.checkpoint import find_checkpoint, load_model, load_tokenizer
+from hf_dirembed.calibration.calibrated import Calibration, has_tied_head
+from hf_dirembed.calibration.token_weights import token_weights
+from hf_dirembed.checkpoints.convert import find_checkpoint, load_model, load_tokenizer
 from hf_dirembed.compression import compress_table
-from hf_dirembed.compression.autoencoder import AutoencoderSettings, autoencoder_epochs
-from hf_dirembed.compression.calibrated import Calibration, has_tied_head
+from hf_dirembed.compression.baselines.autoencoder import AutoencoderSettings, autoencoder_epochs
 from hf_dirembed.compression.coded import CodedTable
 from hf_dirembed.compression.table import Table
-from hf_dirembed.compression.weights import token_weights
 from hf_dirembed.evaluation import (
     EvaluationError,
     FineTunedFigures,
@@ -38,8 +38,7 @@ from hf_dirembed.evaluation import (
     sts,
 )
 from hf_dirembed.evaluation.running import find_device, longest_input, settings_of
-from hf_dirembed.modeling_dirembed import convert
-from hf_dirembed.tying_dirembed import embedding_of
+from hf_dirembed.remote.modeling_dirembed import convert, embedding_of
 
 
 # Of the latents of all methods but transform: half the bytes of float32, for an error of 1/2000 of a latent.

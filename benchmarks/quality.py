@@ -25,8 +25,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 
 import hf_dirembed
 from hf_dirembed import CompressedEmbedding
-from hf_dirembed.compression.calibrated import Calibration
-from hf_dirembed.compression.calibration_text import CALIBRATION_TOKENS
+from hf_dirembed.calibration.calibrated import Calibration
+from hf_dirembed.calibration.text import CALIBRATION_TOKENS
 from hf_dirembed.evaluation import (
     PerplexityFigures,
     STSFigures,

@@ -2,40 +2,55 @@
 
 from transformers import AutoConfig
 
-from . import bridge, modeling_dirembed  # noqa: F401 (the first only registers)
-from .compression import AutoencoderSettings, Statistics, TransformSettings, calibrate, compress, expand
-from .configuration_dirembed import MODEL_TYPE, DirEmbedConfig
-from .embedding_dirembed import CompressedEmbedding
-from .head_dirembed import CompressedLMHead
-from .layout_dirembed import (
+from .api import compress, expand
+from .calibration.calibrate import calibrate
+from .calibration.statistics import Statistics
+from .compression.baselines.autoencoder import AutoencoderSettings
+from .compression.compress import compress_table
+from .compression.transform.transform import TransformSettings
+from .errors import (
     BudgetError,
+    CalibrationError,
     CheckpointError,
-    CompressionSpec,
     DirEmbedError,
+    EvaluationError,
     ModelError,
     SpecError,
     TableError,
+    UnreadableCheckpointError,
+    WeightsError,
 )
-from .publishing import write_upload_card
+from .hub.publishing import write_upload_card
+from .integrations import quantizer  # noqa: F401 (it registers itself)
+from .remote.codes_dirembed import CompressionSpec
+from .remote.configuration_dirembed import MODEL_TYPE, DirEmbedConfig
+from .remote.modules_dirembed import CompressedEmbedding, CompressedLMHead, package
+from .training.straight_through import LatentShadow
 
 
 AutoConfig.register(MODEL_TYPE, DirEmbedConfig, exist_ok=True)
-modeling_dirembed.before_upload.append(write_upload_card)
+package.compress_table = compress_table
+package.shadow_latents = LatentShadow
+package.before_upload = write_upload_card
 
 __all__ = [
     "AutoencoderSettings",
     "BudgetError",
+    "CalibrationError",
     "CheckpointError",
     "CompressedEmbedding",
     "CompressedLMHead",
     "CompressionSpec",
     "DirEmbedConfig",
     "DirEmbedError",
+    "EvaluationError",
     "ModelError",
     "SpecError",
     "Statistics",
     "TableError",
     "TransformSettings",
+    "UnreadableCheckpointError",
+    "WeightsError",
     "calibrate",
     "compress",
     "expand",

@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
 from accelerate.utils import broadcast_object_list, parse_flag_from_env  # type: ignore[import-untyped]
 
-from .layout_dirembed import CheckpointError, DirEmbedError, first_line
+from .errors import CheckpointError, DirEmbedError, first_line
 
 
 Outcome = TypeVar("Outcome")

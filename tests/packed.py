@@ -5,11 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hf_dirembed.embedding_dirembed import CompressedEmbedding
-from hf_dirembed.head_dirembed import CompressedLMHead
-from hf_dirembed.layout_dirembed import BIT_WIDTHS, CODEBOOK_SHAPE, CompressionSpec, Refinement
-from hf_dirembed.matrix_dirembed import CompressedMatrix
-from hf_dirembed.packing_dirembed import PackedCodes, pack
+from hf_dirembed.remote.codes_dirembed import (
+    BIT_WIDTHS,
+    CODEBOOK_SHAPE,
+    CompressionSpec,
+    PackedCodes,
+    Refinement,
+    pack,
+)
+from hf_dirembed.remote.modules_dirembed import CompressedEmbedding, CompressedLMHead, CompressedMatrix
 
 
 # Of Σ |inner| |code|: the products are exact, their sum is rounded.

@@ -14,11 +14,11 @@ from huggingface_hub import ModelCard, metadata_load, parse_eval_result_entries
 from transformers import PreTrainedTokenizerFast
 
 import hf_dirembed
-from hf_dirembed.checkpoint import compress_checkpoint
-from hf_dirembed.cli import main
+from hf_dirembed.checkpoints.convert import compress_checkpoint
+from hf_dirembed.cli.commands import main
 from hf_dirembed.evaluation.results import DatasetSource, ReferenceResult, save_result
 from hf_dirembed.evaluation.results import Result as Measured
-from hf_dirembed.publishing import write_checkpoint_card
+from hf_dirembed.hub.publishing import write_checkpoint_card
 
 
 GOLDEN = Path(__file__).parent / "golden" / "card.md"

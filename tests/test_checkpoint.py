@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast, pipeline
 
 import hf_dirembed
-from hf_dirembed.checkpoint import compress_checkpoint, inspect_checkpoint, load_model, load_tokenizer
-from hf_dirembed.cli import main
+from hf_dirembed.checkpoints.convert import compress_checkpoint, inspect_checkpoint, load_model, load_tokenizer
+from hf_dirembed.cli.commands import main
 
 
 GOLDEN = Path(__file__).parent / "golden" / "config.json"
@@ -68,10 +68,8 @@ def test_compress_inspect_expand(dense: Path, tmp_path: Path) -> None:
     names = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
     assert names == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "1_Pooling/config.json",
-        "adapters_dirembed.py", "configuration_dirembed.py", "embedding_dirembed.py", "head_dirembed.py",
-        "kernels_dirembed.py", "layout_dirembed.py", "loading_dirembed.py", "matrix_dirembed.py",
-        "modeling_dirembed.py", "packing_dirembed.py", "resizing_dirembed.py", "triton_dirembed.py",
-        "tying_dirembed.py", "README.md",
+        "codes_dirembed.py", "configuration_dirembed.py", "kernels_dirembed.py", "modeling_dirembed.py",
+        "modules_dirembed.py", "README.md",
     }  # fmt: skip
 
     assert run("expand", out, stock).exit_code == 0

@@ -14,11 +14,12 @@ from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokeni
 
 import hf_dirembed
 from hf_dirembed import AutoencoderSettings, BudgetError, CompressedEmbedding, TransformSettings
-from hf_dirembed.checkpoint import inspect_checkpoint
+from hf_dirembed.calibration.calibrated import Calibration
+from hf_dirembed.calibration.statistics import metric
+from hf_dirembed.checkpoints.convert import inspect_checkpoint
 from hf_dirembed.compression import compress_table
-from hf_dirembed.compression.calibrated import Calibration
-from hf_dirembed.compression.statistics import CalibrationError, metric
-from hf_dirembed.layout_dirembed import CODE_TENSORS
+from hf_dirembed.errors import CalibrationError
+from hf_dirembed.remote.codes_dirembed import CODE_TENSORS
 
 
 TEXTS = ["the cat sat on the mat and the dog ran to the house .", "a green tree , a blue house of the cat ."] * 20
@@ -62,7 +63,7 @@ def test_calibration_makes_weights_and_a_metric(llama: PreTrainedModel, tokenize
 
 
 def test_self_calibration(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    module = sys.modules["hf_dirembed.compression.calibrated"]
+    module = sys.modules["hf_dirembed.calibration.calibrated"]
 
     def few(*arguments: object, **options: object):  # type: ignore[no-untyped-def]
         return original(*arguments, **{**options, "num_tokens": 64})

@@ -16,10 +16,10 @@ from families import FAMILIES
 from transformers import PreTrainedTokenizerFast
 
 from hf_dirembed import AutoencoderSettings, TransformSettings
-from hf_dirembed.checkpoint import compress_checkpoint
+from hf_dirembed.checkpoints.convert import compress_checkpoint
 from hf_dirembed.compression import compress_table
 from hf_dirembed.compression.compress import SETTINGS
-from hf_dirembed.configuration_dirembed import read_spec
+from hf_dirembed.remote.configuration_dirembed import read_spec
 
 
 ROOT = Path(__file__).parents[1]

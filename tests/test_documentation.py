@@ -14,7 +14,7 @@ import yaml
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import hf_dirembed
-from hf_dirembed.cli import main
+from hf_dirembed.cli.commands import main
 
 
 ROOT = Path(__file__).parent.parent

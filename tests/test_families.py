@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 
 import hf_dirembed
 from hf_dirembed import AutoencoderSettings, CompressedEmbedding, CompressedLMHead
-from hf_dirembed.layout_dirembed import CODE_TENSORS
-from hf_dirembed.matrix_dirembed import CompressedMatrix
-from hf_dirembed.tying_dirembed import tied_modules
+from hf_dirembed.remote.codes_dirembed import CODE_TENSORS
+from hf_dirembed.remote.modeling_dirembed import tied_modules
+from hf_dirembed.remote.modules_dirembed import CompressedMatrix
 
 
 METHODS = {

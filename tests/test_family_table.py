@@ -11,7 +11,8 @@ import pytest
 import transformers
 
 import hf_dirembed
-from hf_dirembed import ModelError, modeling_dirembed
+from hf_dirembed import ModelError
+from hf_dirembed.remote import modeling_dirembed
 
 
 ROOT = Path(__file__).parent.parent

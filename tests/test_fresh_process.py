@@ -91,19 +91,11 @@ def test_trust_remote_code_without_plugin(repos: Path, tmp_path: Path) -> None:
         for name in LOADS:
             folder = repos / name / target
             assert {file.name for file in folder.glob("*.py")} == {
-                "adapters_dirembed.py",
+                "codes_dirembed.py",
                 "configuration_dirembed.py",
-                "embedding_dirembed.py",
-                "head_dirembed.py",
                 "kernels_dirembed.py",
-                "layout_dirembed.py",
-                "matrix_dirembed.py",
-                "loading_dirembed.py",
                 "modeling_dirembed.py",
-                "packing_dirembed.py",
-                "resizing_dirembed.py",
-                "triton_dirembed.py",
-                "tying_dirembed.py",
+                "modules_dirembed.py",
             }
             if source != "one":
                 shutil.rmtree(repos / name / source)
@@ -118,7 +110,7 @@ def test_plugin_runs_nothing_of_the_repo(repos: Path, tmp_path: Path, trust: boo
             file.write_text("raise SystemExit('the code of the repo ran')")
     code = "import hf_dirembed\n" + COMPARE.replace("LOADS", repr(LOADS)).replace("TRUST", repr(trust))
     printed = run(code, tmp_path, "one", "two", modules=tmp_path)
-    assert all(line.split()[1] == "hf_dirembed.modeling_dirembed" for line in printed.splitlines())
+    assert all(line.split()[1] == "hf_dirembed.remote.modeling_dirembed" for line in printed.splitlines())
 
 
 def test_without_plugin_and_trust_it_fails(repos: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from benchmarks.stand_in_hub import StandInHub
 COMPRESS = """
 import sys
 from pathlib import Path
-from hf_dirembed.cli import main
+from hf_dirembed.cli.commands import main
 copied = []
 sys.addaudithook(lambda event, args: event == "shutil.copyfile" and copied.append(Path(args[0]).name))
 try:

@@ -24,13 +24,14 @@ from click.testing import CliRunner
 from families import FAMILIES
 from transformers import PreTrainedTokenizerFast
 
-from hf_dirembed import CheckpointError, checkpoint
-from hf_dirembed.checkpoint import compress_checkpoint, inspect_checkpoint
-from hf_dirembed.cli import main
-from hf_dirembed.compression.autoencoder import AutoencoderSettings
+from hf_dirembed import CheckpointError
+from hf_dirembed.checkpoints import convert as checkpoint
+from hf_dirembed.checkpoints.atomic import staged_folder
+from hf_dirembed.checkpoints.convert import compress_checkpoint, inspect_checkpoint
+from hf_dirembed.cli.commands import main
+from hf_dirembed.compression.baselines.autoencoder import AutoencoderSettings
 from hf_dirembed.evaluation import DatasetSource, Result, save_result
-from hf_dirembed.publishing import write_checkpoint_card
-from hf_dirembed.staging import staged_folder
+from hf_dirembed.hub.publishing import write_checkpoint_card
 
 
 KILLS = 50

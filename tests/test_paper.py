@@ -13,7 +13,7 @@ import torch
 from markdown_tables import read_table
 from transformers import BertConfig, BertForMaskedLM, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_dirembed.compression.autoencoder import AutoencoderSettings, autoencoder_epochs
+from hf_dirembed.compression.baselines.autoencoder import AutoencoderSettings, autoencoder_epochs
 from hf_dirembed.compression.coded import CodedTable
 from hf_dirembed.compression.table import Table
 

@@ -11,8 +11,8 @@ from families import FAMILIES
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 import hf_dirembed
-from hf_dirembed.cli import main
-from hf_dirembed.picture import TableProfile, save_picture
+from hf_dirembed.cli.commands import main
+from hf_dirembed.cli.picture import TableProfile, save_picture
 
 
 pytest.importorskip("matplotlib")
@@ -91,7 +91,7 @@ def test_mistakes(name: str, dense: Path, tmp_path: Path) -> None:
 
 def test_without_matplotlib(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run("compress", dense, tmp_path / "out", "--method", "svd", "--rank", 4)
-    monkeypatch.setattr("hf_dirembed.picture.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_dirembed.cli.picture.find_spec", lambda name: None)
     code, shown = run("inspect", tmp_path / "out", "--plot", tmp_path / "a.png")
     assert code == 2
     assert "pip install 'hf_dirembed[plot]'" in shown

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from families import FAMILIES
 from transformers import PreTrainedTokenizerFast
 
-from hf_dirembed.cli import main
+from hf_dirembed.cli.commands import main
 
 
 pytestmark = pytest.mark.skipif(

@@ -74,14 +74,14 @@ def test_a_card_written_by_hand_stays(hub: StandInHub, dense: Path, tmp_path: Pa
 def test_a_reloaded_model_is_pushed_with_the_card_of_its_folder(hub: StandInHub, dense: Path, tmp_path: Path) -> None:
     (dense / "README.md").write_text(BASE_CARD.replace("model-index: nonsense\n", ""))
     out = tmp_path / "out"
-    hf_dirembed.checkpoint.compress_checkpoint(dense, out, method="direction", rank=4, base_model="org/base")
+    hf_dirembed.checkpoints.convert.compress_checkpoint(dense, out, method="direction", rank=4, base_model="org/base")
     hub.run(PUSH, out, "me/small", {}, cache=tmp_path / "hf")
     card = card_of(hub, "me/small")
     assert (card.data.base_model, card.data.license) == ("org/base", "mit")
 
 
 def test_the_command_line_uploads_folder_card_and_results(hub: StandInHub, dense: Path, tmp_path: Path) -> None:
-    code = "import sys; from hf_dirembed.cli import main; main(sys.argv[1:])"
+    code = "import sys; from hf_dirembed.cli.commands import main; main(sys.argv[1:])"
     options = ("--method", "direction", "--rank", 4, "--push-to-hub", "me/small", "--private")
     hub.run(code, "compress", dense, tmp_path / "out", *options, cache=tmp_path / "hf")
     assert hub.repos["me/small"].private

@@ -16,10 +16,11 @@ from transformers import PreTrainedTokenizerFast
 from transformers.modeling_utils import str_to_torch_dtype
 
 from benchmarks.peers.measure import PeakMemory
-from hf_dirembed import BudgetError, ModelError, checkpoint
-from hf_dirembed.checkpoint import compress_checkpoint, find_table, inspect_checkpoint
-from hf_dirembed.stored import StoredFile
-from hf_dirembed.streaming import StoredTable
+from hf_dirembed import BudgetError, ModelError
+from hf_dirembed.checkpoints import convert as checkpoint
+from hf_dirembed.checkpoints.convert import compress_checkpoint, find_table, inspect_checkpoint
+from hf_dirembed.checkpoints.safetensors_io import StoredFile
+from hf_dirembed.checkpoints.streaming import StoredTable
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -12,9 +12,9 @@ import torch
 from families import FAMILIES
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hf_dirembed.compression.calibration import calibrate
-from hf_dirembed.compression.calibration_text import windows
-from hf_dirembed.compression.weights import count_tokens, token_weights
+from hf_dirembed.calibration.calibrate import calibrate
+from hf_dirembed.calibration.text import windows
+from hf_dirembed.calibration.token_weights import count_tokens, token_weights
 from hf_dirembed.evaluation import masked_perplexity, perplexity, sts
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import click
 import transformers
 
-from hf_dirembed.compression.calibration_text import CALIBRATION_TOKENS
+from hf_dirembed.calibration.text import CALIBRATION_TOKENS
+from hf_dirembed.cli.picture import require_matplotlib
+from hf_dirembed.errors import DirEmbedError
 from hf_dirembed.evaluation.results import portable_arguments
-from hf_dirembed.layout_dirembed import DirEmbedError
-from hf_dirembed.picture import require_matplotlib
 
 from .processes import run_process
 from .record import Record

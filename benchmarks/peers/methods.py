@@ -18,8 +18,8 @@ from torch import Tensor
 
 from hf_dirembed import CompressedEmbedding
 from hf_dirembed.compression import CodedTable, compress_table
-from hf_dirembed.head_dirembed import CompressedLMHead
-from hf_dirembed.layout_dirembed import CompressionSpec
+from hf_dirembed.remote.codes_dirembed import CompressionSpec
+from hf_dirembed.remote.modules_dirembed import CompressedLMHead
 
 
 @dataclass(frozen=True)

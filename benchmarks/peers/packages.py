@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from hf_dirembed.compression import CodedTable
 from hf_dirembed.compression.budget import Budget, TableSize
-from hf_dirembed.layout_dirembed import BudgetError, CompressionSpec
+from hf_dirembed.errors import BudgetError
+from hf_dirembed.remote.codes_dirembed import CompressionSpec
 
 from .methods import Method, Runnable, Stored, Table, coded_modules, coded_table, half
 

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hf_dirembed.layout_dirembed import CheckpointError
-from hf_dirembed.staging import save_bytes, save_state
+from hf_dirembed.checkpoints.atomic import save_bytes, save_state
+from hf_dirembed.errors import CheckpointError
 
 from .noise import Comparison
 from .plots import draw

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from hf_dirembed.checkpoint import load_model, load_tokenizer
+from hf_dirembed.checkpoints.convert import load_model, load_tokenizer
 from hf_dirembed.evaluation import load_pairs, sts
 
 from .measure import PeakMemory, compare

@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_dirembed.checkpoint import find_checkpoint, load_model, load_tokenizer
-from hf_dirembed.compression import calibrate
-from hf_dirembed.compression.calibrated import Calibration, has_tied_head
-from hf_dirembed.compression.calibration_text import CALIBRATION_TOKENS
-from hf_dirembed.compression.languages import card_languages
-from hf_dirembed.compression.weights import token_weights
+from hf_dirembed import calibrate
+from hf_dirembed.calibration.calibrated import Calibration, has_tied_head
+from hf_dirembed.calibration.languages import card_languages
+from hf_dirembed.calibration.text import CALIBRATION_TOKENS
+from hf_dirembed.calibration.token_weights import token_weights
+from hf_dirembed.checkpoints.convert import find_checkpoint, load_model, load_tokenizer
 from hf_dirembed.evaluation import EvaluationError, load_pairs, load_text, perplexity, sts
-from hf_dirembed.modeling_dirembed import CompressedEmbedding
-from hf_dirembed.tying_dirembed import embedding_of
+from hf_dirembed.remote.modeling_dirembed import CompressedEmbedding, embedding_of
 
 from .methods import Table
 

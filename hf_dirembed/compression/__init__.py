@@ -1,21 +1,9 @@
-"""Table → weights and metric → subspace → codes and decoder."""
+"""Table → weights and metric → subspace → codes and decoder; it knows no model."""
 
-from .autoencoder import AutoencoderSettings
-from .calibration import calibrate
+from .baselines.autoencoder import AutoencoderSettings
 from .coded import CodedTable
-from .compress import METHODS, compress, compress_table, expand
-from .statistics import Statistics
-from .transform import TransformSettings
+from .compress import METHODS, compress_table
+from .transform.transform import TransformSettings
 
 
-__all__ = [
-    "METHODS",
-    "AutoencoderSettings",
-    "CodedTable",
-    "Statistics",
-    "TransformSettings",
-    "calibrate",
-    "compress",
-    "compress_table",
-    "expand",
-]
+__all__ = ["METHODS", "AutoencoderSettings", "CodedTable", "TransformSettings", "compress_table"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..layout_dirembed import BudgetError
+from ..errors import BudgetError
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Budget:
         >>> Budget(bits=2, rank=3)
         Traceback (most recent call last):
         ...
-        hf_dirembed.layout_dirembed.BudgetError: give exactly one of bits, ratio and rank, not bits=2, rank=3
+        hf_dirembed.remote.codes_dirembed.BudgetError: give exactly one of bits, ratio and rank, not bits=2, rank=3
     """
 
     bits: float | None = None

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..layout_dirembed import CompressionSpec
-from ..matrix_dirembed import DENSE_CHUNK, CompressedMatrix
-from .factorization import Factorization
+from ..remote.codes_dirembed import CompressionSpec
+from ..remote.modules_dirembed import DENSE_CHUNK, CompressedMatrix
+from .baselines.factorization import Factorization
 
 
 _FEW_ROWS = 256  # tell whether a dtype is too coarse

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -10,26 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..embedding_dirembed import CompressedEmbedding
-from ..layout_dirembed import FLOAT_CODES, BudgetError, ModelError, TableError, first_line
-from ..metadata import hub_id
-from ..modeling_dirembed import DirEmbedModelMixin, convert, restore
-from ..tying_dirembed import embedding_of
-from .autoencoder import AutoencoderSettings, train_autoencoder
+from ..errors import BudgetError, TableError, first_line
+from ..remote.codes_dirembed import FLOAT_CODES
+from .baselines.autoencoder import AutoencoderSettings, train_autoencoder
 from .budget import Budget, TableSize
-from .calibrated import Calibration
-from .calibration_text import Texts, check_file
 from .coded import CodedTable
-from .figures import table_figures
-from .measure import TEMPERING, Measure
-from .statistics import Statistics
+from .distortion import TEMPERING, Measure
+from .quality import table_figures
 from .subspace import direction, svd
 from .table import RowSource, Table
-from .transform import TransformSettings, transform
-from .weights import token_weights
+from .transform.transform import TransformSettings, transform
 
 
 logger = logging.get_logger(__name__)
@@ -84,7 +75,7 @@ def compress_table(
         >>> coded.spec.rank, {name: tuple(tensor.shape) for name, tensor in coded.tensors.items()}
         (7, {'decoder_weight': (7, 32), 'weight': (500, 7)})
     """
-    _check_options(method, settings, metric)
+    check_options(method, settings, metric)
     if resume is not None and method != "autoencoder":
         raise BudgetError(RESUME_WITH)
     dtype = rows.dtype
@@ -135,48 +126,18 @@ def _usable(device: torch.device | str) -> torch.device:
         raise BudgetError(f"device {str(device)!r} cannot be used ({first_line(error)}): give cpu") from error
 
 
-def _check_options(method: str, settings: Settings | None, metric: Tensor | None) -> None:
+def check_options(method: str, settings: Settings | None, metric: Tensor | None) -> None:
+    """Refuses a method that there is not, and what it does not take.
+
+    Raises:
+        BudgetError: If the method is unknown, or settings or metric do not go with it.
+    """
     if method not in METHODS:
         raise BudgetError(f"method {method!r} is unknown: choose one of {', '.join(METHODS)}")
     if settings is not None and type(settings) is not SETTINGS.get(method):
         raise BudgetError(f"method {method!r} does not take {type(settings).__name__}: leave the settings out")
     if metric is not None and method != "transform":
         raise BudgetError(f"method {method!r} takes no metric: leave it out, or choose transform")
-
-
-def check_request(
-    *,
-    method: str = "transform",
-    bits: float | None = None,
-    ratio: float | None = None,
-    rank: int | None = None,
-    calibration: Texts | Statistics | Calibration | None = None,
-    resume: str | Path | None = None,
-    settings: Settings | None = None,
-    metric: Tensor | None = None,
-    **_: Any,
-) -> None:
-    """Refuses what [`compress`] cannot do with any model, before one is read.
-
-    Raises:
-        BudgetError: If the method is unknown, there is not exactly one budget, or options do not go together.
-        CalibrationError: If a text file to calibrate on cannot be read.
-
-    Example:
-        >>> check_request(method="svd", rank=4, calibration="text.txt")
-        Traceback (most recent call last):
-        ...
-        hf_dirembed.layout_dirembed.BudgetError: method 'svd' takes no calibration: leave it out, or choose transform
-    """
-    _check_options(method, settings, metric)
-    Budget(bits, ratio, rank)
-    if calibration is not None and method not in WEIGHING:
-        raise BudgetError(f"method {method!r} takes no calibration: leave it out, or choose transform")
-    if isinstance(calibration, str | Path) and calibration != "self":
-        check_file(calibration)
-    reads_text = not (calibration is None or isinstance(calibration, (Statistics, Calibration)))
-    if resume is not None and not reads_text and method != "autoencoder":
-        raise BudgetError(RESUME_WITH)
 
 
 def _transform(
@@ -229,106 +190,3 @@ def _factorize(
     if not coded.keeps(found):
         raise _out_of_range(coded, dtype)
     return coded
-
-
-def compress(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    *,
-    method: str = "transform",
-    languages: str | Sequence[str] | None = None,
-    calibration: Texts | Statistics | Calibration | None = None,
-    weights: Tensor | None = None,
-    base_model: str | None = None,
-    rows: RowSource | None = None,
-    resume: str | Path | None = None,
-    **options: Any,
-) -> PreTrainedModel:
-    """Compresses the token embedding of a pretrained model, and the head that is tied to it, in place.
-
-    Args:
-        model: Any transformers model whose input embedding is an `nn.Embedding`. An untied head stays dense.
-        tokenizer: Tells which tokens are frequent. Without it, and without weights, all rows count alike.
-        method: `transform`, packed integer latents, the smallest for the quality; `direction`, the subspace that
-            keeps directions best, float latents; `autoencoder`, the paper's; `svd`, its baseline.
-        languages: Tags of the text that the model is for, like `("en", "de")`, for the token weights; by default
-            those that the tokenizer was made for.
-        calibration: How the model uses its table: text (a file's path, strings or a `datasets` dataset), the
-            statistics that [`calibrate`] made of some, or `"self"`, which needs no data: text that a causal language
-            model generates itself, words of the lists for an encoder without a head. It runs the model, and lets a
-            table of the same size do far better. Processes that were launched together share the work: call it in
-            all of them.
-        weights: (V,) token weights, instead of those that tokenizer, languages and calibration give.
-        base_model: The model's Hub id, for the record; by default the one that it was loaded by.
-        rows: The table, where the model is on the meta device and so does not hold it.
-        resume: A file that calibration on text, or the training of `autoencoder`, is saved in now and then, and goes
-            on from if it exists.
-        **options: Those of [`compress_table`]: exactly one of `bits`, `ratio` and `rank`; `codes`, `settings`,
-            `metric`, `device`.
-
-    Returns:
-        The model it was given.
-
-    Raises:
-        BudgetError: If the method is unknown, or the budget or a setting cannot be met.
-        CalibrationError: If there is nothing to calibrate with, or the model cannot be calibrated.
-        CheckpointError: If `resume` does not belong to this model and settings, or cannot be written.
-        ModelError: If the model has no token embedding that can be compressed, or is compressed already.
-        TableError: If the table holds NaNs or infinities, or is quantised.
-
-    Example:
-        >>> from transformers import BertConfig, BertModel
-        >>> config = BertConfig(vocab_size=500, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
-        >>> model = compress(BertModel(config), method="svd", ratio=4)
-        >>> model.get_input_embeddings()
-        CompressedEmbedding(500, 32, method=svd, rank=7, bits_per_weight=7.45)
-    """
-    embedding = embedding_of(model)
-    if isinstance(embedding, CompressedEmbedding):
-        raise ModelError(f"the model is compressed already (method {embedding.spec.method!r}): expand it first")
-    check_request(method=method, calibration=calibration, resume=resume, **options)
-    used = calibration if isinstance(calibration, Calibration) else None
-    if calibration is not None:
-        used = used or Calibration.of(model, tokenizer, calibration, languages, resume=resume)
-        resume = None
-        weights = used.weights if weights is None else weights
-        if method == "transform" and options.get("metric") is None:
-            options["metric"] = used.metric
-    elif weights is None and tokenizer is not None and method in WEIGHING:
-        weights = token_weights(tokenizer, embedding.num_embeddings, languages=languages)
-    rows = embedding.weight.data if rows is None else rows
-    coded = compress_table(
-        rows, method=method, weights=weights, padding_idx=embedding.padding_idx, resume=resume, **options
-    )
-    record = {
-        "base_model": base_model or hub_id(model.name_or_path),
-        "languages": [languages] if isinstance(languages, str) else list(languages or ()),
-        "calibration": None if used is None else used.source,
-        "calibration_tokens": None if used is None else used.num_tokens,
-    }
-    settings = {**coded.spec.settings, **{name: value for name, value in record.items() if value}}
-    return convert(model, replace(coded.spec, settings=settings), coded.tensors)
-
-
-def expand(model: PreTrainedModel) -> PreTrainedModel:
-    """Turns a compressed model, in place, back into a stock dense one, for engines that know no plugin.
-
-    Args:
-        model: A compressed model.
-
-    Returns:
-        The model it was given: of the stock class, its table the one that the codes stand for.
-
-    Raises:
-        ModelError: If the model is not compressed.
-
-    Example:
-        >>> from transformers import BertConfig, BertModel
-        >>> config = BertConfig(vocab_size=500, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
-        >>> model = expand(compress(BertModel(config), method="svd", ratio=4))
-        >>> type(model).__name__, model.get_input_embeddings()
-        ('BertModel', Embedding(500, 32, padding_idx=0))
-    """
-    if not isinstance(model, DirEmbedModelMixin):
-        raise ModelError(f"{type(model).__name__} is not compressed: there is nothing to expand")
-    return restore(model)

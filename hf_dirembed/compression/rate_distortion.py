@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..layout_dirembed import TableError
+from ..errors import TableError
 
 
 _BISECTIONS = 100  # of the logarithm of the water level: to the precision of float64

@@ -14,8 +14,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from ..layout_dirembed import BudgetError
-from .factorization import Approximation, Factorization
+from ..errors import BudgetError
+from .baselines.factorization import Approximation, Factorization
 from .table import Table
 
 
@@ -32,7 +32,7 @@ def check_rank(rank: int, dim: int) -> None:
         >>> check_rank(9, dim=8)
         Traceback (most recent call last):
         ...
-        hf_dirembed.layout_dirembed.BudgetError: rank=9: give an integer from 1 to the embedding's dimension, 8
+        hf_dirembed.remote.codes_dirembed.BudgetError: rank=9: give an integer from 1 to the embedding's dimension, 8
     """
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= dim:
         raise BudgetError(f"rank={rank!r}: give an integer from 1 to the embedding's dimension, {dim}")

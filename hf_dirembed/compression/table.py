@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..layout_dirembed import TableError
+from ..errors import TableError
 
 
 CHUNK_ELEMENTS = 1 << 22  # 16 MiB of float32: large enough for BLAS, small beside any model

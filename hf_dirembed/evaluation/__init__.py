@@ -1,9 +1,11 @@
 """Model -> figures: each evaluation takes a dense or a compressed model, and says how its figures were taken."""
 
+from ..errors import EvaluationError
 from .causal import PerplexityFigures, perplexity
-from .data import DatasetSource, EvaluationError, SentencePairs, Text, load_pairs, load_text
+from .data import DatasetSource, SentencePairs, Text, load_pairs, load_text
 from .finetuning import FineTunedFigures, FineTuningSettings, freeze_codes
-from .glue import GLUE, glue
+from .glue import glue
+from .glue_tasks import GLUE
 from .masked import MaskedPerplexityFigures, dense_head, masked_perplexity
 from .results import ReferenceResult, Result, load_results, save_result
 from .running import Comparison, compare

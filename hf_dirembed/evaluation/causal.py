@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import EvaluationError, Text, load_text
+from ..errors import EvaluationError
+from .data import Text, load_text
 from .running import IGNORED, check_counts, check_head, check_window, exp, longest_input, sum_nll
 
 

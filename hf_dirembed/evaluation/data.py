@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ..layout_dirembed import DirEmbedError
+from ..errors import EvaluationError
 
 
 if TYPE_CHECKING:
@@ -26,10 +26,6 @@ if TYPE_CHECKING:
 
 
 _REVISION = re.compile(r"@([0-9a-f]{40})/")  # in the address that `datasets` has a file from
-
-
-class EvaluationError(DirEmbedError):
-    """A model cannot be evaluated: the data, a setting, or the model itself does not fit the task."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +94,7 @@ def require(module: str, extra: str = "eval") -> Any:
         >>> require("no_such_module")
         Traceback (most recent call last):
         ...
-        hf_dirembed.evaluation.data.EvaluationError: no_such_module is not installed: pip install 'hf_dirembed[eval]'
+        hf_dirembed.errors.EvaluationError: no_such_module is not installed: pip install 'hf_dirembed[eval]'
     """
     try:
         return importlib.import_module(module)

@@ -18,9 +18,10 @@ from torch import nn
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..matrix_dirembed import CompressedMatrix
-from ..reading import find_checkpoint, load_model, load_tokenizer
-from .data import DatasetSource, EvaluationError
+from ..checkpoints.loading import find_checkpoint, load_model, load_tokenizer
+from ..errors import EvaluationError
+from ..remote.modules_dirembed import CompressedMatrix
+from .data import DatasetSource
 from .running import check_counts, find_device
 
 
@@ -54,7 +55,7 @@ class FineTuningSettings:
         >>> FineTuningSettings(epochs=0)
         Traceback (most recent call last):
         ...
-        hf_dirembed.evaluation.data.EvaluationError: epochs=0 is not above 0: give a larger one
+        hf_dirembed.errors.EvaluationError: epochs=0 is not above 0: give a larger one
     """
 
     epochs: float = 3.0

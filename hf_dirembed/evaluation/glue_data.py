@@ -7,15 +7,14 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from transformers.utils import logging
 
-from .data import DatasetSource, EvaluationError, file_source, load_rows, read_file
+from ..errors import EvaluationError
+from .data import DatasetSource, file_source, load_rows, read_file
+from .glue_tasks import GlueTask
 
-
-if TYPE_CHECKING:
-    from .glue import GlueTask
 
 Where: TypeAlias = tuple[Any, str | None, str]  # a file, a dataset or rows; its configuration and split
 
@@ -82,7 +81,7 @@ def load_labelled(
         EvaluationError: If there is no such file, dataset or split, a column is missing, or a label is none.
 
     Example:
-        >>> from hf_dirembed.evaluation.glue import GLUE
+        >>> from hf_dirembed.evaluation.glue_tasks import GLUE
         >>> rows = [{"question": "Who?", "sentence": "Me.", "label": "entailment"}]
         >>> examples = load_labelled(GLUE["qnli"], rows, None, "train")
         >>> examples.texts, examples.labels

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import DataCollatorForLanguageModeling, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..tying_dirembed import embedding_of
-from .data import EvaluationError, Text, load_text
+from ..errors import EvaluationError
+from ..remote.modeling_dirembed import embedding_of
+from .data import Text, load_text
 from .running import IGNORED, check_counts, check_head, check_window, exp, longest_input, mean_nll
 
 

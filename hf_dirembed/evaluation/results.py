@@ -14,8 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..staging import staged_file
-from .data import DatasetSource, EvaluationError
+from ..checkpoints.atomic import staged_file
+from ..errors import EvaluationError
+from .data import DatasetSource
 
 
 RESULTS_NAME = "dirembed_results.json"

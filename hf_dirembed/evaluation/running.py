@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .data import EvaluationError
+from ..errors import EvaluationError
 
 
 IGNORED = -100  # the label of a position that does not count, in transformers and in torch
@@ -200,7 +200,7 @@ def check_counts(**counts: int | None) -> None:
         >>> check_counts(window=0)
         Traceback (most recent call last):
         ...
-        hf_dirembed.evaluation.data.EvaluationError: window=0 is no whole number from 1: give one
+        hf_dirembed.errors.EvaluationError: window=0 is no whole number from 1: give one
     """
     for name, count in counts.items():
         if count is not None and (type(count) is not int or count < 1):

@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..reading import find_checkpoint, load_model, load_tokenizer
-from .data import EvaluationError, SentencePairs, load_pairs, require
+from ..checkpoints.loading import find_checkpoint, load_model, load_tokenizer
+from ..errors import EvaluationError
+from .data import SentencePairs, load_pairs, require
 from .running import Comparison, check_counts, find_device, inference, longest_input, side_by_side
 
 

@@ -10,15 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from transformers import AutoModelForQuestionAnswering
 
-from .data import EvaluationError, require
-from .finetuning import (
-    FineTunedFigures,
-    FineTuningSettings,
-    Metrics,
-    load_start,
-    over_seeds,
-    train_and_predict,
-)
+from ..errors import EvaluationError
+from .data import require
+from .finetuning import FineTunedFigures, FineTuningSettings, Metrics, load_start, over_seeds, train_and_predict
 from .running import check_counts, longest_input
 from .squad_data import Question, find_questions, load_squad
 from .squad_spans import Window, best_answer, cut_windows, label_window

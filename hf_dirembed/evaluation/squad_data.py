@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .data import DatasetSource, EvaluationError, file_source, load_rows, read_file
+from ..errors import EvaluationError
+from .data import DatasetSource, file_source, load_rows, read_file
 
 
 TRAIN_FILE, DEV_FILE = "train-v1.1.json", "dev-v1.1.json"

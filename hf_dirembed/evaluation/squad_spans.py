@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from .data import EvaluationError
+from ..errors import EvaluationError
 from .finetuning import Example
 from .squad_data import Question
 

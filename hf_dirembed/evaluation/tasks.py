@@ -11,11 +11,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..reading import find_checkpoint, load_model, load_tokenizer
+from ..checkpoints.loading import find_checkpoint, load_model, load_tokenizer
+from ..errors import EvaluationError
 from .causal import perplexity
-from .data import DatasetSource, EvaluationError, load_pairs, load_text
+from .data import DatasetSource, load_pairs, load_text
 from .finetuning import FineTunedFigures, FineTuningSettings
-from .glue import GLUE, glue
+from .glue import glue
+from .glue_tasks import GLUE
 from .masked import masked_perplexity
 from .results import ReferenceResult, Result
 from .running import Figures, find_device, settings_of
@@ -75,7 +77,7 @@ def evaluate(task: str, model: Name, data: Any, reference: Name | None = None, *
         >>> evaluate("rouge", "some/model", "pairs.csv")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        hf_dirembed.evaluation.data.EvaluationError: task 'rouge' is unknown: choose one of mlm-perplexity, ...
+        hf_dirembed.errors.EvaluationError: task 'rouge' is unknown: choose one of mlm-perplexity, ...
     """
     if task not in TASKS:
         raise EvaluationError(f"task {task!r} is unknown: choose one of {', '.join(TASKS)}")

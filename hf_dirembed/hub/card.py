@@ -12,16 +12,17 @@ import yaml  # type: ignore[import-untyped]
 from huggingface_hub import ModelCard, ModelCardData, eval_result_entries_to_yaml
 from transformers.utils import CONFIG_NAME
 
-from ..configuration_dirembed import read_spec
-from ..layout_dirembed import BIT_WIDTHS, CheckpointError, CompressionSpec, Refinement
-from ..staging import staged_file
+from ..checkpoints.atomic import staged_file
+from ..errors import CheckpointError
+from ..remote.codes_dirembed import BIT_WIDTHS, CompressionSpec, Refinement
+from ..remote.configuration_dirembed import read_spec
 from .figures import Figures
 from .source import Source
 from .usage import Usage
 
 
 if TYPE_CHECKING:
-    from ..inspection import CheckpointSummary
+    from ..checkpoints.summary import CheckpointSummary
 
 CARD_NAME = "README.md"
 RESULTS_FILE = ".eval_results/hf_dirembed.yaml"

@@ -12,9 +12,9 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers.utils import CONFIG_NAME, logging
 
-from ..configuration_dirembed import read_spec
-from ..layout_dirembed import CheckpointError
-from ..metadata import card_metadata, valid_repo_id
+from ..errors import CheckpointError
+from ..remote.configuration_dirembed import read_spec
+from .metadata import card_metadata, valid_repo_id
 
 
 logger = logging.get_logger(__name__)

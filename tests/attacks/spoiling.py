@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
 from hf_dirembed import CompressionSpec
-from hf_dirembed.layout_dirembed import CODE_TENSORS, Refinement
-from hf_dirembed.matrix_dirembed import CompressedMatrix
-from hf_dirembed.modeling_dirembed import convert
+from hf_dirembed.remote.codes_dirembed import CODE_TENSORS, Refinement
+from hf_dirembed.remote.modeling_dirembed import convert
+from hf_dirembed.remote.modules_dirembed import CompressedMatrix
 
 
 TABLE = "bert.embeddings.word_embeddings."

@@ -13,7 +13,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 from attacks.spoiling import ATTACKS, base, weight_bytes
 from benchmarks.peers.measure import PeakMemory
 from hf_dirembed import DirEmbedError
-from hf_dirembed.cli import main
+from hf_dirembed.cli.commands import main
 
 
 @pytest.mark.parametrize("name", ATTACKS)

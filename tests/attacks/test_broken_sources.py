@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from transformers import BertConfig, BertForMaskedLM
 
 from attacks.spoiling import FILES, HUGE, Spoil, base, tensor
-from hf_dirembed.cli import main
+from hf_dirembed.cli.commands import main
 
 
 SOURCES: dict[str, Spoil] = {

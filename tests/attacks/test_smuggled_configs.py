@@ -13,7 +13,7 @@ from transformers import AutoModelForMaskedLM
 
 import hf_dirembed
 from attacks.spoiling import base, spec
-from hf_dirembed.cli import main
+from hf_dirembed.cli.commands import main
 
 
 # What a config may hold and nobody obeys.
@@ -59,7 +59,7 @@ def test_the_package_is_preferred_to_the_code_of_a_repo_that_is_trusted(folder: 
     for file in folder.glob("*_dirembed.py"):
         file.write_text(EVIL)
     model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)
-    assert type(model).__module__ == "hf_dirembed.modeling_dirembed"
+    assert type(model).__module__ == "hf_dirembed.remote.modeling_dirembed"
     assert not list(folder.parent.rglob("executed"))
 
 

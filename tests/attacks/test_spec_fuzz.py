@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, BertConfig
 
 from hf_dirembed import CompressionSpec, DirEmbedConfig, DirEmbedError, SpecError
-from hf_dirembed.configuration_dirembed import CODE_KEYS, read_spec
+from hf_dirembed.remote.configuration_dirembed import CODE_KEYS, read_spec
 
 
 GOOD = {

@@ -8,16 +8,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hf_dirembed.compression.autoencoder import (
+from hf_dirembed.compression.baselines.autoencoder import (
     AutoencoderSettings,
     autoencoder_epochs,
     autoencoder_loss,
     train_autoencoder,
 )
+from hf_dirembed.compression.baselines.training_state import TrainingState
 from hf_dirembed.compression.subspace import mean_cosine, svd
 from hf_dirembed.compression.table import Table
-from hf_dirembed.compression.training_state import TrainingState
-from hf_dirembed.layout_dirembed import BudgetError, CheckpointError
+from hf_dirembed.errors import BudgetError, CheckpointError
 
 
 QUICK = AutoencoderSettings(epochs=3, alpha_epochs=2, batch_size=64, initialisation="random", seed=5)

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import BertForMaskedLM, DataCollatorForLanguageModeling, T5ForConditionalGeneration
 
-from hf_dirembed.compression.calibration import calibrate
-from hf_dirembed.compression.calibration_text import windows
-from hf_dirembed.compression.statistics import CalibrationError
+from hf_dirembed.calibration.calibrate import calibrate
+from hf_dirembed.calibration.text import windows
+from hf_dirembed.errors import CalibrationError
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,10 @@ import pytest
 import torch
 from calibrating import LENGTH, TEXTS, assert_same, build, make_tokenizer
 
-from hf_dirembed.compression import calibration
-from hf_dirembed.compression.calibration import calibrate
-from hf_dirembed.compression.statistics import CalibrationError, Statistics
+from hf_dirembed.calibration import calibrate as calibration
+from hf_dirembed.calibration.calibrate import calibrate
+from hf_dirembed.calibration.statistics import Statistics
+from hf_dirembed.errors import CalibrationError
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_two_processes_equal_one(tokenizer, tmp_path):
         import os
         from accelerate import Accelerator
         from transformers import AutoModelForMaskedLM, AutoTokenizer
-        from hf_dirembed.compression.calibration import calibrate
+        from hf_dirembed.calibration.calibrate import calibrate
         # as torchrun does, but the imports, which take longer than all the rest, are made once
         other = os.fork()
         os.environ["RANK"] = os.environ["LOCAL_RANK"] = "1" if other else "0"

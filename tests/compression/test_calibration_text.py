@@ -8,10 +8,10 @@ import torch
 from calibrating import LENGTH, TEXTS, build, llama, make_tokenizer
 from wordfreq import word_frequency
 
-from hf_dirembed.compression.calibration import calibrate
-from hf_dirembed.compression.calibration_text import windows
-from hf_dirembed.compression.self_text import self_generated_texts, word_texts
-from hf_dirembed.compression.statistics import CalibrationError
+from hf_dirembed.calibration.calibrate import calibrate
+from hf_dirembed.calibration.self_text import self_generated_texts, word_texts
+from hf_dirembed.calibration.text import windows
+from hf_dirembed.errors import CalibrationError
 
 
 @pytest.fixture(scope="module")

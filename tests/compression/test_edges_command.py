@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModel, BertConfig, BertModel
 
-from hf_dirembed.checkpoint import inspect_checkpoint
-from hf_dirembed.cli import main
+from hf_dirembed.checkpoints.convert import inspect_checkpoint
+from hf_dirembed.cli.commands import main
 
 
 V, D, PADDING = 400, 32, 3

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_dirembed.compression.codec import Codec
-from hf_dirembed.compression.decoder import DecoderStorage
-from hf_dirembed.compression.importance import Sample
-from hf_dirembed.compression.layers import Room
-from hf_dirembed.compression.quantisation import BitAllocator, Quantisers
-from hf_dirembed.compression.refinement import RefinementPlan, plan_refinement
+from hf_dirembed.compression.row_weights import Sample
+from hf_dirembed.compression.transform.codec import Codec
+from hf_dirembed.compression.transform.decoder import DecoderStorage
+from hf_dirembed.compression.transform.plan import Room
+from hf_dirembed.compression.transform.quantisation import BitAllocator, Quantisers
+from hf_dirembed.compression.transform.refinement import RefinementPlan, plan_refinement
 
 
 DIM, NUM_ROWS, NUM_BYTES = 64, 2000, 16

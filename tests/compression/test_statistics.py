@@ -5,8 +5,9 @@ import torch
 from calibrating import DIM, LENGTH, TEXTS, assert_same, build, make_tokenizer
 from safetensors.torch import save_file
 
-from hf_dirembed.compression.calibration import calibrate
-from hf_dirembed.compression.statistics import CalibrationError, Statistics, metric, usage
+from hf_dirembed.calibration.calibrate import calibrate
+from hf_dirembed.calibration.statistics import Statistics, metric, usage
+from hf_dirembed.errors import CalibrationError
 
 
 @pytest.fixture(scope="module")

@@ -8,16 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_dirembed.compression.subspace import (
-    direction,
-    direction_weights,
-    eigenbasis,
-    mean_cosine,
-    second_moment,
-    svd,
-)
+from hf_dirembed.compression.subspace import direction, direction_weights, eigenbasis, mean_cosine, second_moment, svd
 from hf_dirembed.compression.table import Table
-from hf_dirembed.layout_dirembed import BudgetError, TableError
+from hf_dirembed.errors import BudgetError, TableError
 
 
 def random_rows(num_rows: int, dim: int, seed: int = 0, decay: float = 0.3, mean: float = 0.0) -> torch.Tensor:

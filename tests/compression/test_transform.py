@@ -15,20 +15,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_dirembed.compression import trellis
-from hf_dirembed.compression.codec import Codec, Layer, PackedTable, Symbols
 from hf_dirembed.compression.coded import CodedTable
-from hf_dirembed.compression.decoder import DecoderFit, DecoderStorage
-from hf_dirembed.compression.importance import Importance, Sample
-from hf_dirembed.compression.measure import Measure
-from hf_dirembed.compression.quantisation import Allocation, BitAllocator, Quantisers
+from hf_dirembed.compression.distortion import Measure
+from hf_dirembed.compression.row_weights import Importance, Sample
 from hf_dirembed.compression.subspace import mean_cosine
 from hf_dirembed.compression.table import Table
-from hf_dirembed.compression.transform import TransformSettings, transform
-from hf_dirembed.compression.trellis import Codebooks, best_states
-from hf_dirembed.compression.viterbi import cheapest_paths
-from hf_dirembed.layout_dirembed import BIT_WIDTHS, BudgetError, TableError
-from hf_dirembed.packing_dirembed import trellis_states
+from hf_dirembed.compression.transform import trellis
+from hf_dirembed.compression.transform.codec import Codec, Layer, PackedTable, Symbols
+from hf_dirembed.compression.transform.decoder import DecoderFit, DecoderStorage
+from hf_dirembed.compression.transform.quantisation import Allocation, BitAllocator, Quantisers
+from hf_dirembed.compression.transform.transform import TransformSettings, transform
+from hf_dirembed.compression.transform.trellis import Codebooks, best_states
+from hf_dirembed.compression.transform.viterbi import cheapest_paths
+from hf_dirembed.errors import BudgetError, TableError
+from hf_dirembed.remote.codes_dirembed import BIT_WIDTHS, trellis_states
 
 
 def table_of(num_rows: int, dim: int, seed: int = 0, decay: float = 1.0) -> Tensor:
@@ -106,7 +106,7 @@ def test_one_trellis_search_on_all_devices(
 def test_the_search_is_compiled_once_for_all_processes(tmp_path: Path) -> None:
     code = """
 import torch
-from hf_dirembed.compression.viterbi import _search_of, cheapest_paths
+from hf_dirembed.compression.transform.viterbi import _search_of, cheapest_paths
 
 for width in (1, 2, 4):
     cheapest_paths(torch.zeros(2, 3), torch.ones(2), torch.zeros(256), width)

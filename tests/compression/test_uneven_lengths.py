@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
-from hf_dirembed.cli import main
+from hf_dirembed.cli.commands import main
 from hf_dirembed.compression import compress_table
-from hf_dirembed.compression.importance import Importance
+from hf_dirembed.compression.row_weights import Importance
 from hf_dirembed.compression.subspace import row_cosines
 from hf_dirembed.compression.table import Table
 

@@ -7,11 +7,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hf_dirembed.compression import languages as languages_module
-from hf_dirembed.compression import weights as weights_module
-from hf_dirembed.compression.languages import word_list
-from hf_dirembed.compression.statistics import Statistics, usage
-from hf_dirembed.compression.weights import (
+from hf_dirembed.calibration import languages as languages_module
+from hf_dirembed.calibration import token_weights as weights_module
+from hf_dirembed.calibration.languages import word_list
+from hf_dirembed.calibration.statistics import Statistics, usage
+from hf_dirembed.calibration.token_weights import (
     WeightsError,
     card_languages,
     count_tokens,

@@ -11,8 +11,8 @@ from tiny import Sentences
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_dirembed.compression.trellis import Codebooks
-from hf_dirembed.modeling_dirembed import convert
+from hf_dirembed.compression.transform.trellis import Codebooks
+from hf_dirembed.remote.modeling_dirembed import convert
 
 
 AUTO = "AutoModelForCausalLM"

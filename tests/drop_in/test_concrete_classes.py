@@ -15,7 +15,7 @@ from transformers import BertForMaskedLM, BertModel
 
 import hf_dirembed
 from hf_dirembed import CheckpointError, ModelError
-from hf_dirembed.layout_dirembed import SpecError
+from hf_dirembed.errors import SpecError
 
 
 @pytest.fixture

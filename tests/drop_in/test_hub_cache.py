@@ -58,7 +58,7 @@ def load(cache: Path, expected: str, modules: Path, *, plugin: bool, **options: 
 
 @pytest.mark.parametrize(("revision", "expected"), [("main", SECOND), (FIRST, FIRST)])
 def test_with_the_plugin(cache: Path, revision: str, expected: str, tmp_path: Path) -> None:
-    assert load(cache, expected, tmp_path, plugin=True, revision=revision) == "hf_dirembed.modeling_dirembed"
+    assert load(cache, expected, tmp_path, plugin=True, revision=revision) == "hf_dirembed.remote.modeling_dirembed"
 
 
 def test_without_it_the_code_is_that_of_its_revision(cache: Path, tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from tiny import BUDGETS, make, outputs
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_dirembed.checkpoint import inspect_checkpoint
-from hf_dirembed.matrix_dirembed import CompressedMatrix
+from hf_dirembed.checkpoints.convert import inspect_checkpoint
+from hf_dirembed.remote.modules_dirembed import CompressedMatrix
 
 
 AUTOS = {"bert": "AutoModelForMaskedLM", "llama-tied": "AutoModelForCausalLM", "t5": "AutoModelForSeq2SeqLM"}

@@ -22,7 +22,7 @@ from transformers import (
 
 import hf_dirembed
 from hf_dirembed import CheckpointError
-from hf_dirembed.matrix_dirembed import CompressedMatrix
+from hf_dirembed.remote.modules_dirembed import CompressedMatrix
 
 
 IDS = FAMILIES["llama-tied"].inputs()["input_ids"]

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 import hf_dirembed
 from benchmarks.stand_in_hub import StandInHub
-from hf_dirembed.checkpoint import compress_checkpoint
+from hf_dirembed.checkpoints.convert import compress_checkpoint
 
 
 sentence_transformers = pytest.importorskip("sentence_transformers")

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 import hf_dirembed
 from hf_dirembed import CompressedEmbedding, CompressedLMHead, ModelError
-from hf_dirembed.compression.trellis import quantise
-from hf_dirembed.layout_dirembed import BIT_WIDTHS
-from hf_dirembed.matrix_dirembed import CompressedMatrix, unfreeze
-from hf_dirembed.packing_dirembed import unpack
+from hf_dirembed.compression.transform.trellis import quantise
+from hf_dirembed.remote.codes_dirembed import BIT_WIDTHS, unpack
+from hf_dirembed.remote.modules_dirembed import CompressedMatrix, unfreeze
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")

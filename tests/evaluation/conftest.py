@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
-from hf_dirembed.checkpoint import compress_checkpoint
+from hf_dirembed.checkpoints.convert import compress_checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -17,9 +17,9 @@ from families import FAMILIES
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 from hf_dirembed import DirEmbedError
-from hf_dirembed.checkpoint import compress_checkpoint
-from hf_dirembed.cli import main
-from hf_dirembed.cli_evaluate import flag
+from hf_dirembed.checkpoints.convert import compress_checkpoint
+from hf_dirembed.cli.commands import main
+from hf_dirembed.cli.evaluate import flag
 from hf_dirembed.evaluation import (
     TASKS,
     DatasetSource,
@@ -147,7 +147,7 @@ def test_command_prints_json_alone_in_a_process_of_its_own(model: Path, dense: P
     """Fine-tuning, whose Trainer prints a log by itself."""
     arguments = ["--task", "glue", "--subset", "sst2", "--data", files["sst2"], "--train", files["sst2"], "--json"]
     arguments += ["--reference", dense, "--epochs", "1", "--seeds", "0,1", "--device", "cpu"]
-    command = "import sys; sys.argv[0] = 'hf-dirembed'; from hf_dirembed.cli import main; main()"
+    command = "import sys; sys.argv[0] = 'hf-dirembed'; from hf_dirembed.cli.commands import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", command, "evaluate", *map(str, [model, *arguments])],
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},

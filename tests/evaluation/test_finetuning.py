@@ -14,11 +14,11 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from hf_dirembed.checkpoint import compress_checkpoint
-from hf_dirembed.embedding_dirembed import CompressedEmbedding
+from hf_dirembed.checkpoints.convert import compress_checkpoint
 from hf_dirembed.evaluation import GLUE, EvaluationError, FineTuningSettings, SquadSettings, glue, squad
 from hf_dirembed.evaluation.finetuning import load_start, train_and_predict
 from hf_dirembed.evaluation.glue_data import load_labelled
+from hf_dirembed.remote.modules_dirembed import CompressedEmbedding
 
 
 FAST = {"epochs": 6, "learning_rate": 5e-3, "batch_size": 8, "device": "cpu"}

@@ -10,14 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_dirembed.evaluation import (
-    DatasetSource,
-    EvaluationError,
-    ReferenceResult,
-    Result,
-    load_results,
-    save_result,
-)
+from hf_dirembed.evaluation import DatasetSource, EvaluationError, ReferenceResult, Result, load_results, save_result
 from hf_dirembed.evaluation.results import RESULTS_NAME
 
 

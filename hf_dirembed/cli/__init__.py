@@ -1,0 +1,6 @@
+"""The command line."""
+
+from .commands import main
+
+
+__all__ = ["main"]

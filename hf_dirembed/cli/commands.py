@@ -1,0 +1,251 @@
+"""The command line: `hf-dirembed`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..checkpoints.convert import compress_checkpoint, expand_checkpoint
+from ..checkpoints.loading import find_checkpoint
+from ..checkpoints.summary import CheckpointSummary, inspect_checkpoint
+from ..compression.compress import METHODS, SETTINGS
+from ..errors import BudgetError, CheckpointError, DirEmbedError
+from ..hub.publishing import upload_checkpoint, write_checkpoint_card
+from ..processes import is_main_process
+from .demo import PAIRS, SENTENCES, DemoResult, run_demo
+from .evaluate import evaluate_command
+from .picture import TableProfile, require_matplotlib, save_picture
+
+
+class ErrorReportingGroup(click.Group):
+    """Ends a user's mistake in one line on stderr and exit code 2, Ctrl-C in one and 130, without a traceback."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Reads the options before the command's name."""
+        try:
+            return super().make_context(*args, **kwargs)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            _report(error)
+            sys.exit(2)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs a command."""
+        try:
+            return super().invoke(ctx)
+        except (click.UsageError, DirEmbedError) as error:
+            _report(error)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            if is_main_process():
+                click.echo("\nhf-dirembed: interrupted", err=True)
+            ctx.exit(130)
+
+
+def _report(error: click.UsageError | DirEmbedError) -> None:
+    if not is_main_process():
+        return
+    line = str(error)
+    if isinstance(error, click.UsageError):
+        line = " ".join(error.format_message().split())
+        if error.ctx is not None:
+            line += f" ({error.ctx.command_path} --help)"
+    click.echo(f"hf-dirembed: {line}", err=True)
+
+
+def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say how small a table shall be."""
+    for option in (
+        click.option("--rank", type=int, help="Budget: latent dimensions (float methods)."),
+        click.option("--ratio", type=float, help="Budget: how many times smaller than in the source checkpoint."),
+        click.option("--bits", type=float, help="Budget: bits per weight, all that replaces the table counted."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(cls=ErrorReportingGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="hf_dirembed")
+def main() -> None:
+    """Makes a model's token embeddings 8 to 32 times smaller, behind plain from_pretrained."""
+
+
+@main.command(short_help="Make the token embeddings of a checkpoint smaller.")
+@click.argument("src")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--method", default="transform", show_default=True, help=f"One of {', '.join(METHODS)}.")
+@budget_options
+@click.option("--codes", help="Dtype of float latents: float32, float16 or bfloat16.  [default: the table's]")
+@click.option("--languages", help="Languages of the text that the model is for, like en,de.  [default: the card's]")
+@click.option(
+    "--calibrate",
+    metavar="TEXT",
+    help="Run the model on this text file of mixed domains, or on 'self', which needs no data: what a language model "
+    "writes, for an encoder words in no order.",
+)
+@click.option(
+    "--resume",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Save the calibration, or the autoencoder's training, in this file now and then, and go on from it.",
+)
+@click.option("--seed", type=int, help="Seed of transform and autoencoder.  [default: 0]")
+@click.option("--device", help="Where to fit.  [default: a GPU where there is one]")
+@click.option("--base-model", metavar="REPO", help="Hub id of SRC, for the model card.  [default: SRC, if it is one]")
+@click.option("--push-to-hub", metavar="REPO", help="Also upload OUT to this Hub repo.")
+@click.option("--private", is_flag=True, help="Make that Hub repo private.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def compress(
+    src: str,
+    out: Path,
+    languages: str | None,
+    calibrate: str | None,
+    seed: int | None,
+    method: str,
+    push_to_hub: str | None,
+    private: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Compress the token embeddings of SRC, a folder or a Hub id, into the folder OUT."""
+    if seed is not None and method in METHODS and method not in SETTINGS:
+        raise BudgetError(f"method {method!r} draws no random numbers: leave --seed out")
+    if private and not push_to_hub:
+        raise CheckpointError("--private is for an upload: name its repo with --push-to-hub")
+    summary = compress_checkpoint(
+        src,
+        out,
+        languages=tuple(tag.strip() for tag in languages.split(",") if tag.strip()) if languages else None,
+        method=method,
+        calibration=calibrate,
+        settings=SETTINGS[method](seed=seed) if seed is not None and method in SETTINGS else None,
+        **options,
+    )
+    if not is_main_process():
+        return
+    _print_summary(summary, as_json)
+    if push_to_hub:
+        click.echo(f"uploaded to {upload_checkpoint(out, push_to_hub, private=private)}", err=True)
+
+
+@main.command(short_help="Show what a checkpoint holds in place of its table.")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option(
+    "--plot", metavar="FILE", type=click.Path(path_type=Path), help="Also draw its spectrum and bits into this image."
+)
+@click.option("--reference", metavar="BASE", help="The dense model, whose table the picture compares with.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def inspect(folder: Path, plot: Path | None, reference: str | None, as_json: bool) -> None:
+    """Show what the compressed checkpoint DIR holds in place of its table."""
+    if reference and not plot:
+        raise CheckpointError("--reference is for the picture: name its file with --plot")
+    summary = inspect_checkpoint(folder)
+    if plot:
+        require_matplotlib()
+        dense = find_checkpoint(reference) if reference else None
+        save_picture(TableProfile.of_checkpoint(find_checkpoint(folder), dense), plot)
+    _print_summary(summary, as_json)
+
+
+main.add_command(evaluate_command)
+
+
+@main.command(short_help="Write the model card of a compressed checkpoint.")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--base-model", metavar="REPO", help="Hub id of the model that DIR was made from.  [default: as known]")
+@click.option("--model-id", metavar="REPO", help="Hub id that DIR will have.  [default: the folder's name]")
+@click.option("--force", is_flag=True, help="Replace a card that was written by hand.")
+def card(folder: Path, base_model: str | None, model_id: str | None, force: bool) -> None:
+    """Write the model card of the compressed checkpoint DIR, with the results of its evaluations."""
+    written = write_checkpoint_card(folder, base_model=base_model, model_id=model_id, force=force)
+    click.echo(f"{written}: the card", err=True)
+
+
+@main.command(short_help="Turn a compressed checkpoint into a stock one.")
+@click.argument("folder", metavar="DIR")
+@click.argument("out", type=click.Path(path_type=Path))
+def expand(folder: str, out: Path) -> None:
+    """Expand DIR, a compressed folder or Hub id, into the stock checkpoint OUT, which loads without this package."""
+    expand_checkpoint(folder, out)
+    click.echo(f"{out}: a stock checkpoint", err=True)
+
+
+@main.command(short_help="Compress a real model and show what changed.")
+@click.option("--out", type=click.Path(path_type=Path), help="Keep the compressed model in this folder.")
+@click.option("--method", default="transform", show_default=True, help=f"One of {', '.join(METHODS)}.")
+@budget_options
+def demo(out: Path | None, **options: Any) -> None:
+    """Compress the real all-MiniLM-L6-v2 that a package ships, reload it, and show what changed.
+
+    Without a budget it is compressed to 2 bits per weight, by transform calibrated on words in no order.
+    """
+    if options["method"] == "transform":
+        options["calibration"] = "self"
+    if all(options[name] is None for name in ("bits", "ratio", "rank")):
+        options["bits"] = 2.0
+    with tempfile.TemporaryDirectory() as folder:
+        result = run_demo(out or Path(folder) / "all-MiniLM-L6-v2-dirembed", **options)
+    _print_demo(result)
+    if out is not None:
+        click.echo(f"\nThe compressed model is in {out}: AutoModel.from_pretrained({str(out)!r})")
+
+
+def _print_summary(summary: CheckpointSummary, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(asdict(summary)))
+        return
+    cosine = "not recorded" if summary.mean_cosine is None else f"{summary.mean_cosine:.4f}"
+    if summary.token_cosine is not None:
+        cosine += f" over rows, {summary.token_cosine:.4f} over tokens in use"
+    latents = f"{summary.rank} for {summary.embedding_dim} dimensions, {summary.codes}"
+    if summary.refined_rows:
+        latents += f"; further codes for {summary.refinement_rank} in the {summary.refined_rows:,} most important rows"
+    parts = f"codes {_size(summary.code_bytes)}, decoder {_size(summary.decoder_bytes)}"
+    lines = [
+        ("method", summary.method),
+        ("base model", summary.base_model_type),
+        ("table", f"{summary.num_embeddings:,} x {summary.embedding_dim:,}, {_size(summary.dense_bytes)}"),
+        ("replaced by", f"{_size(summary.bytes)}, {summary.ratio:.2f}x smaller"),
+        ("", parts),
+        ("bits per weight", f"{summary.bits_per_weight:.3f}"),
+        ("latents", latents),
+        ("mean cosine", cosine),
+    ]
+    if summary.outliers:
+        lines.append(("outlier rows", f"{summary.outliers:,} kept as they are"))
+    if summary.shortened_rows and summary.shortened_cosine is not None:
+        kept = f"their length is cut, their mean cosine {summary.shortened_cosine:.4f}"
+        lines.append(("long rows", f"{summary.shortened_rows:,}, far longer than most: {kept}"))
+    if summary.distortion is not None and summary.bound_bits is not None:
+        lines.append(("lost", f"{summary.distortion:.2%} of the weighted variance"))
+        distance = f"{summary.bits_per_weight - summary.bound_bits:.3f} bits per weight less for that"
+        lines.append(("", f"a Gaussian table of this spectrum could do with {distance}"))
+    if summary.expanded_bytes:
+        memory = f"+ {_size(summary.expanded_bytes)} where a tied head expands the codes, on CPU"
+        lines.append(("at run time", memory))
+    for label, value in lines:
+        click.echo(f"{label:<16} {value}")
+
+
+def _print_demo(result: DemoResult) -> None:
+    click.echo("all-MiniLM-L6-v2, its token embeddings compressed\n")
+    _print_summary(result.summary, as_json=False)
+    before, after = result.file_bytes
+    click.echo(f"{'whole file':<16} {_size(before)} -> {_size(after)}")
+    click.echo(f"{'sentence cosine':<16} {result.sentence_cosine:.4f} between embeddings before and after\n")
+    click.echo("similarity     before   after")
+    for (first, second), (dense, compressed) in zip(PAIRS, result.similarities, strict=True):
+        click.echo(f"               {dense:6.3f}  {compressed:6.3f}   {SENTENCES[first]}  |  {SENTENCES[second]}")
+    click.echo(f"\nAutoModel and SentenceTransformer load it alike (largest difference {result.agreement:.1e}).")
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e5 or not num_bytes else f"{num_bytes / 1e3:,.1f} kB"

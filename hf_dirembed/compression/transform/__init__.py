@@ -1,0 +1,1 @@
+"""Transform coding: a subspace's latents in few bits each, and a decoder fitted to what the bits can say."""

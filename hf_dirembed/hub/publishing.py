@@ -1,0 +1,89 @@
+"""What goes to the Hub with a compressed model: its card, and the upload itself."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from transformers import PreTrainedModel
+
+from ..checkpoints.summary import inspect_checkpoint
+from ..errors import CheckpointError, first_line
+from .card import CARD_NAME, is_generated, write_card
+from .metadata import card_metadata
+from .source import Source, find_source
+
+
+def write_checkpoint_card(
+    folder: str | os.PathLike[str], *, base_model: str | None = None, model_id: str | None = None, force: bool = False
+) -> Path:
+    """Writes the model card of a compressed checkpoint, with the results of evaluations that lie beside it.
+
+    What a card that is there says of licence, language and task is kept.
+
+    Args:
+        folder: The checkpoint.
+        base_model: The Hub id of the model that it was made from; by default what its card or config say.
+        model_id: Its own Hub id; by default the folder's name.
+        force: Replace a card that somebody wrote by hand.
+
+    Returns:
+        The card's file.
+
+    Raises:
+        DirEmbedError: If the folder holds no compressed checkpoint or a card written by hand, or cannot be written.
+    """
+    if not Path(folder).is_dir():
+        raise CheckpointError(f"{folder} is no folder: download the model first, or name its folder")
+    summary, folder = inspect_checkpoint(folder), Path(folder)
+    source = find_source(folder, base_model)
+    return write_card(folder, summary, source, model_id=model_id or folder.resolve().name, force=force)
+
+
+def upload_checkpoint(folder: str | os.PathLike[str], repo_id: str, *, private: bool = False) -> str:
+    """Uploads a checkpoint to the Hub.
+
+    Args:
+        folder: What [`compress_checkpoint`] wrote.
+        repo_id: Made if it does not exist.
+        private: Whether a repo that is made is private.
+
+    Returns:
+        The repo's address.
+
+    Raises:
+        CheckpointError: If the Hub cannot be reached or refuses.
+    """
+    try:
+        repo = huggingface_hub.create_repo(repo_id, private=private, exist_ok=True)
+        if is_generated(Path(folder) / CARD_NAME):
+            write_checkpoint_card(folder, model_id=repo.repo_id)  # which says what to load it by
+        huggingface_hub.upload_folder(repo_id=repo.repo_id, folder_path=Path(folder))
+    except (HFValidationError, HfHubHTTPError, OSError) as error:
+        raise CheckpointError(
+            f"{repo_id} takes no upload ({first_line(error)}): check its name and run hf auth login"
+        ) from error
+    return str(repo)
+
+
+def write_upload_card(model: PreTrainedModel, folder: str, repo_id: str) -> None:
+    """Writes the card of a model that `push_to_hub` is about to upload, unless its repo has one written by hand.
+
+    Results of evaluations are not taken along: what is pushed may have been trained since.
+
+    Args:
+        model: As it is pushed.
+        folder: What is uploaded, the card of the repo or of transformers among it.
+        repo_id: Where to.
+    """
+    path = Path(folder)
+    if not is_generated(path / CARD_NAME):
+        return
+    source = find_source(path)
+    if (loaded_from := model.name_or_path) and os.path.isdir(loaded_from):
+        source = source.completed_by(Source.of_folder(loaded_from))
+    stated = card_metadata(path).get("tags")
+    tags = tuple(tag for tag in stated if isinstance(tag, str)) if isinstance(stated, list) else ()
+    write_card(path, inspect_checkpoint(path), source, model_id=repo_id, tags=tags)

@@ -1,0 +1,1 @@
+"""What makes other libraries take compressed models for what they are."""

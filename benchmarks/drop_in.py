@@ -40,8 +40,9 @@ def prepare(model: str, bits: float, work: Path) -> Subject:
     load_model(work / "stored", dtype=torch.float32).save_pretrained(work / "compressed")
     expand_checkpoint(work / "compressed", work / "stock")
     shutil.rmtree(work / "stored")
+    sizes = " and ".join(f"{table.num_embeddings:,} x {table.embedding_dim}" for table in summary.tables)
     print(
-        f"{summary.num_embeddings:,} x {summary.embedding_dim} table at {summary.bits_per_weight:.3f} bits per weight"
+        f"{sizes} {'table' if len(summary.tables) == 1 else 'tables'} at {summary.bits_per_weight:.3f} bits per weight"
         f", {summary.bytes / 2**20:.1f} MiB, fitted in {seconds:.0f} s; float32, threads: {torch.get_num_threads()}\n"
     )
     return Subject(work)

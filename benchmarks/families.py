@@ -2,11 +2,11 @@
 
     python benchmarks/families.py [--only bert gpt2] [--out docs/families.md]
 
-For each class of the causal, masked and sequence-to-sequence mappings: a tiny config, made by shrinking the sizes of
-the default one by their names; the stock model, which must run and survive its own save and reload, or it counts as
-one that cannot be built; the compressed model, which must have the same tensors after a save and a reload, bit for
-bit, and answer the same up to rounding: BLAS sums otherwise where a tensor of a file starts off a cache line. So must
-it after it is expanded.
+For each class of the causal, masked, sequence-to-sequence and multimodal mappings, those that read text alone, too: a
+tiny config, made by shrinking the sizes of the default one by their names; the stock model, which must run and survive
+its own save and reload, or it counts as one that cannot be built; the compressed model, which must have no dense
+vocabulary table left, the same tensors after a save and a reload, bit for bit, and answer the same up to rounding:
+BLAS sums otherwise where a tensor of a file starts off a cache line. So must it after it is expanded.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 import hf_dirembed
-from hf_dirembed import ModelError
+from hf_dirembed.remote.codes_dirembed import BlocksLayout
 
 
 TASKS = {
     "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     "AutoModelForSeq2SeqLM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModelForImageTextToText": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    "AutoModelForMultimodalLM": modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 }
 VOCAB = 160
 MAX_PARAMETERS = 60_000_000
@@ -61,11 +63,12 @@ SIZES = (
 
 
 class Outcome(NamedTuple):
-    """What came of one class: whether it could be built, whether it works compressed, and why not."""
+    """What came of one class: whether it could be built, whether it works compressed, why not, and what it has."""
 
     built: bool
     works: bool
     reason: str = ""
+    tables: tuple[str, ...] = ()
 
 
 class Variant(NamedTuple):
@@ -196,7 +199,7 @@ def build(model_type: str, auto: type) -> PreTrainedModel:
 
 def outcome(model_type: str, auto_name: str) -> Outcome:
     """Builds, compresses, saves, reloads and expands one class."""
-    auto, method = getattr(transformers, auto_name), ""
+    auto = getattr(transformers, auto_name)
     with tempfile.TemporaryDirectory() as folder, time_limit():
         try:
             stock = build(model_type, auto)
@@ -205,16 +208,13 @@ def outcome(model_type: str, auto_name: str) -> Outcome:
             check_reloaded(dense, stock, "the stock model")
         except Exception as error:
             return Outcome(built=False, works=False, reason=describe(error))
+        tables: tuple[str, ...] = ()
         try:
-            try:
-                model = hf_dirembed.compress(dense, bits=7)
-                expected = answers(model)
-            except ModelError as error:
-                if "method='direction'" not in str(error):
-                    raise
-                method = "float latents only"
-                model = hf_dirembed.compress(hf_dirembed.expand(dense), method="direction", ratio=4)
-                expected = answers(model)
+            model = hf_dirembed.compress(dense, bits=7)
+            tables = tables_of(model)
+            if left := [table.name for table in hf_dirembed.find_tables(model) if not table.compressed]:
+                raise ValueError(f"{', '.join(left)} stayed dense")
+            expected = answers(model)
             model.save_pretrained(Path(folder) / "compressed")
             again = auto.from_pretrained(Path(folder) / "compressed")
             check_reloaded(again, model, "it")
@@ -222,8 +222,19 @@ def outcome(model_type: str, auto_name: str) -> Outcome:
             again.save_pretrained(Path(folder) / "expanded")
             check_reloaded(auto.from_pretrained(Path(folder) / "expanded"), again, "the expanded model")
         except Exception as error:
-            return Outcome(built=True, works=False, reason=describe(error))
-    return Outcome(built=True, works=True, reason=method)
+            return Outcome(built=True, works=False, reason=describe(error), tables=tables)
+    return Outcome(built=True, works=True, tables=tables)
+
+
+def tables_of(model: PreTrainedModel) -> tuple[str, ...]:
+    """The vocabulary tables of a compressed model: path, kind, and in how many blocks each is compressed."""
+    found = []
+    for table in hf_dirembed.find_tables(model):
+        layout = getattr(model.get_submodule(table.name), "layout", None)
+        blocks = f", {len(layout.blocks)} blocks" if isinstance(layout, BlocksLayout) else ""
+        state = "" if table.compressed else ", dense"
+        found.append(f"`{table.name}` ({table.kind}{blocks}{state})")
+    return tuple(found)
 
 
 def describe(error: Exception) -> str:
@@ -264,10 +275,11 @@ def report(outcomes: dict[tuple[str, str], Outcome]) -> str:
         built, works = sum(o.built for o in found), sum(o.works for o in found)
         lines.append(f"| `{auto}` | {len(found)} | {built} | {works} ({100 * works / max(built, 1):.0f} %) |")
     lines += ["", "## What works", ""]
+    lines += ["Every table is compressed; what is tied shares the codes of the table that it is tied to.", ""]
     for auto in TASKS:
+        lines += [f"### `{auto}`", "", "| architecture | tables |", "| --- | --- |"]
         working = [(t, o) for (t, name), o in sorted(outcomes.items()) if name == auto and o.works]
-        lines += [f"`{auto}`: {', '.join(f'`{t}`' + (o.reason and ' ¹') for t, o in working)}.", ""]
-    lines += ["¹ With float latents only: the model casts its hidden states to the dtype of its head's weight.", ""]
+        lines += [f"| `{model_type}` | {', '.join(o.tables)} |" for model_type, o in working] + [""]
     for title, built in (("What does not", True), ("What could not be built, the stock model neither", False)):
         rest = [(key, o) for key, o in sorted(outcomes.items()) if not o.works and o.built == built]
         lines += [f"## {title}", "", "| architecture | class | why |", "| --- | --- | --- |"]

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_dirembed.remote.codes_dirembed import CODEBOOK_SHAPE, PackedCodes, code_bytes
-from hf_dirembed.remote.kernels_dirembed import ExpandedCodes, packed_linear, padded_rank
+from hf_dirembed.remote.codes_dirembed import CODEBOOK_SHAPE, code_bytes
+from hf_dirembed.remote.kernels_dirembed import ExpandedCodes, PackedCodes, packed_linear, padded_rank
 
 
 Contest = dict[str, tuple[Callable[[], Tensor], int]]  # a name to the product and the bytes that it holds

@@ -82,7 +82,8 @@ def compress(source: Path, out: Path, method: str, bits: float, limit: float) ->
     summary = compress_checkpoint(source, out, method=method, bits=bits)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"{method}: {time.perf_counter() - start:.0f} s, {summary.bits_per_weight:.3f} bits per weight", end=", ")
-    print(f"mean cosine {summary.mean_cosine}, peak of resident memory {peak / GIB:.2f} GiB")
+    cosines = ", ".join(str(table.mean_cosine) for table in summary.tables)
+    print(f"mean cosine {cosines}, peak of resident memory {peak / GIB:.2f} GiB")
 
 
 def check(source: Path, out: Path) -> None:

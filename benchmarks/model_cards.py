@@ -23,7 +23,7 @@ from pathlib import Path
 
 from huggingface_hub import metadata_load, metadata_save
 
-from hf_dirembed.checkpoints.convert import compress_checkpoint, find_checkpoint
+from hf_dirembed.checkpoints.convert import compress_checkpoint, resolve_checkpoint
 from hf_dirembed.cli.commands import main as run_cli
 from hf_dirembed.cli.picture import TableProfile, save_picture
 from hf_dirembed.hub.publishing import write_checkpoint_card
@@ -61,7 +61,7 @@ def make_card(arguments: argparse.Namespace, bits: float, work: Path) -> Path:
     for evaluation in arguments.evaluate:
         told = ["evaluate", str(folder), "--reference", arguments.model, *shlex.split(evaluation)]
         run_cli(told, standalone_mode=False)
-    reference = find_checkpoint(arguments.model)
+    reference = resolve_checkpoint(arguments.model)
     save_picture(TableProfile.of_checkpoint(folder, reference), folder / "dirembed.png")
     write_checkpoint_card(folder, model_id=f"{arguments.user}/{name}" if arguments.user else None)
     return keep(folder, arguments.out / name)

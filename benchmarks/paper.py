@@ -36,7 +36,7 @@ from hf_dirembed.compression.table import Table
 from hf_dirembed.evaluation import GLUE
 from hf_dirembed.evaluation.results import installed_versions
 from hf_dirembed.evaluation.tasks import parse_seeds
-from hf_dirembed.remote.modeling_dirembed import embedding_of
+from hf_dirembed.remote.tables_dirembed import embedding_of
 
 
 COLUMNS = ("method", "ratio", "rank", "bits", "fit, s", "mean cosine", "token cosine", "RMSE")
@@ -136,7 +136,7 @@ def notes(dense: Dense, measures: Measures, arguments: argparse.Namespace) -> li
     weights = "expected counts" if arguments.calibrate is None else f"counts of {Path(arguments.calibrate).name}"
     found = [
         f"Table: {rows:,} x {dim}, {dtype}; {head}. Token weights: {weights}"
-        + ("." if dense.metric is None else "; `transform` measures errors in the metric of that text."),
+        + ("." if dense.hessian is None else "; `transform` measures errors by the Hessian of that text."),
         f"Ratio: of parameters, as the paper counts, V d / (rank (V + d)). Latents are stored in {CODES}, decoders in "
         f"{dtype}: 16 bits per parameter, where float32 as published takes 32. Packed latents have no such count: "
         "`transform` gets at most the bytes of the SVD's factors in its block (`bits`: per weight of the table).",

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_dirembed.calibration.calibrated import Calibration, has_tied_head
+from hf_dirembed.calibration.calibrated import Calibration
 from hf_dirembed.calibration.token_weights import token_weights
-from hf_dirembed.checkpoints.convert import find_checkpoint, load_model, load_tokenizer
+from hf_dirembed.checkpoints.convert import load_model, load_tokenizer, resolve_checkpoint
 from hf_dirembed.compression import compress_table
 from hf_dirembed.compression.baselines.autoencoder import AutoencoderSettings, autoencoder_epochs
 from hf_dirembed.compression.coded import CodedTable
 from hf_dirembed.compression.table import Table
+from hf_dirembed.conversion import convert
 from hf_dirembed.evaluation import (
     EvaluationError,
     FineTunedFigures,
@@ -38,7 +39,9 @@ from hf_dirembed.evaluation import (
     sts,
 )
 from hf_dirembed.evaluation.running import find_device, longest_input, settings_of
-from hf_dirembed.remote.modeling_dirembed import convert, embedding_of
+from hf_dirembed.remote.codes_dirembed import CompressionSpec
+from hf_dirembed.remote.tables_dirembed import embedding_of, input_table, source_of, tied_modules
+from hf_dirembed.tables import has_tied_head
 
 
 # Of the latents of all methods but transform: half the bytes of float32, for an error of 1/2000 of a latent.
@@ -71,7 +74,7 @@ class Dense:
         tokenizer: Its tokenizer.
         tied: Whether the head shares the table.
         weights: (V,) how often tokens are expected.
-        metric: (d, d) what calibration found, for `transform`.
+        hessian: (d, d) what calibration found, for `transform`.
     """
 
     folder: Path
@@ -79,7 +82,7 @@ class Dense:
     tokenizer: PreTrainedTokenizerBase
     tied: bool
     weights: Tensor
-    metric: Tensor | None
+    hessian: Tensor | None
 
     @classmethod
     def load(cls, name: str, calibrate: str | None, languages: list[str] | None) -> Dense:
@@ -88,17 +91,18 @@ class Dense:
         Raises:
             DirEmbedError: If there is none, or it cannot be loaded or calibrated.
         """
-        folder = find_checkpoint(name)
+        folder = resolve_checkpoint(name)
         model = load_model(folder).to(find_device()).eval()  # type: ignore[arg-type]
         tokenizer = load_tokenizer(folder)
         if tokenizer is None:
             raise EvaluationError(f"{name} has no tokenizer: save one beside the model")
+        path = input_table(model)
         tied = has_tied_head(model)
         if calibrate is None:
             weights = token_weights(tokenizer, embedding_of(model).num_embeddings, languages=languages)
             return cls(folder, model, tokenizer, tied, weights, None)
         found = Calibration.of(model, tokenizer, calibrate, languages)
-        return cls(folder, model, tokenizer, tied, found.weights, found.metric)
+        return cls(folder, model, tokenizer, tied, *found.measure(model, tokenizer, path, languages))
 
     @property
     def rows(self) -> Tensor:
@@ -107,7 +111,9 @@ class Dense:
 
     def compressed(self, coded: CodedTable) -> PreTrainedModel:
         """A copy of the model with another table."""
-        return convert(copy.deepcopy(self.model), coded.spec, coded.tensors)
+        model = copy.deepcopy(self.model)
+        path = source_of(model, tied_modules(model, input_table(model)))
+        return convert(model, CompressionSpec({path: coded.layout}, {path: coded.record}), {path: coded.tensors})
 
 
 class Measures:
@@ -232,14 +238,14 @@ def fit(dense: Dense, method: str, rank: int, measures: Measures, *, faithful: b
     if method == "transform":
         factors = rank * (torch.float16.itemsize * rows.shape[0] + rows.element_size() * rows.shape[1])
         bits = 8 * factors / rows.numel()
-        return compress(bits=bits, weights=dense.weights, metric=dense.metric)
+        return compress(bits=bits, token_weights=dense.weights, hessian=dense.hessian)
     if method in LOSSES:
         settings = AutoencoderSettings.paper(**LOSSES[method]) if faithful else AutoencoderSettings(**LOSSES[method])
         if faithful and measures.texts:
             return _best_epoch(dense, rank, settings, measures)
-        return compress(method="autoencoder", rank=rank, codes=CODES, settings=settings)
+        return compress(method="autoencoder", rank=rank, latent_dtype=CODES, settings=settings)
     name, _, weighted = method.partition("-")
-    return compress(method=name, rank=rank, codes=CODES, weights=dense.weights if weighted else None)
+    return compress(method=name, rank=rank, latent_dtype=CODES, token_weights=dense.weights if weighted else None)
 
 
 def _best_epoch(dense: Dense, rank: int, settings: AutoencoderSettings, measures: Measures) -> CodedTable:

@@ -1,4 +1,4 @@
-"""Token embeddings 8 to 32 times smaller, behind plain `from_pretrained`."""
+"""Vocabulary tables 8 to 32 times smaller, behind plain `from_pretrained`."""
 
 from transformers import AutoConfig
 
@@ -15,6 +15,7 @@ from .errors import (
     DirEmbedError,
     EvaluationError,
     ModelError,
+    OptionError,
     SpecError,
     TableError,
     UnreadableCheckpointError,
@@ -22,15 +23,19 @@ from .errors import (
 )
 from .hub.publishing import write_upload_card
 from .integrations import quantizer  # noqa: F401 (it registers itself)
-from .remote.codes_dirembed import CompressionSpec
+from .integrations.quantization_config import DirEmbedQuantizationConfig
+from .remote.codes_dirembed import CompressionSpec, TableLayout
 from .remote.configuration_dirembed import MODEL_TYPE, DirEmbedConfig
-from .remote.modules_dirembed import CompressedEmbedding, CompressedLMHead, package
+from .remote.matrix_dirembed import package
+from .remote.modules_dirembed import CompressedEmbedding, CompressedLinear
+from .tables import VocabularyTable, find_tables
 from .training.straight_through import LatentShadow
 
 
 AutoConfig.register(MODEL_TYPE, DirEmbedConfig, exist_ok=True)
 package.compress_table = compress_table
 package.shadow_latents = LatentShadow
+package.find_tables = find_tables
 package.before_upload = write_upload_card
 
 __all__ = [
@@ -39,19 +44,24 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "CompressedEmbedding",
-    "CompressedLMHead",
+    "CompressedLinear",
     "CompressionSpec",
     "DirEmbedConfig",
     "DirEmbedError",
+    "DirEmbedQuantizationConfig",
     "EvaluationError",
     "ModelError",
+    "OptionError",
     "SpecError",
     "Statistics",
     "TableError",
+    "TableLayout",
     "TransformSettings",
     "UnreadableCheckpointError",
+    "VocabularyTable",
     "WeightsError",
     "calibrate",
     "compress",
     "expand",
+    "find_tables",
 ]

@@ -2,106 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .calibration.calibrated import Calibration
 from .calibration.statistics import Statistics
-from .calibration.text import Texts, check_file
-from .calibration.token_weights import token_weights
-from .compression.budget import Budget
-from .compression.compress import RESUME_WITH, WEIGHING, Settings, check_options, compress_table
-from .compression.table import RowSource
-from .errors import BudgetError, ModelError
-from .hub.metadata import hub_id
-from .remote.modeling_dirembed import DirEmbedModelMixin, convert, embedding_of, restore
-from .remote.modules_dirembed import CompressedEmbedding
-
-
-def check_request(
-    *,
-    method: str = "transform",
-    bits: float | None = None,
-    ratio: float | None = None,
-    rank: int | None = None,
-    calibration: Texts | Statistics | Calibration | None = None,
-    resume: str | Path | None = None,
-    settings: Settings | None = None,
-    metric: Tensor | None = None,
-    **_: Any,
-) -> None:
-    """Refuses what [`compress`] cannot do with any model, before one is read.
-
-    Raises:
-        BudgetError: If the method is unknown, there is not exactly one budget, or options do not go together.
-        CalibrationError: If a text file to calibrate on cannot be read.
-
-    Example:
-        >>> check_request(method="svd", rank=4, calibration="text.txt")
-        Traceback (most recent call last):
-        ...
-        hf_dirembed...BudgetError: method 'svd' takes no calibration: leave it out, or choose transform
-    """
-    check_options(method, settings, metric)
-    Budget(bits, ratio, rank)
-    if calibration is not None and method not in WEIGHING:
-        raise BudgetError(f"method {method!r} takes no calibration: leave it out, or choose transform")
-    if isinstance(calibration, str | Path) and calibration != "self":
-        check_file(calibration)
-    reads_text = not (calibration is None or isinstance(calibration, (Statistics, Calibration)))
-    if resume is not None and not reads_text and method != "autoencoder":
-        raise BudgetError(RESUME_WITH)
+from .calibration.text import Texts
+from .compression.compress import Settings
+from .conversion import restore
+from .errors import ModelError
+from .pipeline import compress_model
+from .remote.modeling_dirembed import DirEmbedModelMixin
+from .request import CompressionRequest
 
 
 def compress(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
+    bits: float | Mapping[str, float] | None = None,
+    ratio: float | None = None,
+    rank: int | None = None,
+    tables: Sequence[str] | None = None,
     method: str = "transform",
     languages: str | Sequence[str] | None = None,
     calibration: Texts | Statistics | Calibration | None = None,
-    weights: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    hessian: Tensor | None = None,
+    latent_dtype: str | None = None,
+    settings: Settings | None = None,
+    device: torch.device | str | None = None,
     base_model: str | None = None,
-    rows: RowSource | None = None,
     resume: str | Path | None = None,
-    **options: Any,
 ) -> PreTrainedModel:
-    """Compresses the token embedding of a pretrained model, and the head that is tied to it, in place.
+    """Compresses the vocabulary tables of a pretrained model, in place: whatever token ids look up, and LM heads.
+
+    Exactly one of `bits`, `ratio` and `rank` says how small.
 
     Args:
-        model: Any transformers model whose input embedding is an `nn.Embedding`. An untied head stays dense.
+        model: Any transformers model with an `nn.Embedding` that reads token ids.
         tokenizer: Tells which tokens are frequent. Without it, and without weights, all rows count alike.
+        bits: Bits per weight over all tables together, all tensors that replace them counted; or of each table, by
+            name, like `{"embed_tokens": 2, "lm_head": 4}`: then tables that are not named stay dense.
+        ratio: The bytes of the tables over the bytes that replace them.
+        rank: The number of latents, for the methods with float latents.
+        tables: Paths of the tables to compress, or their last parts; by default all that [`find_tables`] finds.
         method: `transform`, packed integer latents, the smallest for the quality; `direction`, the subspace that
             keeps directions best, float latents; `autoencoder`, the paper's; `svd`, its baseline.
         languages: Tags of the text that the model is for, like `("en", "de")`, for the token weights; by default
             those that the tokenizer was made for.
-        calibration: How the model uses its table: text (a file's path, strings or a `datasets` dataset), the
+        calibration: How the model uses its tables: text (a file's path, strings or a `datasets` dataset), the
             statistics that [`calibrate`] made of some, or `"self"`, which needs no data: text that a causal language
             model generates itself, words of the lists for an encoder without a head. It runs the model, and lets a
             table of the same size do far better. Processes that were launched together share the work: call it in
             all of them.
-        weights: (V,) token weights, instead of those that tokenizer, languages and calibration give.
+        token_weights: (V,) token weights, instead of those that tokenizer, languages and calibration give.
+        hessian: (d, d) what errors of the one table are measured in, instead of what calibration gives.
+        latent_dtype: Of float latents: `float32`, `float16` or `bfloat16`; by default the table's.
+        settings: `TransformSettings` or `AutoencoderSettings`: how the method fits.
+        device: Where to fit; by default a GPU where there is one.
         base_model: The model's Hub id, for the record; by default the one that it was loaded by.
-        rows: The table, where the model is on the meta device and so does not hold it.
         resume: A file that calibration on text, or the training of `autoencoder`, is saved in now and then, and goes
             on from if it exists.
-        **options: Those of [`compress_table`]: exactly one of `bits`, `ratio` and `rank`; `codes`, `settings`,
-            `metric`, `device`.
 
     Returns:
         The model it was given.
 
     Raises:
-        BudgetError: If the method is unknown, or the budget or a setting cannot be met.
+        BudgetError: If there is not exactly one budget, or it cannot be met.
         CalibrationError: If there is nothing to calibrate with, or the model cannot be calibrated.
         CheckpointError: If `resume` does not belong to this model and settings, or cannot be written.
-        ModelError: If the model has no token embedding that can be compressed, or is compressed already.
-        TableError: If the table holds NaNs or infinities, or is quantised.
+        ModelError: If the model has no table that can be compressed, or is compressed already.
+        OptionError: If an option is not of its kind, does not go with another, or names no table.
+        TableError: If a table holds NaNs or infinities, or is quantised.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -110,31 +87,11 @@ def compress(
         >>> model.get_input_embeddings()
         CompressedEmbedding(500, 32, method=svd, rank=7, bits_per_weight=7.45)
     """
-    embedding = embedding_of(model)
-    if isinstance(embedding, CompressedEmbedding):
-        raise ModelError(f"the model is compressed already (method {embedding.spec.method!r}): expand it first")
-    check_request(method=method, calibration=calibration, resume=resume, **options)
-    used = calibration if isinstance(calibration, Calibration) else None
-    if calibration is not None:
-        used = used or Calibration.of(model, tokenizer, calibration, languages, resume=resume)
-        resume = None
-        weights = used.weights if weights is None else weights
-        if method == "transform" and options.get("metric") is None:
-            options["metric"] = used.metric
-    elif weights is None and tokenizer is not None and method in WEIGHING:
-        weights = token_weights(tokenizer, embedding.num_embeddings, languages=languages)
-    rows = embedding.weight.data if rows is None else rows
-    coded = compress_table(
-        rows, method=method, weights=weights, padding_idx=embedding.padding_idx, resume=resume, **options
-    )
-    record = {
-        "base_model": base_model or hub_id(model.name_or_path),
-        "languages": [languages] if isinstance(languages, str) else list(languages or ()),
-        "calibration": None if used is None else used.source,
-        "calibration_tokens": None if used is None else used.num_tokens,
-    }
-    settings = {**coded.spec.settings, **{name: value for name, value in record.items() if value}}
-    return convert(model, replace(coded.spec, settings=settings), coded.tensors)
+    request = CompressionRequest(
+        bits, ratio, rank, tables, method, languages, calibration, token_weights, hessian, latent_dtype, settings,
+        device, base_model, resume,
+    )  # fmt: skip
+    return compress_model(model, tokenizer, request)
 
 
 def expand(model: PreTrainedModel) -> PreTrainedModel:
@@ -144,7 +101,7 @@ def expand(model: PreTrainedModel) -> PreTrainedModel:
         model: A compressed model.
 
     Returns:
-        The model it was given: of the stock class, its table the one that the codes stand for.
+        The model it was given: of the stock class, its tables the ones that the codes stand for.
 
     Raises:
         ModelError: If the model is not compressed.

@@ -204,3 +204,156 @@ FAMILIES = {
         ),
     )
 }
+
+_SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": DIM,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "use_cache": False,  # tiny hybrids may lack the kind of layer that their caches count with
+}
+_PER_LAYER = {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8, "sliding_window": 16}
+_GEMMA4 = {**_SMALL, **_PER_LAYER, "global_head_dim": 8}
+_T5GEMMA2 = {**_SMALL, "sliding_window": 16}
+_INKLING = {
+    **_SMALL,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 8,
+    "sliding_window_size": 16,
+    "moe_intermediate_size": 48,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+}
+
+# Of every kind of vocabulary table that there is.
+TABLE_FAMILIES = {
+    family.name: family
+    for family in (
+        Family(
+            "gemma3n_text",
+            "Gemma3nTextConfig",
+            {**_SMALL, **_PER_LAYER, "num_hidden_layers": 5, "num_kv_shared_layers": 0, "laurel_rank": 8},
+            ("AutoModelForCausalLM",),
+        ),
+        Family("gemma4_text", "Gemma4TextConfig", _GEMMA4, ("AutoModelForCausalLM",)),
+        Family(
+            "gemma4",
+            "Gemma4Config",
+            {
+                "text_config": {"model_type": "gemma4_text", **_GEMMA4},
+                "vision_config": {
+                    "model_type": "gemma4_vision",
+                    "hidden_size": DIM,
+                    "intermediate_size": 48,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 4,
+                    "num_key_value_heads": 4,
+                    "head_dim": 8,
+                    "position_embedding_size": 64,
+                },
+                "image_token_id": 4,
+                "video_token_id": 5,
+                "audio_token_id": 6,
+                "boi_token_id": 7,
+                "eoi_token_id": 7,
+                "boa_token_id": 7,
+                "eoa_token_index": 7,
+            },
+            ("AutoModelForImageTextToText",),
+        ),
+        Family(
+            "qwen4_exp_text",
+            "Qwen4ExpTextConfig",
+            {
+                **_SMALL,
+                "num_hidden_layers": 4,
+                "linear_key_head_dim": 8,
+                "linear_value_head_dim": 8,
+                "linear_num_key_heads": 4,
+                "linear_num_value_heads": 4,
+                "moe_intermediate_size": 48,
+                "shared_expert_intermediate_size": 48,
+                "num_experts_per_tok": 2,
+                "num_experts": 4,
+                "hc_lowrank": 8,
+                "ple_layer_ids": [1, 3],
+                "ple_embed_dim": 32,
+                "ngram_size": 3,
+                "heads_per_ngram": 2,
+                "ngram_vocab_size_base": 101,
+                "make_ngram_vocab_size_divisible_by": 8,
+                "split_ngram_parts": 4,
+                "eos_token_id": 2,
+                "indexer_n_heads": 2,
+                "indexer_kv_heads": 1,
+                "indexer_head_dim": 8,
+                "indexer_budget": 16,
+                "indexer_compress_ratio": 4,
+            },
+            ("AutoModelForCausalLM",),
+        ),
+        Family("llama-untied", "LlamaConfig", {**_LLAMA, "tie_word_embeddings": False}, ("AutoModelForCausalLM",)),
+        Family("bert-untied", "BertConfig", {**_BERT, "tie_word_embeddings": False}, ("AutoModelForMaskedLM",)),
+        Family("inkling_text", "InklingTextConfig", _INKLING, ("AutoModelForCausalLM",)),
+        Family(
+            "t5gemma2",
+            "T5Gemma2Config",
+            {
+                "encoder": {
+                    "model_type": "t5gemma2_encoder",
+                    "text_config": {"model_type": "t5gemma2_text", **_T5GEMMA2},
+                    "vision_config": {"model_type": "siglip_vision_model", **_VISION},
+                    "boi_token_index": 4,
+                    "eoi_token_index": 9,
+                    "image_token_index": 5,
+                },
+                "decoder": {"model_type": "t5gemma2_decoder", **_T5GEMMA2},
+                "image_token_index": 5,
+                "eoi_token_index": 9,
+                "vocab_size": VOCAB,
+            },
+            ("AutoModelForSeq2SeqLM",),
+            encoder_decoder=True,
+        ),
+        Family(
+            "mobilebert",
+            "MobileBertConfig",
+            {
+                "vocab_size": VOCAB,
+                "hidden_size": 48,
+                "embedding_size": DIM,
+                "intermediate_size": 48,
+                "intra_bottleneck_size": DIM,
+                "num_hidden_layers": 2,
+                "max_position_embeddings": 64,
+            },
+            ("AutoModelForMaskedLM",),
+        ),
+        Family(
+            "fsmt",
+            "FSMTConfig",
+            {
+                "langs": ["en", "de"],
+                "src_vocab_size": VOCAB,
+                "tgt_vocab_size": VOCAB + 16,
+                "d_model": DIM,
+                "encoder_ffn_dim": 48,
+                "encoder_layers": 2,
+                "encoder_attention_heads": 4,
+                "decoder_ffn_dim": 48,
+                "decoder_layers": 2,
+                "decoder_attention_heads": 4,
+                "max_position_embeddings": 64,
+                "tie_word_embeddings": False,
+                "use_cache": False,  # or it makes no causal mask
+            },
+            ("AutoModelForSeq2SeqLM",),
+            encoder_decoder=True,
+        ),
+    )
+}

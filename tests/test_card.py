@@ -68,10 +68,10 @@ def run(*arguments: object) -> Result:
 def test_the_card_is_golden(small: Path) -> None:
     """With a test of its figures apart, which depend on the machine in their last digits."""
     config = json.loads((small / "config.json").read_text())
-    spec = config["dirembed"]
-    assert spec["figures"].keys() == {"dense_bytes", "mean_cosine", "token_cosine", "distortion", "bound_bits"}
-    spec["figures"] |= {"mean_cosine": 0.4321, "token_cosine": 0.5432, "distortion": 0.25, "bound_bits": 1.25}
-    spec["settings"]["versions"] = {"torch": "0"}
+    (record,) = config["dirembed"]["record"]["tables"].values()
+    assert record["quality"].keys() == {"dense_bytes", "mean_cosine", "token_cosine", "distortion", "bound_bits"}
+    record["quality"] |= {"mean_cosine": 0.4321, "token_cosine": 0.5432, "distortion": 0.25, "bound_bits": 1.25}
+    record["settings"]["versions"] = {"torch": "0"}
     (small / "config.json").write_text(json.dumps(config))
     save_result(small, STS)
     save_result(small, PERPLEXITY)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from hf_dirembed.cli.commands import main
 
 
 GOLDEN = Path(__file__).parent / "golden" / "config.json"
+TABLE = "bert.embeddings.word_embeddings"
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ def test_compress_inspect_expand(dense: Path, tmp_path: Path) -> None:
 
     # The figures are those of the file.
     tensors = load_file(out / "model.safetensors")
-    table = {name: t for name, t in tensors.items() if name.startswith("bert.embeddings.word_embeddings.")}
+    table = {name: t for name, t in tensors.items() if name.startswith(f"{TABLE}.")}
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in table.values())
     assert summary["bytes"] == num_bytes
     assert summary["dense_bytes"] == 160 * 32 * 4
@@ -63,13 +65,15 @@ def test_compress_inspect_expand(dense: Path, tmp_path: Path) -> None:
     after = AutoModelForMaskedLM.from_pretrained(out).get_input_embeddings().dense_weight()
     directed = before.norm(dim=1) > 0  # the padding row of a fresh BERT is zero
     cosine = torch.nn.functional.cosine_similarity(before, after)[directed].mean()
-    assert summary["mean_cosine"] == pytest.approx(cosine.item(), abs=1e-5)
+    (table_summary,) = summary["tables"]
+    assert (table_summary["name"], table_summary["bytes"]) == (TABLE, num_bytes)
+    assert table_summary["mean_cosine"] == pytest.approx(cosine.item(), abs=1e-5)
 
     names = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
     assert names == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "1_Pooling/config.json",
-        "codes_dirembed.py", "configuration_dirembed.py", "kernels_dirembed.py", "modeling_dirembed.py",
-        "modules_dirembed.py", "README.md",
+        "codes_dirembed.py", "configuration_dirembed.py", "kernels_dirembed.py", "matrix_dirembed.py",
+        "modeling_dirembed.py", "modules_dirembed.py", "stock_dirembed.py", "tables_dirembed.py", "README.md",
     }  # fmt: skip
 
     assert run("expand", out, stock).exit_code == 0
@@ -83,9 +87,11 @@ def test_config_on_disk_is_golden(tmp_path: Path) -> None:
     model = hf_dirembed.compress(FAMILIES["bert"].make("AutoModelForMaskedLM"), method="direction", rank=5)
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["transformers_version"] = config["dirembed"]["settings"]["versions"] = "(varies)"
+    record = config["dirembed"]["record"]["tables"][TABLE]
+    config["transformers_version"] = record["settings"]["versions"] = "(varies)"
     for name in ("mean_cosine", "distortion", "bound_bits"):
-        assert 0 < config["dirembed"]["figures"].pop(name) < 4
+        assert 0 < record["quality"].pop(name) < 4
+    assert re.fullmatch("crc32:[0-9a-f]{8}", record.pop("checksum"))
     assert config == json.loads(GOLDEN.read_text())
 
 
@@ -115,10 +121,14 @@ def forge(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     return apply
 
 
+def relaid(**values: Any) -> Callable[[Path], None]:
+    return forge(lambda c: c["dirembed"]["tables"][TABLE].update(values))
+
+
 def drop(name: str) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         tensors = load_file(folder / "model.safetensors")
-        del tensors[f"bert.embeddings.word_embeddings.{name}"]
+        del tensors[f"{TABLE}.{name}"]
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
     return apply
@@ -128,12 +138,16 @@ BROKEN = {
     "no spec": (forge(lambda c: c.pop("dirembed")), hf_dirembed.SpecError),
     "a list for a spec": (forge(lambda c: c.update(dirembed=[])), hf_dirembed.SpecError),
     "unknown key": (forge(lambda c: c["dirembed"].update(extra=1)), hf_dirembed.SpecError),
-    "newer format": (forge(lambda c: c["dirembed"].update(format=2)), hf_dirembed.SpecError),
-    "rank 0": (forge(lambda c: c["dirembed"].update(rank=0)), hf_dirembed.SpecError),
-    "rank true": (forge(lambda c: c["dirembed"].update(rank=True)), hf_dirembed.SpecError),
-    "another rank": (forge(lambda c: c["dirembed"].update(rank=7)), hf_dirembed.CheckpointError),
-    "as wide as the table": (forge(lambda c: c["dirembed"].update(rank=32)), hf_dirembed.SpecError),
-    "wider than the table": (forge(lambda c: c["dirembed"].update(rank=9999)), hf_dirembed.SpecError),
+    "unknown key of a layout": (relaid(extra=1), hf_dirembed.SpecError),
+    "no tables": (forge(lambda c: c["dirembed"].update(tables={})), hf_dirembed.SpecError),
+    "a list for a layout": (forge(lambda c: c["dirembed"]["tables"].update({TABLE: []})), hf_dirembed.SpecError),
+    "older format": (forge(lambda c: c["dirembed"].update(format=1)), hf_dirembed.SpecError),
+    "newer format": (forge(lambda c: c["dirembed"].update(format=3)), hf_dirembed.SpecError),
+    "rank 0": (relaid(rank=0), hf_dirembed.SpecError),
+    "rank true": (relaid(rank=True), hf_dirembed.SpecError),
+    "another rank": (relaid(rank=7), hf_dirembed.CheckpointError),
+    "as wide as the table": (relaid(rank=32), hf_dirembed.SpecError),
+    "wider than the table": (relaid(rank=9999), hf_dirembed.SpecError),
     "unknown base": (forge(lambda c: c["dirembed"].update(base_model_type="../x")), hf_dirembed.SpecError),
     "itself as base": (forge(lambda c: c["dirembed"].update(base_model_type="dirembed")), hf_dirembed.SpecError),
     "no codes": (drop("weight"), hf_dirembed.CheckpointError),
@@ -153,6 +167,57 @@ def test_broken_checkpoints_are_refused(name: str, tmp_path: Path) -> None:
         AutoModelForMaskedLM.from_pretrained(tmp_path)
 
 
+def test_format_1_is_said_to_have_never_been_published(tmp_path: Path) -> None:
+    hf_dirembed.compress(FAMILIES["bert"].make("AutoModel"), method="svd", rank=5).save_pretrained(tmp_path)
+    flat = {"method": "svd", "rank": 5, "codes": "float32", "decoder": "float32", "base_model_type": "bert"}
+    forge(lambda c: c.update(dirembed={**flat, "format": 1, "settings": {}, "figures": {}}))(tmp_path)
+    for load in (transformers.AutoModel, transformers.BertModel):
+        with pytest.raises(hf_dirembed.SpecError, match="format 1, which was never published: compress it again"):
+            load.from_pretrained(tmp_path)
+    done = run("inspect", tmp_path)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "never published" in done.stderr
+
+
+@pytest.mark.parametrize("method", ["transform", "direction"])
+@pytest.mark.parametrize("loader", [AutoModelForMaskedLM, transformers.BertForMaskedLM], ids=["auto", "stock"])
+def test_codes_that_something_changed_are_noticed(method: str, loader: Any, tmp_path: Path) -> None:
+    """One bit of the codes is enough; a decoder may learn, so it is not part of the checksum."""
+    budget = {"bits": 6} if method == "transform" else {"rank": 5}
+    hf_dirembed.compress(FAMILIES["bert"].make("AutoModelForMaskedLM"), method=method, **budget).save_pretrained(
+        tmp_path
+    )
+    intact = load_file(tmp_path / "model.safetensors")
+    names = [name.removeprefix(f"{TABLE}.") for name in intact if name.startswith(f"{TABLE}.")]
+    for name in names:
+        tensors = {key: tensor.clone() for key, tensor in intact.items()}
+        tensors[f"{TABLE}.{name}"].view(torch.uint8).view(-1)[0] ^= 1
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+        if name in ("decoder_weight", "decoder_bias_weight"):
+            loader.from_pretrained(tmp_path)
+            continue
+        expected = f"codes of {TABLE} have the checksum .* changed"
+        if name in ("refined_rows_weight", "refined_latents_weight", "outlier_rows_weight"):
+            expected += "|does not name"  # what is no list of rows or latents any more is said before
+        with pytest.raises(hf_dirembed.CheckpointError, match=expected):
+            loader.from_pretrained(tmp_path)
+    forge(lambda c: c["dirembed"]["record"]["tables"][TABLE].pop("checksum"))(tmp_path)
+    loader.from_pretrained(tmp_path)  # nobody has said what they were
+
+
+def test_a_checksum_follows_codes_that_were_trained(tmp_path: Path) -> None:
+    model = hf_dirembed.compress(FAMILIES["bert"].make("AutoModelForMaskedLM"), method="direction", rank=5)
+    checksums = []
+    for number in range(2):
+        model.save_pretrained(tmp_path / str(number))
+        checksums.append(model.config.dirembed["record"]["tables"][TABLE]["checksum"])
+        again = AutoModelForMaskedLM.from_pretrained(tmp_path / str(number))
+        assert torch.equal(again.get_input_embeddings().weight, model.get_input_embeddings().weight)
+        with torch.no_grad():
+            model.get_input_embeddings().weight += 1
+    assert checksums[0] != checksums[1]
+
+
 def test_other_formats_are_refused(tmp_path: Path) -> None:
     hf_dirembed.compress(FAMILIES["bert"].make("AutoModel"), method="direction", rank=5).save_pretrained(tmp_path)
     with pytest.raises(hf_dirembed.CheckpointError, match="safetensors"):
@@ -160,6 +225,19 @@ def test_other_formats_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
         transformers.AutoModel.from_pretrained(tmp_path)
+
+
+def test_bits_of_each_table(tmp_path: Path) -> None:
+    """Those that are named have what was asked for, within the bytes of a row; another stays dense."""
+    FAMILIES["llama-untied"].make("AutoModelForCausalLM").save_pretrained(tmp_path / "dense")
+    done = run("compress", tmp_path / "dense", tmp_path / "both", "--bits", "embed_tokens=6, lm_head=9", "--json")
+    assert done.exit_code == 0, done.stderr
+    both = {table["name"]: table["bits_per_weight"] for table in json.loads(done.stdout)["tables"]}
+    assert both.keys() == {"model.embed_tokens", "lm_head"}
+    assert 5 < both["model.embed_tokens"] <= 6 < 8 < both["lm_head"] <= 9
+
+    done = run("compress", tmp_path / "dense", tmp_path / "one", "--bits", "lm_head=9", "--json")
+    assert [table["name"] for table in json.loads(done.stdout)["dense_tables"]] == ["model.embed_tokens"]
 
 
 MISTAKES = {
@@ -173,11 +251,20 @@ MISTAKES = {
     "rank too large": (["compress", "{dense}", "{out}", "--rank", "32"], "32"),
     "rank 0": (["compress", "{dense}", "{out}", "--rank", "0"], "rank=0"),
     "unknown method": (["compress", "{dense}", "{out}", "--bits", "4", "--method", "magic"], "magic"),
-    "unknown dtype": (["compress", "{dense}", "{out}", "--bits", "4", "--codes", "int8"], "int8"),
+    "unknown dtype": (["compress", "{dense}", "{out}", "--bits", "4", "--latent-dtype", "int8"], "int8"),
     "unknown language": (["compress", "{dense}", "{out}", "--bits", "4", "--languages", "klingon"], "klingon"),
     "output exists": (["compress", "{dense}", "{dense}", "--bits", "4"], "exists already"),
     "output below a file": (["compress", "{dense}", "{dense}/config.json/out", "--bits", "4"], "cannot be written"),
-    "inspect a dense model": (["inspect", "{dense}"], "not a compressed checkpoint"),
+    "no number": (["compress", "{dense}", "{out}", "--bits", "two"], "embed_tokens=2,lm_head=4"),
+    "no number of a table": (
+        ["compress", "{dense}", "{out}", "--bits", "word_embeddings="],
+        "embed_tokens=2,lm_head=4",
+    ),
+    "bits of no such table": (["compress", "{dense}", "{out}", "--bits", "lm_hat=4"], "'lm_hat' names no table"),
+    "no such table": (
+        ["compress", "{dense}", "{out}", "--bits", "4", "--tables", "lm_hat"],
+        "'lm_hat' names no table",
+    ),
     "expand a dense model": (["expand", "{dense}", "{out}"], "dense is not a compressed checkpoint: there is nothing"),
     "a card of a dense model": (["card", "{dense}"], "not a compressed checkpoint"),
     "no Hub id": (["compress", "{dense}", "{out}", "--bits", "4", "--base-model", "../x"], "no id of the Hub"),
@@ -187,7 +274,7 @@ MISTAKES = {
         ["compress", "{dense}", "{out}", "--rank", "3", "--method", "svd", "--seed", "1"],
         "no random",
     ),
-    "no budget but a word": (["compress", "{dense}", "{out}", "--bits", "x"], "'x' is not a valid float"),
+    "no budget but a word": (["compress", "{dense}", "{out}", "--bits", "x"], "'x' is neither a number nor"),
     "no output": (["compress", "{dense}"], "Missing argument 'OUT'. ("),
     "no such option": (["compress", "{dense}", "{out}", "--bit", "4"], "No such option '--bit'"),
     "no such command": (["kompress", "{dense}", "{out}"], "No such command 'kompress'"),
@@ -217,6 +304,11 @@ def test_mistakes_are_one_line_that_names_the_mend(name: str, dense: Path, tmp_p
 
 
 def test_help_says_what_every_command_does() -> None:
+    for name in main.commands:
+        done = run(name, "--help")
+        assert done.exit_code == 0, done.exception
+        assert done.stdout.startswith("Usage:")
+    assert "--bits BITS" in run("compress", "--help").stdout
     done = run("--help")
     assert done.exit_code == 0
     commands = done.stdout.partition("Commands:")[2].strip().splitlines()
@@ -252,7 +344,7 @@ def test_resume_keeps_what_was_calibrated_or_trained(dense: Path, tmp_path: Path
 
 def test_compressing_twice_is_refused(dense: Path, tmp_path: Path) -> None:
     compress_checkpoint(dense, tmp_path / "one", method="svd", rank=4)
-    done = run("compress", tmp_path / "one", tmp_path / "two", "--rank", 3)
+    done = run("compress", tmp_path / "one", tmp_path / "two", "--method", "svd", "--rank", 3)
     assert done.exit_code == 2
     assert "compressed already" in done.stderr
     assert not (tmp_path / "two").exists()
@@ -318,40 +410,72 @@ def test_inspect_states_what_the_head_expands_to(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = transformers.BertConfig(**{**FAMILIES["bert"].arguments, "vocab_size": 2000})
     weights = (torch.arange(2000.0) + 1) ** -1.25  # uneven, so that frequent rows get a second layer
-    model = hf_dirembed.compress(transformers.BertForMaskedLM(config).eval(), bits=2, weights=weights)
+    model = hf_dirembed.compress(transformers.BertForMaskedLM(config).eval(), bits=2, token_weights=weights)
     model.save_pretrained(tmp_path)
     summary = inspect_checkpoint(tmp_path)
-    assert summary.refined_rows > 0
+    (table,) = summary.tables
+    assert table.refined_rows > 0
     model(torch.tensor([[1, 2, 3]]))
-    assert summary.expanded_bytes == model.get_output_embeddings().expanded_bytes > 0
-    assert summary.code_bytes + summary.decoder_bytes == summary.bytes
+    assert table.expanded_bytes == model.get_output_embeddings().expanded_bytes > 0
+    assert table.code_bytes + table.decoder_bytes == table.bytes == summary.bytes
     embedding = model.get_input_embeddings()
-    layers = f"rank={summary.rank}+{summary.refinement_rank} for {summary.refined_rows} rows"
+    layers = f"rank={table.rank}+{table.refinement_rank} for {table.refined_rows} rows"
     assert repr(embedding) == f"CompressedEmbedding(2000, 32, method=transform, {layers}, bits_per_weight=2)"
-    assert summary.decoder_bytes == embedding.stored_decoder().nbytes + embedding.decoder_bias_weight.nbytes
+    assert table.decoder_bytes == embedding.stored_decoder().nbytes + embedding.decoder_bias_weight.nbytes
     shown = run("inspect", tmp_path).stdout
-    assert f"{summary.expanded_bytes / 1e3:.1f} kB where a tied head" in shown
-    assert f"{summary.bits_per_weight - summary.bound_bits:.3f} bits per weight less" in shown
+    assert f"{table.expanded_bytes / 1e3:.1f} kB where a head" in shown
+    assert f"{table.bits_per_weight - table.bound_bits:.3f} bits per weight less" in shown
 
 
 def test_print_compression(capsys: pytest.CaptureFixture[str]) -> None:
+    """A line for every vocabulary table, dense ones too."""
     model = hf_dirembed.compress(FAMILIES["bert"].make("AutoModel"), method="svd", rank=4)
     model.print_compression()
     embedding = model.get_input_embeddings()
     size = f"{embedding.num_bytes:,} bytes, {160 * 32 * 4 / embedding.num_bytes:.1f}x smaller than dense"
     bits = f"{embedding.bits_per_weight:.2f} bits per weight (svd)"
-    assert capsys.readouterr().out == f"token embeddings 160 x 32: {size}, {bits}\n"
+    assert capsys.readouterr().out == f"embeddings.word_embeddings  160 x 32, {size}, {bits}\n"
     model.set_input_embeddings(torch.nn.Embedding(10, 32))
     model.print_compression()
-    assert capsys.readouterr().out == "token embeddings 10 x 32: 1,280 bytes, dense\n"
+    assert capsys.readouterr().out == "embeddings.word_embeddings  10 x 32, 1,280 bytes, dense\n"
+    options = {"method": "svd", "rank": 4}
+    hf_dirembed.compress(
+        FAMILIES["llama-untied"].make("AutoModelForCausalLM"), tables=["lm_head"], **options
+    ).print_compression()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("  ")[0] for line in lines] == ["lm_head", "model.embed_tokens"]
+    assert lines[1] == "model.embed_tokens  160 x 32, 20,480 bytes, dense"
+    hf_dirembed.compress(FAMILIES["llama-tied"].make("AutoModelForCausalLM"), **options).print_compression()
+    assert capsys.readouterr().out.splitlines()[1] == "lm_head  160 x 32, shares model.embed_tokens"
+
+
+def test_inspect_shows_tables_that_are_dense(tmp_path: Path) -> None:
+    dense = FAMILIES["llama-untied"].make("AutoModelForCausalLM")
+    dense.save_pretrained(tmp_path / "dense")
+    summary = inspect_checkpoint(tmp_path / "dense")
+    assert (summary.base_model_type, summary.tables, summary.bytes, summary.ratio) == ("llama", (), 0, 1)
+    found = [(table.name, table.kind, table.num_bytes) for table in summary.dense_tables]
+    assert found == [("model.embed_tokens", "input", 160 * 32 * 4), ("lm_head", "head", 160 * 32 * 4)]
+    shown = run("inspect", tmp_path / "dense").stdout
+    assert all(f"{name}, 160 x 32: 20.5 kB, dense" in shown for name, _, _ in found)
+
+    hf_dirembed.compress(dense, method="svd", rank=4, tables=["lm_head"]).save_pretrained(tmp_path / "head")
+    summary = inspect_checkpoint(tmp_path / "head")
+    assert [table.name for table in summary.tables] == ["lm_head"]
+    assert [table.name for table in summary.dense_tables] == ["model.embed_tokens"]
+    assert summary.bytes == summary.tables[0].bytes == dense.lm_head.num_bytes
+    assert json.loads(run("inspect", tmp_path / "head", "--json").stdout)["dense_tables"][0]["kind"] == "input"
 
 
 @pytest.mark.parametrize("figure", ["much", float("nan"), True, [1.0], None])
 def test_figures_that_are_none_are_left_out(figure: Any, tmp_path: Path) -> None:
     model = hf_dirembed.compress(FAMILIES["bert"].make("AutoModel"), method="svd", rank=4)
     model.save_pretrained(tmp_path)
+    path = "embeddings.word_embeddings"
     names = ("dense_bytes", "mean_cosine", "token_cosine", "distortion", "bound_bits")
-    forge(lambda config: config["dirembed"]["figures"].update(dict.fromkeys(names, figure)))(tmp_path)
-    summary = inspect_checkpoint(tmp_path)
+    forge(lambda config: config["dirembed"]["record"]["tables"][path]["quality"].update(dict.fromkeys(names, figure)))(
+        tmp_path
+    )
+    (summary,) = inspect_checkpoint(tmp_path).tables
     assert [getattr(summary, name) for name in names] == [160 * 32 * 4, None, None, None, None]
     assert run("inspect", tmp_path).exit_code == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +14,14 @@ from torch import nn
 from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import hf_dirembed
-from hf_dirembed import AutoencoderSettings, BudgetError, CompressedEmbedding, TransformSettings
+from hf_dirembed import AutoencoderSettings, CompressedEmbedding, CompressedLinear, OptionError, TransformSettings
 from hf_dirembed.calibration.calibrated import Calibration
-from hf_dirembed.calibration.statistics import metric
+from hf_dirembed.calibration.statistics import hessian
 from hf_dirembed.checkpoints.convert import inspect_checkpoint
 from hf_dirembed.compression import compress_table
 from hf_dirembed.errors import CalibrationError
 from hf_dirembed.remote.codes_dirembed import CODE_TENSORS
+from hf_dirembed.remote.tables_dirembed import input_table
 
 
 TEXTS = ["the cat sat on the mat and the dog ran to the house .", "a green tree , a blue house of the cat ."] * 20
@@ -35,16 +37,25 @@ def codes_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return model.get_input_embeddings().code_tensors()
 
 
-def test_calibration_makes_weights_and_a_metric(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+def settings_of(model: PreTrainedModel) -> dict[str, Any]:
+    """What the record of the input table says that it was made with."""
+    record = model.config.dirembed["record"]["tables"]
+    return record[input_table(model)]["settings"]
+
+
+def test_calibration_makes_token_weights_and_a_hessian(
+    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
     """Text, and the statistics of the same text, give the same codes; they lower the error that they measure."""
     statistics = hf_dirembed.calibrate(llama, tokenizer, TEXTS)
     used = Calibration.of(llama, tokenizer, statistics, "en")
-    assert used.metric is not None
+    token_weights, hessian = used.measure(llama, tokenizer, "model.embed_tokens", "en")
+    assert hessian is not None
     dense = llama.get_input_embeddings().weight.data.clone()
 
     def error(model: PreTrainedModel) -> float:
         difference = dense.double() - model.get_input_embeddings().dense_weight().double()
-        return float((((difference @ used.metric) * difference).sum(dim=1) * used.weights.sqrt()).sum())
+        return float((((difference @ hessian) * difference).sum(dim=1) * token_weights.sqrt()).sum())
 
     def fresh() -> PreTrainedModel:
         return FAMILIES["llama-tied"].make("AutoModelForCausalLM")
@@ -54,9 +65,9 @@ def test_calibration_makes_weights_and_a_metric(llama: PreTrainedModel, tokenize
     by_statistics = hf_dirembed.compress(fresh(), tokenizer, calibration=statistics, **options)
     for name, tensor in codes_of(by_text).items():
         assert torch.equal(tensor, codes_of(by_statistics)[name])
-    recorded = by_text.config.dirembed["settings"]
-    assert (recorded["metric"], recorded["languages"], recorded["calibration"]) == (True, ["en"], "given texts")
-    recorded = by_statistics.config.dirembed["settings"]
+    recorded = settings_of(by_text)
+    assert (recorded["hessian"], recorded["languages"], recorded["calibration"]) == (True, ["en"], "given texts")
+    recorded = settings_of(by_statistics)
     assert recorded["calibration"] == "given statistics"
     assert recorded["calibration_tokens"] == statistics.num_tokens
     assert error(by_text) < error(hf_dirembed.compress(fresh(), tokenizer, **options))
@@ -71,16 +82,16 @@ def test_self_calibration(llama: PreTrainedModel, tokenizer: PreTrainedTokenizer
     original = module.self_texts
     monkeypatch.setattr(module, "self_texts", few)
     hf_dirembed.compress(llama, tokenizer, bits=5, languages="en", calibration="self")
-    assert llama.config.dirembed["settings"]["metric"] is True
-    assert llama.config.dirembed["settings"]["calibration"] == "self"
+    assert settings_of(llama)["hessian"] is True
+    assert settings_of(llama)["calibration"] == "self"
 
 
 def test_self_calibration_of_an_encoder(tokenizer: PreTrainedTokenizerFast) -> None:
     """Words of the lists in no order: nobody has to give text."""
     encoder = FAMILIES["bert"].make("AutoModel")
     hf_dirembed.compress(encoder, tokenizer, bits=6, languages="en", calibration="self")
-    recorded = encoder.config.dirembed["settings"]
-    assert (recorded["metric"], recorded["calibration"]) == (True, "self")
+    recorded = settings_of(encoder)
+    assert (recorded["hessian"], recorded["calibration"]) == (True, "self")
     assert recorded["calibration_tokens"] >= 32_768
     with pytest.raises(CalibrationError, match="writes no text"):
         hf_dirembed.compress(
@@ -89,15 +100,23 @@ def test_self_calibration_of_an_encoder(tokenizer: PreTrainedTokenizerFast) -> N
 
 
 def test_an_untied_head_and_an_encoder(tokenizer: PreTrainedTokenizerFast) -> None:
-    """The metric of an input table leaves the head out."""
+    """The Hessian of an input table leaves the head out, and that of a head of its own the input."""
     untied = FAMILIES["llama-untied"].make("AutoModelForCausalLM")
-    head = untied.get_output_embeddings()
+    statistics = hf_dirembed.calibrate(untied, tokenizer, TEXTS)
+    used = Calibration.of(untied, tokenizer, statistics, "en")
+    sides = {"model.embed_tokens": {"use_head": False}, "lm_head": {"use_gradient": False}}
+    for path, side in sides.items():
+        assert torch.equal(used.measure(untied, tokenizer, path, "en")[1], hessian(statistics, **side))
     hf_dirembed.compress(untied, tokenizer, bits=5, languages="en", calibration=TEXTS)
-    assert untied.get_output_embeddings() is head
+    embedding, head = untied.get_input_embeddings(), untied.get_output_embeddings()
+    assert isinstance(embedding, CompressedEmbedding)
+    assert isinstance(head, CompressedLinear)
+    assert head.weight is not embedding.weight
+    assert set(untied.config.dirembed["tables"]) == set(sides)
     encoder = FAMILIES["bert"].make("AutoModel")
     statistics = hf_dirembed.calibrate(encoder, tokenizer, TEXTS)
-    expected = metric(statistics)
-    assert torch.equal(Calibration.of(encoder, tokenizer, statistics, "en").metric, expected)
+    used = Calibration.of(encoder, tokenizer, statistics, "en")
+    assert torch.equal(used.measure(encoder, tokenizer, input_table(encoder), "en")[1], hessian(statistics))
 
 
 def test_the_tokenizer_tells_which_rows_matter(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -148,7 +167,7 @@ def test_training_reaches_the_decoder_and_leaves_packed_codes_alone(
         saved = model if trained else hf_dirembed.compress(family.make("AutoModelForMaskedLM"), tokenizer, bits=6)
         saved.eval().save_pretrained(tmp_path / dtype)
         again = AutoModelForMaskedLM.from_pretrained(tmp_path / dtype).eval()
-        assert again.config.dirembed["decoder"] == dtype
+        assert again.config.dirembed["tables"][input_table(again)]["decoder"] == dtype
         assert inspect_checkpoint(tmp_path / dtype).bytes == saved.get_input_embeddings().num_bytes
         with torch.no_grad():
             assert torch.equal(again(**family.inputs()).logits, saved(**family.inputs()).logits)
@@ -157,23 +176,27 @@ def test_training_reaches_the_decoder_and_leaves_packed_codes_alone(
 MISTAKES = {
     "compressed already": ({"bits": 6, "twice": True}, hf_dirembed.ModelError, "compressed already"),
     "rank for transform": ({"rank": 4}, hf_dirembed.BudgetError, "rank=4"),
-    "codes for transform": ({"bits": 6, "codes": "float16"}, hf_dirembed.BudgetError, "transform packs its own"),
+    "latent dtype for transform": (
+        {"bits": 6, "latent_dtype": "float16"},
+        hf_dirembed.OptionError,
+        "transform packs its own",
+    ),
     "settings of another": (
         {"bits": 6, "settings": AutoencoderSettings()},
-        hf_dirembed.BudgetError,
+        hf_dirembed.OptionError,
         "AutoencoderSett",
     ),
     "settings for svd": (
         {"rank": 4, "method": "svd", "settings": TransformSettings()},
-        hf_dirembed.BudgetError,
+        hf_dirembed.OptionError,
         "svd",
     ),
-    "metric for svd": ({"rank": 4, "method": "svd", "metric": torch.eye(32)}, hf_dirembed.BudgetError, "metric"),
-    "calibrated svd": ({"rank": 4, "method": "svd", "calibration": TEXTS}, hf_dirembed.BudgetError, "calibration"),
+    "Hessian for svd": ({"rank": 4, "method": "svd", "hessian": torch.eye(32)}, hf_dirembed.OptionError, "hessian"),
+    "calibrated svd": ({"rank": 4, "method": "svd", "calibration": TEXTS}, hf_dirembed.OptionError, "calibration"),
     "no text": ({"bits": 6, "calibration": []}, CalibrationError, "no text"),
     "self of an encoder": ({"bits": 6, "calibration": "self"}, CalibrationError, "no text of its own"),
     "missing file": ({"bits": 6, "calibration": "nowhere.txt"}, CalibrationError, "nowhere.txt"),
-    "weights of another table": ({"bits": 6, "weights": torch.ones(3)}, hf_dirembed.BudgetError, "160"),
+    "weights of another table": ({"bits": 6, "token_weights": torch.ones(3)}, hf_dirembed.OptionError, "160"),
 }
 
 
@@ -200,7 +223,8 @@ def test_models_of_one_config_are_apart(tmp_path: Path) -> None:
     second.save_pretrained(tmp_path)
     assert type(transformers.AutoModel.from_pretrained(tmp_path)) is transformers.LlamaModel
     hf_dirembed.compress(second, method="svd", ratio=2)
-    assert first.config.dirembed["rank"] < second.config.dirembed["rank"]
+    ranks = [each.config.dirembed["tables"]["model.embed_tokens"]["rank"] for each in (first, second)]
+    assert ranks[0] < ranks[1]
 
 
 def test_calibration_needs_a_tokenizer() -> None:
@@ -211,13 +235,13 @@ def test_calibration_needs_a_tokenizer() -> None:
 def test_a_gpu_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.randn(50, 8)
     if torch.cuda.is_available():
-        assert compress_table(rows, method="svd", rank=2).spec.settings["device"] == "cuda"
+        assert compress_table(rows, method="svd", rank=2).record.settings["device"] == "cuda"
         return
-    assert compress_table(rows, method="svd", rank=2).spec.settings["device"] == "cpu"
+    assert compress_table(rows, method="svd", rank=2).record.settings["device"] == "cpu"
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
-        with pytest.raises(BudgetError, match="device 'cuda' cannot be used"):  # it was tried
+        with pytest.raises(OptionError, match="device 'cuda' cannot be used"):  # it was tried
             compress_table(rows, method="svd", rank=2)
-        assert compress_table(rows, method="svd", rank=2, device="cpu").spec.settings["device"] == "cpu"
-    with pytest.raises(BudgetError, match=r"device 'gpu' cannot be used .*: give cpu"):
+        assert compress_table(rows, method="svd", rank=2, device="cpu").record.settings["device"] == "cpu"
+    with pytest.raises(OptionError, match=r"device 'gpu' cannot be used .*: give cpu"):
         compress_table(rows, method="svd", rank=2, device="gpu")

@@ -48,7 +48,8 @@ def test_the_same_seed_gives_the_same_bytes(
         for number in (1, 2)
     )
     assert one == two
-    settings = json.loads(one["config.json"])["dirembed"]["settings"]
+    (record,) = json.loads(one["config.json"])["dirembed"]["record"]["tables"].values()
+    settings = record["settings"]
     assert settings["versions"].keys() == {"hf_dirembed", "torch", "transformers", "numba", "numpy", "wordfreq"}
     assert all(version(name) == made_with for name, made_with in settings["versions"].items())
     assert settings["threads"] == 1
@@ -64,7 +65,12 @@ def test_the_same_seed_gives_the_same_bytes(
     "options",
     [
         {"bits": 5, "settings": TransformSettings(seed=3)},
-        {"ratio": 4, "method": "autoencoder", "codes": "float16", "settings": AutoencoderSettings(epochs=3, seed=7)},
+        {
+            "ratio": 4,
+            "method": "autoencoder",
+            "latent_dtype": "float16",
+            "settings": AutoencoderSettings(epochs=3, seed=7),
+        },
         {"rank": 4, "method": "direction"},
     ],
     ids=lambda options: options.get("method", "transform"),
@@ -77,14 +83,15 @@ def test_what_is_recorded_is_enough_to_make_it_again(
     tokenizer.save_pretrained(source)
     compress_checkpoint(source, first, languages=("en", "de"), **options)
     _, spec = read_spec(json.loads((first / "config.json").read_text()))
-    made_with, method = spec.settings, spec.method
+    ((path, layout),) = spec.tables.items()
+    made_with, method = spec.record(path).settings, layout.method
     budget, _, size = made_with["budget"].partition("=")
     again: dict[str, Any] = {budget: int(size) if budget == "rank" else float(size), "method": method}
     again |= {"languages": made_with["languages"], "device": made_with["device"]}
     if method in SETTINGS:
         again["settings"] = SETTINGS[method](**made_with[method])
     if method != "transform":
-        again["codes"] = spec.codes
+        again["latent_dtype"] = layout.codes
     compress_checkpoint(source, second, **again)
     names = sorted(file.name for file in first.iterdir() if file.is_file())
     assert names == sorted(file.name for file in second.iterdir() if file.is_file())
@@ -98,6 +105,6 @@ def test_where_a_table_lies_in_memory_changes_nothing(options: dict[str, Any]) -
     shifted = torch.empty(160 * 32 + 1)[1:].view(160, 32).copy_(rows)  # as in a mapped file
     assert rows.data_ptr() % 64 == 0 != shifted.data_ptr() % 64
     one, two = (compress_table(each, **options) for each in (rows, shifted))
-    assert one.spec == two.spec
+    assert one.layout == two.layout
     for name, tensor in one.tensors.items():
         assert torch.equal(tensor, two.tensors[name]), name

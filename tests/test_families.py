@@ -12,21 +12,21 @@ import torch
 import transformers
 from families import FAMILIES, VOCAB, Family
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import hf_dirembed
-from hf_dirembed import AutoencoderSettings, CompressedEmbedding, CompressedLMHead
+from hf_dirembed import AutoencoderSettings, CompressedEmbedding, CompressedLinear
 from hf_dirembed.remote.codes_dirembed import CODE_TENSORS
-from hf_dirembed.remote.modeling_dirembed import tied_modules
-from hf_dirembed.remote.modules_dirembed import CompressedMatrix
+from hf_dirembed.remote.matrix_dirembed import CompressedMatrix
+from hf_dirembed.remote.tables_dirembed import compressed_tables, tied_modules
 
 
 METHODS = {
     "transform": {"bits": 7},
     "svd": {"rank": 5},
-    "direction": {"ratio": 2.5, "codes": "float16"},
-    "autoencoder": {"rank": 6, "codes": "bfloat16", "settings": AutoencoderSettings(epochs=1, batch_size=64)},
+    "direction": {"ratio": 2.5, "latent_dtype": "float16"},
+    "autoencoder": {"rank": 6, "latent_dtype": "bfloat16", "settings": AutoencoderSettings(epochs=1, batch_size=64)},
 }
 COMPOSITE = ("llava", "gemma3-vision")
 CASES = [(family, auto) for family in FAMILIES.values() for auto in family.autos]
@@ -72,14 +72,19 @@ def without_dtype(config: Any) -> Any:
 
 
 def assert_tied(model: PreTrainedModel) -> None:
-    """Whatever was tied to the table shares the storage of its codes and of its decoder."""
-    modules = [model.get_submodule(name) for name in tied_modules(model)]
-    for tensor in CODE_TENSORS:
-        shared = {value.data_ptr() for m in modules if (value := getattr(m, tensor)) is not None}
-        assert len(shared) <= 1
-        assert len({id(getattr(m, tensor)) for m in modules}) == 1
+    """Every table is compressed, and whatever is tied to it shares the storage of its codes and of its decoder."""
+    tables = {table.name: tied_modules(model, table.name) for table in hf_dirembed.find_tables(model)}
+    for names in tables.values():
+        modules = [model.get_submodule(name) for name in names]
+        for tensor in CODE_TENSORS:
+            shared = {value.data_ptr() for m in modules if (value := getattr(m, tensor)) is not None}
+            assert len(shared) <= 1
+            assert len({id(getattr(m, tensor)) for m in modules}) == 1
     compressed = {name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, CompressedMatrix)}
-    assert compressed == tied_modules(model)
+    assert compressed == set().union(*tables.values())
+    groups = {frozenset(names) for names in tables.values()}
+    assert len({model.get_submodule(min(names)).weight.data_ptr() for names in groups}) == len(groups)
+    assert set(model.config.dirembed["tables"]) == set(compressed_tables(model))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -96,11 +101,17 @@ def test_round_trip(family: Family, auto: str, method: str, tmp_path: Path) -> N
     expected = outputs(model, family)
     model.save_pretrained(tmp_path / "one")
 
-    # The saved keys are those of the dense checkpoint, the table's replaced by the codes' and the decoder's.
+    # The saved keys are those of the dense checkpoint, each table's replaced by the codes' and the decoder's.
     before, after = saved(tmp_path / "dense"), saved(tmp_path / "one")
-    (table,) = {name for name, shape in before.items() if name in after and after[name] != shape}
-    prefix, spec = table.removesuffix("weight"), model.get_input_embeddings().spec
-    new = {f"{prefix}{name}": shape for name, shape in spec.stored_shapes(VOCAB, dim).items()}
+    changed = {name for name, shape in before.items() if name in after and after[name] != shape}
+    tables = {path.rpartition(".")[2]: model.get_submodule(path) for path in compressed_tables(model)}
+    assert len(changed) == len(tables)
+    new = {}
+    for table in changed:
+        prefix = table.removesuffix("weight")
+        module = tables.pop(prefix[:-1].rpartition(".")[2])
+        assert before[table] == (VOCAB, dim)
+        new |= {f"{prefix}{name}": shape for name, shape in module.layout.stored_shapes(VOCAB, dim).items()}
     assert after == {**before, **new}
 
     again = auto_class.from_pretrained(tmp_path / "one").eval()
@@ -135,12 +146,43 @@ def test_round_trip(family: Family, auto: str, method: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["bert", "llama-tied", "llama-untied", "t5"])
 def test_heads(name: str) -> None:
-    """A tied head is compressed with the table; an untied one stays dense."""
+    """A tied head is compressed with the table, an untied one by itself, unless only the other is asked for."""
     family = FAMILIES[name]
     model = hf_dirembed.compress(family.make(family.autos[1]), method="svd", rank=4)
-    head = model.get_output_embeddings()
-    assert isinstance(head, nn.Linear if name == "llama-untied" else CompressedLMHead)
-    assert isinstance(model.get_input_embeddings(), CompressedEmbedding)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert isinstance(embedding, CompressedEmbedding)
+    assert isinstance(head, CompressedLinear)
+    tied = name != "llama-untied"
+    assert (head.weight is embedding.weight) == (head.decoder_weight is embedding.decoder_weight) == tied
+    assert len(model.config.dirembed["tables"]) == (1 if tied else 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "compressed"),
+    [
+        ({"rank": 4, "tables": ["embed_tokens"]}, {"model.embed_tokens"}),
+        ({"rank": 4, "tables": ["lm_head"]}, {"lm_head"}),
+        ({"bits": {"embed_tokens": 6.0}}, {"model.embed_tokens"}),
+        ({"bits": {"lm_head": 6.0, "model.embed_tokens": 9.0}}, {"lm_head", "model.embed_tokens"}),
+    ],
+)
+def test_tables_that_are_not_named_stay_dense(options: dict[str, Any], compressed: set[str], tmp_path: Path) -> None:
+    family = FAMILIES["llama-untied"]
+    dense = family.make("AutoModelForCausalLM")
+    before = {name: dense.get_submodule(name) for name in ("model.embed_tokens", "lm_head")}
+    model = hf_dirembed.compress(dense, method="svd", **options)
+    expected = outputs(model, family)
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    for name, module in before.items():
+        assert (model.get_submodule(name) is module) == (name not in compressed)
+        assert isinstance(again.get_submodule(name), CompressedMatrix) == (name in compressed)
+    assert set(again.config.dirembed["tables"]) == compressed
+    assert_equal(outputs(again, family), expected)
+    if isinstance(options.get("bits"), dict):
+        for name in compressed:
+            asked = options["bits"][name if name in options["bits"] else name.rpartition(".")[2]]
+            assert asked * 0.8 < model.get_submodule(name).bits_per_weight <= asked
 
 
 @pytest.mark.parametrize("name", ["gemma3", "bart"])
@@ -166,7 +208,9 @@ def test_inner_models_of_a_head_save_and_load(tmp_path: Path) -> None:
 def test_code_dtypes(dtype: torch.dtype, codes: str, tmp_path: Path) -> None:
     """Codes are stored in the asked dtype, never wider than the model's, and come back in it."""
     family = FAMILIES["bert"]
-    model = hf_dirembed.compress(family.make("AutoModelForMaskedLM").to(dtype), method="svd", rank=5, codes=codes)
+    model = hf_dirembed.compress(
+        family.make("AutoModelForMaskedLM").to(dtype), method="svd", rank=5, latent_dtype=codes
+    )
     asked = getattr(torch, codes)
     expected = asked if asked.itemsize <= dtype.itemsize else dtype
     model.save_pretrained(tmp_path)

@@ -70,7 +70,7 @@ def repos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Compressed models of three families, each beside its inputs and its logits."""
     root = tmp_path_factory.mktemp("repos")
     for name, auto in LOADS.items():
-        model = hf_dirembed.compress(FAMILIES[name].make(auto), method="direction", rank=7, codes="float16")
+        model = hf_dirembed.compress(FAMILIES[name].make(auto), method="direction", rank=7, latent_dtype="float16")
         inputs = FAMILIES[name].inputs()
         with torch.no_grad():
             logits = model(**inputs).logits
@@ -94,8 +94,11 @@ def test_trust_remote_code_without_plugin(repos: Path, tmp_path: Path) -> None:
                 "codes_dirembed.py",
                 "configuration_dirembed.py",
                 "kernels_dirembed.py",
+                "matrix_dirembed.py",
                 "modeling_dirembed.py",
                 "modules_dirembed.py",
+                "stock_dirembed.py",
+                "tables_dirembed.py",
             }
             if source != "one":
                 shutil.rmtree(repos / name / source)
@@ -146,7 +149,7 @@ def test_pickle(tmp_path: Path) -> None:
     code = """
 import pickle, sys
 model = pickle.load(open(sys.argv[1], "rb"))
-print(type(model).__name__, type(model.config).__name__, model.get_input_embeddings().spec.rank)
+print(type(model).__name__, type(model.config).__name__, model.get_input_embeddings().layout.rank)
 """
     assert run(code, tmp_path / "model.pickle", modules=tmp_path).split() == [
         "DirEmbedBertForMaskedLM",

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from hf_dirembed.errors import TableError
 from hf_dirembed.remote import kernels_dirembed
 from hf_dirembed.remote import kernels_dirembed as triton_dirembed
-from hf_dirembed.remote.codes_dirembed import PackedCodes
 from hf_dirembed.remote.kernels_dirembed import (
     ExpandedCodes,
+    PackedCodes,
     int8_linear,
     packed_linear,
     padded_rank,

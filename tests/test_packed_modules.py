@@ -11,9 +11,10 @@ from packed import (
     DTYPES,
     NUM_REFINED,
     NUM_ROWS,
-    SPEC,
+    PACKED_LAYOUT,
     TOLERANCE,
     brute_force_rows,
+    convert_input,
     draw_tensors,
     make_embedding,
     make_head,
@@ -23,8 +24,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_dirembed.checkpoints.convert import inspect_checkpoint
 from hf_dirembed.remote.kernels_dirembed import padded_rank
-from hf_dirembed.remote.modeling_dirembed import convert
-from hf_dirembed.remote.modules_dirembed import CACHE_LINE, CompressedLMHead, resize_rows
+from hf_dirembed.remote.matrix_dirembed import CACHE_LINE, resize_rows
+from hf_dirembed.remote.modules_dirembed import CompressedLinear
 
 
 @torch.no_grad()
@@ -50,8 +51,8 @@ def test_logits_depend_on_codes_and_states_alone(dtype, batch):
     """Not on the cache, on gradients, or on where a file's memory map placed the codes."""
     head, hidden = make_head(dtype), torch.randn(batch, DIM).to(dtype)
     first, second = head(hidden), head(hidden)
-    of_refined = NUM_REFINED * padded_rank(SPEC.refinement.rank)
-    assert head.expanded_bytes == NUM_ROWS * padded_rank(SPEC.base_rank) + of_refined
+    of_refined = NUM_REFINED * padded_rank(PACKED_LAYOUT.refinement.rank)
+    assert head.expanded_bytes == NUM_ROWS * padded_rank(PACKED_LAYOUT.base_rank) + of_refined
     with torch.inference_mode():
         inferred = head(hidden)
     tensors = {}
@@ -72,8 +73,8 @@ def test_a_reloaded_model_gives_the_same_logits(dtype, tmp_path):
     # Loaded in its dtype: `.to` would cast the rotary frequencies too, which loading keeps in float32.
     family.make("AutoModelForCausalLM").save_pretrained(tmp_path / "dense")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=dtype).eval()
-    model = convert(dense, SPEC, draw_tensors())
-    assert isinstance(model.lm_head, CompressedLMHead)
+    model = convert_input(dense, PACKED_LAYOUT, draw_tensors())
+    assert isinstance(model.lm_head, CompressedLinear)
     with torch.no_grad():
         expected = model(**family.inputs()).logits
         model.save_pretrained(tmp_path)
@@ -95,7 +96,7 @@ def test_outliers_that_a_resize_drops():
     for num_rows, outliers in ((kept + 1, [kept]), (kept, [0])):
         resize_rows(embedding, num_rows)
         assert embedding.outlier_rows_weight.tolist() == outliers
-        assert embedding.current_spec().outliers == 1
+        assert embedding.current_layout().outliers == 1
         torch.testing.assert_close(embedding.dense_weight(), rows[:num_rows])
 
 
@@ -105,7 +106,7 @@ def test_refined_rows_that_a_resize_drops(tmp_path):
     family = FAMILIES["llama-tied"]
     tensors = draw_tensors()
     tensors["refined_rows_weight"] = 100 + torch.arange(NUM_REFINED, dtype=torch.int32)
-    model = convert(family.make("AutoModelForCausalLM").eval(), SPEC, tensors)
+    model = convert_input(family.make("AutoModelForCausalLM").eval(), PACKED_LAYOUT, tensors)
     embedding, hidden = model.get_input_embeddings(), torch.randn(3, DIM)
     rows, logits = embedding.dense_weight(), model.lm_head(hidden)
     for num_rows, refined in ((102, [100, 101]), (100, [0])):
@@ -114,7 +115,7 @@ def test_refined_rows_that_a_resize_drops(tmp_path):
         torch.testing.assert_close(embedding.dense_weight(), rows[:num_rows])
         torch.testing.assert_close(model.lm_head(hidden), logits[:, :num_rows])
     model.save_pretrained(tmp_path)
-    assert inspect_checkpoint(tmp_path).refined_rows == 1
+    assert [table.refined_rows for table in inspect_checkpoint(tmp_path).tables] == [1]
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     ids = torch.arange(100).view(4, 25)
     assert torch.equal(again.get_input_embeddings().dense_weight(), embedding.dense_weight())

@@ -40,7 +40,7 @@ def test_a_profile_is_that_of_the_rows(method: str, dense: Path, tmp_path: Path)
     model = BertForMaskedLM.from_pretrained(dense)
     rows = model.get_input_embeddings().weight.detach().clone()
     weights = 1 / (torch.arange(2000.0) + 1)
-    hf_dirembed.compress(model, method=method, bits=3, weights=weights).save_pretrained(tmp_path / "out")
+    hf_dirembed.compress(model, method=method, bits=3, token_weights=weights).save_pretrained(tmp_path / "out")
     profile = TableProfile.of_checkpoint(tmp_path / "out", dense)
     compressed = model.get_input_embeddings().dense_weight()
     for spectrum, table in ((profile.dense_spectrum, rows), (profile.spectrum, compressed)):

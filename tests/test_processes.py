@@ -8,13 +8,15 @@ import socket
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import PartialState
 from families import FAMILIES
-from transformers import PreTrainedTokenizerFast
+from large import N_GRAM, n_gram_model, save
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_dirembed.cli.commands import main
 
@@ -83,13 +85,49 @@ def test_two_processes_write_the_bytes_of_one(options: tuple[str, ...], dense: P
     assert code == 0, stderr
     saved = tmp_path / "saved"
     two = launch(2, dense, tmp_path / "two" / "out", *given, "--resume", saved)
-    assert [code for code, _, _ in two] == [0, 0], two
+    assert [code for code, _, _ in two] == [0, 0], "".join(stderr for _, _, stderr in two)
     assert [json.loads(alone), ""] == [json.loads(two[0][1]), two[1][1]]
     assert contents(tmp_path / "one" / "out") == contents(tmp_path / "two" / "out")
     assert sorted(path.name for path in tmp_path.rglob("*") if path.name.startswith(".")) == []
     assert saved.is_file()
-    settings = json.loads((tmp_path / "two" / "out" / "config.json").read_text())["dirembed"]["settings"]
+    config = json.loads((tmp_path / "two" / "out" / "config.json").read_text())
+    (record,) = config["dirembed"]["record"]["tables"].values()
+    settings = record["settings"]
     assert settings.get("calibration") == ("text.txt" if calibrates else None)
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> Iterator[PreTrainedModel]:
+    """A model whose tables count as large; made by one thread, as threads of OpenMP do not come through a fork."""
+    monkeypatch.setattr(
+        "hf_dirembed.compression.compress.is_large", lambda table, measure, settings: table.num_rows > 1_000
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield n_gram_model()
+    torch.set_num_threads(threads)
+
+
+def test_two_processes_share_the_rows_of_a_large_table(large: PreTrainedModel, tmp_path: Path) -> None:
+    source = save(large, tmp_path / "dense")
+    ((code, _, stderr),) = launch(1, source, tmp_path / "one" / "out", "--bits", "3")
+    assert code == 0, stderr
+    two = launch(2, source, tmp_path / "two" / "out", "--bits", "3")
+    assert [code for code, _, _ in two] == [0, 0], "".join(stderr for _, _, stderr in two)
+    assert contents(tmp_path / "one" / "out") == contents(tmp_path / "two" / "out")
+    assert b"fitted_rows" in (tmp_path / "two" / "out" / "config.json").read_bytes()
+
+
+def test_what_fails_in_one_process_ends_all(
+    large: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large.get_parameter(f"{N_GRAM}.weight").data[100] = torch.nan  # in the second of the parts, and not in the sample
+    monkeypatch.setattr("hf_dirembed.compression.transform.sampled.draw_rows", lambda table, *_: table.rows[:64])
+    source = save(large, tmp_path / "dense")
+    (first, _, said), (second, stdout, _) = launch(2, source, tmp_path / "out", "--bits", "3")
+    assert (first, second, stdout) == (2, 2, "")
+    assert "row 100 of the embedding table holds a NaN" in said.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("mistake", ["the output exists", "the text is missing", "the budget is too small"])

@@ -57,8 +57,8 @@ def test_push_to_hub_takes_the_base_models_licence(hub: StandInHub, dense: Path,
     assert (card.data.license, card.data.language, card.data.pipeline_tag) == ("mit", "en", "fill-mask")
     assert set(card.data.tags) == {"dirembed", "mine"}
     assert 'from_pretrained("me/small")' in card.text
-    settings = json.loads(repo.files("v1")["config.json"])["dirembed"]["settings"]
-    assert settings["base_model"] == "org/base"
+    (record,) = json.loads(repo.files("v1")["config.json"])["dirembed"]["record"]["tables"].values()
+    assert record["settings"]["base_model"] == "org/base"
     code = "import hf_dirembed, transformers; transformers.AutoConfig.from_pretrained('me/small', revision='v1')"
     hub.run(code, cache=tmp_path / "friend")
     with pytest.raises(AssertionError, match="private"):

@@ -18,15 +18,16 @@ from transformers.modeling_utils import str_to_torch_dtype
 from benchmarks.peers.measure import PeakMemory
 from hf_dirembed import BudgetError, ModelError
 from hf_dirembed.checkpoints import convert as checkpoint
-from hf_dirembed.checkpoints.convert import compress_checkpoint, find_table, inspect_checkpoint
+from hf_dirembed.checkpoints.convert import compress_checkpoint, inspect_checkpoint
 from hf_dirembed.checkpoints.safetensors_io import StoredFile
-from hf_dirembed.checkpoints.streaming import StoredTable
+from hf_dirembed.checkpoints.streaming import StoredTables
+from hf_dirembed.checkpoints.summary import CheckpointSummary
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "transform": {"bits": 6},
     "direction": {"method": "direction", "rank": 6},
-    "svd": {"method": "svd", "rank": 6, "codes": "float16"},
+    "svd": {"method": "svd", "rank": 6, "latent_dtype": "float16"},
     "autoencoder": {"method": "autoencoder", "rank": 6},
 }
 # Of which the file has the table under another name than the model: they are loaded.
@@ -44,15 +45,19 @@ def make(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, **optio
 
 def compress_both(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Path, Path]:
     """Compresses without and with loading the model."""
-    assert isinstance(find_table(source), StoredTable)
+    assert isinstance(StoredTables.find(source), StoredTables)
     streamed, loaded = tmp_path / "streamed" / "out", tmp_path / "loaded" / "out"  # of one name, which the card bears
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "load_model", lambda _: pytest.fail("the model was loaded"))
         compress_checkpoint(source, streamed, **options)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "find_table", lambda _: None)
+        patch.setattr(StoredTables, "find", lambda *_: None)
         compress_checkpoint(source, loaded, **options)
     return streamed, loaded
+
+
+def ranks(summary: CheckpointSummary) -> set[int]:
+    return {table.rank for table in summary.tables}
 
 
 def assert_same(streamed: Path, loaded: Path) -> None:
@@ -120,7 +125,7 @@ def test_a_file_of_untouched_tensors_is_not_held_in_memory(tmp_path: Path) -> No
             assert (old.dtype, old.shape) == (new.dtype, new.shape)
             assert torch.equal(old.view(torch.uint8), new.view(torch.uint8)), name
     assert not list(out.glob(".*"))
-    assert transformers.AutoModelForCausalLM.from_pretrained(out).get_input_embeddings().spec.rank == 5
+    assert transformers.AutoModelForCausalLM.from_pretrained(out).get_input_embeddings().layout.rank == 5
 
 
 def test_shards_without_the_table_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,8 +154,8 @@ def test_shards_without_the_table_are_copied(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize("name", sorted(RENAMED))
 def test_renamed_tables_are_left_to_loading(name: str, tmp_path: Path) -> None:
     source = make(name, tmp_path / "dense")
-    assert find_table(source) is None
-    assert compress_checkpoint(source, tmp_path / "out", method="svd", rank=5).rank == 5
+    assert StoredTables.find(source) is None
+    assert ranks(compress_checkpoint(source, tmp_path / "out", method="svd", rank=5)) == {5}
 
 
 def cast(folder: Path) -> None:
@@ -168,7 +173,7 @@ def tied_twice(folder: Path) -> None:
 def test_what_loading_changes_is_loaded(change: Any, tmp_path: Path) -> None:
     source = make("llama-tied", tmp_path / "dense")
     change(source)
-    assert find_table(source) is None
+    assert StoredTables.find(source) is None
     compress_checkpoint(source, tmp_path / "out", method="svd", rank=5)
     assert "lm_head.weight" not in tensors_of(tmp_path / "out")
 
@@ -188,4 +193,4 @@ def test_mistakes_are_the_same_errors(tmp_path: Path) -> None:
     compress_checkpoint(source, tmp_path / "out", method="svd", rank=5)
     with pytest.raises(ModelError, match="compressed already"):
         compress_checkpoint(tmp_path / "out", tmp_path / "twice", method="svd", rank=3)
-    assert inspect_checkpoint(tmp_path / "out").rank == 5
+    assert ranks(inspect_checkpoint(tmp_path / "out")) == {5}

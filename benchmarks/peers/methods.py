@@ -18,8 +18,8 @@ from torch import Tensor
 
 from hf_dirembed import CompressedEmbedding
 from hf_dirembed.compression import CodedTable, compress_table
-from hf_dirembed.remote.codes_dirembed import CompressionSpec
-from hf_dirembed.remote.modules_dirembed import CompressedLMHead
+from hf_dirembed.remote.codes_dirembed import TableLayout
+from hf_dirembed.remote.modules_dirembed import CompressedLinear
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Table:
     Attributes:
         rows: (V, d), dense.
         weights: (V,) how often each token is expected; for the methods that can use it.
-        metric: (d, d) what errors are measured in, from calibration text; likewise.
+        hessian: (d, d) what errors are measured in, from calibration text; likewise.
     """
 
     rows: Tensor
     weights: Tensor | None = None
-    metric: Tensor | None = None
+    hessian: Tensor | None = None
 
     def save(self, file: Path) -> None:
         """Writes a safetensors file."""
@@ -177,14 +177,14 @@ class DirEmbed(Method):
         self.name, self.about = method, about
 
     def fit(self, table: Table, bits: float | None) -> Stored:
-        """Compresses, with token weights and metric where the method can use them."""
+        """Compresses, with token weights and Hessian where the method can use them."""
         options: dict[str, Any] = {}
         if self.name == "transform":
-            options = {"weights": table.weights, "metric": table.metric}
+            options = {"token_weights": table.weights, "hessian": table.hessian}
         elif self.name == "direction":
-            options = {"weights": table.weights}
+            options = {"token_weights": table.weights}
         if self.name != "transform":
-            options["codes"] = str(half(table.rows.dtype)).removeprefix("torch.")
+            options["latent_dtype"] = str(half(table.rows.dtype)).removeprefix("torch.")
         return coded_table(table.rows, compress_table(table.rows, method=self.name, bits=bits, **options))
 
     def load(self, stored: Stored) -> Runnable:
@@ -194,16 +194,16 @@ class DirEmbed(Method):
 
 def coded_table(rows: Tensor, coded: CodedTable) -> Stored:
     """What is kept of a table that was coded."""
-    return Stored.of(rows, coded.tensors, spec=coded.spec.to_dict())
+    return Stored.of(rows, coded.tensors, layout=coded.layout.to_dict())
 
 
 def coded_modules(stored: Stored) -> Runnable:
     """The embedding and the tied head over codes and a decoder."""
     num_rows, dim = stored.shape
-    spec = CompressionSpec.from_dict(stored.settings["spec"])
+    layout = TableLayout.from_dict(stored.settings["layout"])
     options: dict[str, Any] = {"dtype": stored.torch_dtype, "device": "meta"}
-    embedding = CompressedEmbedding(num_rows, dim, spec, **options)
-    head = CompressedLMHead(dim, num_rows, spec, **options)
+    embedding = CompressedEmbedding(num_rows, dim, layout, **options)
+    head = CompressedLinear(dim, num_rows, layout, **options)
     decoder = {"decoder_weight", "decoder_bias_weight"} & stored.tensors.keys()
     tensors = {**stored.tensors, **{name: stored.tensors[name].to(stored.torch_dtype) for name in decoder}}
     for module in (embedding, head):
@@ -213,7 +213,7 @@ def coded_modules(stored: Stored) -> Runnable:
 
 OWN: tuple[Method, ...] = (
     Dense(),
-    DirEmbed("transform", "packed integer latents; with token weights, and the metric where text is given"),
+    DirEmbed("transform", "packed integer latents; with token weights, and the Hessian where text is given"),
     DirEmbed("direction", "float latents of the subspace that keeps directions best; with token weights"),
     DirEmbed("svd", "float latents, truncated SVD"),
 )

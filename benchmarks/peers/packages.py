@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_dirembed.compression import CodedTable
-from hf_dirembed.compression.budget import Budget, TableSize
+from hf_dirembed.compression.budget import Budget, LatentStorage, TableSize
 from hf_dirembed.errors import BudgetError
-from hf_dirembed.remote.codes_dirembed import CompressionSpec
+from hf_dirembed.remote.codes_dirembed import TableLayout
 
 from .methods import Method, Runnable, Stored, Table, coded_modules, coded_table, half
 
@@ -205,15 +205,15 @@ class TruncatedSVD(Method):
 
         dtype = table.rows.dtype
         size = TableSize(len(table.rows), table.rows.shape[1], dtype.itemsize)
-        rank = Budget(bits=bits).float_rank(size, code_itemsize=2, decoder_itemsize=dtype.itemsize, bias=False)
+        rank = Budget(bits=bits).float_rank(size, LatentStorage(2, dtype.itemsize, bias=False))
         found = Decomposition(rank, random_state=0)
         latents = torch.from_numpy(found.fit_transform(table.rows.float().numpy()))
         tensors = {"decoder_weight": torch.from_numpy(found.components_), "weight": latents}
         dtypes = {"decoder_weight": dtype, "weight": half(dtype)}
         codes, decoder = (str(each).removeprefix("torch.") for each in (half(dtype), dtype))
-        spec = CompressionSpec(method="svd", rank=rank, codes=codes, decoder=decoder)
+        layout = TableLayout(method="svd", rank=rank, codes=codes, decoder=decoder)
         return coded_table(
-            table.rows, CodedTable(spec, {name: tensor.to(dtypes[name]) for name, tensor in tensors.items()})
+            table.rows, CodedTable(layout, {name: tensor.to(dtypes[name]) for name, tensor in tensors.items()})
         )
 
     def load(self, stored: Stored) -> Runnable:

@@ -13,13 +13,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_dirembed import calibrate
-from hf_dirembed.calibration.calibrated import Calibration, has_tied_head
+from hf_dirembed.calibration.calibrated import Calibration
 from hf_dirembed.calibration.languages import card_languages
 from hf_dirembed.calibration.text import CALIBRATION_TOKENS
 from hf_dirembed.calibration.token_weights import token_weights
-from hf_dirembed.checkpoints.convert import find_checkpoint, load_model, load_tokenizer
+from hf_dirembed.checkpoints.convert import load_model, load_tokenizer, resolve_checkpoint
 from hf_dirembed.evaluation import EvaluationError, load_pairs, load_text, perplexity, sts
-from hf_dirembed.remote.modeling_dirembed import CompressedEmbedding, embedding_of
+from hf_dirembed.remote.modules_dirembed import CompressedEmbedding
+from hf_dirembed.remote.tables_dirembed import embedding_of, input_table
+from hf_dirembed.tables import has_tied_head
 
 from .methods import Table
 
@@ -93,7 +95,7 @@ class Subject(ABC):
         return Table(self._rows, *self._hints(state))
 
     def _hints(self, state: Path) -> tuple[Tensor | None, Tensor | None]:
-        """Token weights and metric."""
+        """Token weights and Hessian."""
         languages = tuple(self.data.languages) or card_languages(self.folder) or None
         return token_weights(self._tokenizer, self.shape[0], languages=languages), None
 
@@ -153,7 +155,7 @@ class CausalLM(Subject):
         tokens = self.data.calibration_tokens
         statistics = calibrate(self._model, self._tokenizer, self.data.calibrate, max_tokens=tokens, resume=state)
         found = Calibration.of(self._model, self._tokenizer, statistics, languages)
-        return found.weights, found.metric
+        return found.measure(self._model, self._tokenizer, input_table(self._model), languages)
 
     def _figures(self) -> dict[str, tuple[float, Items]]:
         found: dict[str, tuple[float, Items]] = {}
@@ -176,7 +178,7 @@ def load_subject(name: str, data: Data) -> Subject:
         EvaluationError: If there is no data for a model of its kind, or it comes without a tokenizer.
         DirEmbedError: If it cannot be loaded, or has no table to compress.
     """
-    folder = find_checkpoint(name)
+    folder = resolve_checkpoint(name)
     model: PreTrainedModel = load_model(folder).eval()
     if isinstance(embedding_of(model), CompressedEmbedding):
         raise EvaluationError(f"{name} is compressed already: name the dense model")

@@ -1,1 +1,1 @@
-"""Text and model → what errors of a table cost: token weights, and the metric of errors."""
+"""Text and model → what errors of a table cost: token weights, and the Hessian."""

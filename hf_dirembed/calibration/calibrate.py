@@ -70,13 +70,13 @@ def calibrate(
             default is worth about a hundredth of a bit per weight; text of another kind is worth more.
         sequence_length: Tokens of a window, special tokens included; no more than the model and tokenizer allow.
         batch_size: Windows at once, fewer where the vocabulary is large.
-        seed: Of masks, labels and directions.
-        accelerator: Of the caller; by default the processes that `accelerate launch` or `torchrun` started.
+        seed: Where the random numbers of masks, labels and directions start.
+        accelerator: The caller's own; by default the processes that `accelerate launch` or `torchrun` started.
         resume: A file that is written now and then, with the final statistics in the end. If it exists, the work
             goes on from there; model and text must be the same.
 
     Returns:
-        The statistics; moments are float64, on the CPU. The same in every process.
+        The statistics, the same in every process; moments are float64, on the CPU.
 
     Raises:
         CalibrationError: If the model is not a dense model with a last hidden state or a loss, the tokenizer does
@@ -94,18 +94,23 @@ def calibrate(
     for name, value in (("max_tokens", max_tokens), ("sequence_length", sequence_length), ("batch_size", batch_size)):
         if value < 1:
             raise CalibrationError(f"{name}={value}: give a positive number")
+
     model = accelerator.unwrap_model(model) if accelerator else model
     state = accelerator.state if accelerator else process_state()
     probe = Probe(model, tokenizer, seed)
     limits = (tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None))
     length = min([sequence_length, *(limit for limit in limits if limit and limit > 0)])
+
+    # What a file to resume from must have been made with.
     settings = {"kind": probe.kind, "seed": seed, "sequence_length": length, "model": type(model).__name__}
     if resume is not None and not probe.embedding.weight.is_meta:  # offloaded
         settings["table"] = Table(probe.embedding.weight).digest()
-    stream = _up_to(max_tokens, windows(texts, tokenizer, length=length, packed=probe.kind != "encoder"))
 
+    stream = _up_to(max_tokens, windows(texts, tokenizer, length=length, packed=probe.kind != "encoder"))
     digest = hashlib.sha256()  # of the windows so far, to tell other text when work goes on
     statistics = _resumed(resume, settings, stream, probe.num_rows, digest)
+
+    # Only as many windows at once as the logits of a batch may take memory.
     elements = LOGIT_ELEMENTS_CPU if state.device.type == "cpu" else LOGIT_ELEMENTS
     fitting = batch_size if probe.kind == "encoder" else max(1, elements // (length * probe.num_rows))
     per_batch = min(batch_size, fitting)
@@ -113,20 +118,24 @@ def calibrate(
         total=max_tokens, initial=statistics.num_tokens, unit="token", desc="Calibrating",
         disable=not state.is_main_process,
     )  # fmt: skip
+
     with bar, _prepared(model, state.device), probe.recording():
         while of_round := list(islice(stream, ROUND_WINDOWS)):
             numbered = list(enumerate(of_round, start=statistics.num_windows))
             numbered.sort(key=lambda each: len(each[1]))  # texts of like length in a batch: little padding
             batches = [numbered[start : start + per_batch] for start in range(0, len(numbered), per_batch)]
+
             sums = probe.no_sums(of_round)
             for turn in range(0, len(batches), state.num_processes):
                 of_turn = batches[turn : turn + state.num_processes]
                 of_process = dict(enumerate(of_turn))
                 _add_in_order(sums, probe.sums(of_process.get(state.process_index, [])), len(of_turn), state)
                 bar.update(sum(len(ids) for batch in of_turn for _, ids in batch))
+
             statistics += _as_statistics(sums)
             if resume is not None and state.is_main_process:
                 statistics.save(resume, metadata={**settings, "text": _update(digest, of_round)})
+
     state.wait_for_everyone()
     if not statistics.num_tokens:
         raise CalibrationError("texts holds no text: give a path, strings or a dataset with some")
@@ -137,9 +146,9 @@ def _add_in_order(sums: dict[str, Tensor], mine: dict[str, Tensor], num_batches:
     """Adds the batches of the first processes, one after the other: the same sums, to the bit, however many there are.
 
     Args:
-        sums: To add to.
+        sums: What the batches are added to.
         mine: The sums of this process's batch.
-        num_batches: Of how many processes there is one.
+        num_batches: How many of the processes have a batch.
         state: The processes.
     """
     for owner in range(num_batches):
@@ -157,10 +166,13 @@ def _as_statistics(sums: dict[str, Tensor]) -> Statistics:
     num_tokens, num_predictions, num_windows = (int(number) for number in sums["numbers"])
     head = sums["head"] / max(num_predictions, 1) if "head" in sums else None
     probabilities = sums["probabilities"] / max(num_predictions, 1) if "head" in sums else None
+    uncertainty = sums["uncertainty"] / max(num_predictions, 1) if "head" in sums else None
     gradient = sums["gradient"] / max(num_tokens, 1)
     if not (gradient.isfinite().all() and (head is None or head.isfinite().all())):
         raise CalibrationError("the model gives NaN or infinity: load it in float32, or mend the checkpoint")
-    return Statistics(sums["counts"], head, gradient, num_tokens, num_predictions, num_windows, probabilities)
+    return Statistics(
+        sums["counts"], head, gradient, num_tokens, num_predictions, num_windows, probabilities, uncertainty
+    )
 
 
 def _up_to(max_tokens: int, stream: Iterator[list[int]]) -> Iterator[list[int]]:
@@ -174,7 +186,7 @@ def _up_to(max_tokens: int, stream: Iterator[list[int]]) -> Iterator[list[int]]:
 def _resumed(
     path: str | Path | None, settings: dict[str, Any], stream: Iterator[list[int]], num_rows: int, digest: Any
 ) -> Statistics:
-    """What a file to resume from holds, its windows skipped in the stream; empty statistics without one."""
+    """Reads the file to resume from, and skips its windows in the stream; statistics are empty without a file."""
     if path is None or not Path(path).exists():
         return Statistics(torch.zeros(num_rows, dtype=torch.float64), None, None, num_tokens=0)
     statistics = Statistics.load(path)
@@ -208,6 +220,7 @@ def _prepared(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     home = None if getattr(model, "hf_device_map", None) else model.device
     narrow: dict[Tensor, Tensor] = {}
+
     try:
         if home is not None and home != device:
             model.to(device)  # type: ignore[arg-type]
@@ -216,6 +229,7 @@ def _prepared(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
             narrow = {tensor: tensor.data for tensor in tensors if tensor.dtype in (torch.float16, torch.bfloat16)}
         for tensor in narrow:
             tensor.data = tensor.data.float()
+
         model.eval()
         for parameter in trainable:
             parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What calibration says about a table: the weights of its rows, and the metric of their errors."""
+"""What calibration says about each table of a model: how much its rows count, and what their errors cost."""
 
 from __future__ import annotations
 
@@ -6,33 +6,41 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
+from ..compression.distortion import weighted_variance
+from ..compression.table import Table
 from ..errors import CalibrationError
-from ..remote.modeling_dirembed import embedding_of, tied_modules
+from ..remote.tables_dirembed import tied_modules
 from .calibrate import calibrate
 from .self_text import reads_words, self_texts
-from .statistics import Statistics, metric, usage
+from .statistics import Statistics, hessian, usage
 from .text import CALIBRATION_TOKENS, Texts
 from .token_weights import token_weights
 
 
+FEW_TOKENS = 1_000  # of which statistics are hardly better than none
+logger = logging.get_logger(__name__)
+
+Languages: TypeAlias = str | Sequence[str] | None
+
+
 @dataclass(frozen=True)
 class Calibration:
-    """What calibration says about a table.
+    """What was seen of a model on text.
 
     Attributes:
-        weights: (V,) token weights.
-        metric: (d, d) what errors are measured in.
-        num_tokens: Tokens of the text that it was made of.
+        statistics: Of its input embedding and its head.
+        of_lists: Whether the text was drawn from word lists, which say more of how frequent tokens are than it does.
         source: What it was made of, for the record; of a file its name alone.
     """
 
-    weights: Tensor
-    metric: Tensor
-    num_tokens: int
+    statistics: Statistics
+    of_lists: bool
     source: str
 
     @classmethod
@@ -41,7 +49,7 @@ class Calibration:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None,
         source: Texts | Statistics,
-        languages: str | Sequence[str] | None,
+        languages: Languages,
         *,
         max_tokens: int = CALIBRATION_TOKENS,
         resume: str | Path | None = None,
@@ -54,24 +62,84 @@ class Calibration:
             CheckpointError: If `resume` cannot be written.
         """
         if tokenizer is None:
-            raise CalibrationError("calibration needs the model's tokenizer: pass it as the second argument")
+            raise CalibrationError(
+                "calibration needs the model's tokenizer: pass it as the second argument, or save it beside the model"
+            )
         languages, described = (languages,) if isinstance(languages, str) else languages, _describe(source)
-        tied, of_lists = has_tied_head(model), False
+        of_lists = False
         if isinstance(source, str) and source == "self":
             of_lists = reads_words(model)
             source = self_texts(model, tokenizer, num_tokens=max_tokens, languages=languages)
         if not isinstance(source, Statistics):
             source = calibrate(model, tokenizer, source, max_tokens=max_tokens, resume=resume)
-        # Words that were drawn from lists say less of how frequent they are than the lists themselves.
-        counts = None if of_lists else usage(source, tied=tied)
-        weights = token_weights(tokenizer, embedding_of(model).num_embeddings, languages=languages, counts=counts)
-        return cls(weights, metric(source, use_head=tied), source.num_tokens, described)
+        if source.num_tokens < FEW_TOKENS:
+            logger.warning(
+                f"calibration on {described} saw {source.num_tokens:,} tokens alone, which say little: give a few ten "
+                "thousand"
+            )
+        return cls(source, of_lists, described)
+
+    def measure(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str, languages: Languages
+    ) -> tuple[Tensor, Tensor | None]:
+        """Token weights, (V,), and Hessian, (d, d), of a table; no Hessian where nothing was seen of it.
+
+        Args:
+            model: The dense model.
+            tokenizer: Its tokenizer.
+            path: Of the table's module.
+            languages: As for [`token_weights`].
+        """
+        is_read, predicts = _sides(model, path)
+        rows = model.get_parameter(f"{path}.weight").shape[0]
+        if not (is_read or predicts):
+            return token_weights(tokenizer, rows, languages=languages), None
+        counts = None if self.of_lists else self._counts(is_read, predicts)
+        weights = token_weights(tokenizer, rows, languages=languages, counts=counts)
+        return weights, hessian(self.statistics, use_head=predicts, use_gradient=is_read)
+
+    def cost(self, model: PreTrainedModel, path: str, table: Table) -> float | None:
+        """What leaving a table uncoded, but for its mean, costs the loss, to second order, in nats per prediction.
+
+        An error e of the row of token v costs ½ eᵀ E[g gᵀ] e each time that v is read, and ½ p (1 - p) eᵀ E[h hᵀ] e
+        for each prediction that gives v the probability p. `hessian` is scaled, this is not: so costs compare.
+
+        Args:
+            model: The dense model.
+            path: Of the table's module.
+            table: Its rows.
+
+        Returns:
+            The cost; None where nothing was seen of the table, or nothing was predicted, and so there is no loss.
+        """
+        seen, (is_read, predicts) = self.statistics, _sides(model, path)
+        if not seen.num_predictions or not (is_read or predicts):
+            return None
+        total = 0.0
+        if is_read and seen.gradient_moment is not None:
+            total += weighted_variance(table, seen.counts / seen.num_predictions, seen.gradient_moment) / 2
+        if predicts and seen.head_moment is not None:
+            weights = _known(seen.probabilities) if seen.uncertainty is None else seen.uncertainty
+            total += weighted_variance(table, weights, seen.head_moment) / 2
+        return total
+
+    def _counts(self, is_read: bool, predicts: bool) -> Tensor:
+        """How often each row of a table was used."""
+        if is_read:
+            return usage(self.statistics, tied=predicts)
+        return self.statistics.num_tokens * _known(self.statistics.probabilities)
 
 
-def has_tied_head(model: PreTrainedModel) -> bool:
-    """Whether the model's output embedding multiplies the same table."""
-    head = model.get_output_embeddings()
-    return any(model.get_submodule(name) is head for name in tied_modules(model))
+def _sides(model: PreTrainedModel, path: str) -> tuple[bool, bool]:
+    """Whether a table is the one that calibration sees token ids read, and whether the model's head multiplies it."""
+    shared = {model.get_submodule(name) for name in tied_modules(model, path)}
+    return model.get_input_embeddings() in shared, model.get_output_embeddings() in shared
+
+
+def _known(probabilities: Tensor | None) -> Tensor:
+    if probabilities is None:
+        raise CalibrationError("the statistics are of a model without a head: calibrate the model that has one")
+    return probabilities
 
 
 def _describe(calibration: Texts | Statistics) -> str:

@@ -83,24 +83,26 @@ class Probe:
                 hook.remove()
 
     def no_sums(self, id_lists: list[list[int]]) -> dict[str, Tensor]:
-        """The counts of windows, and sums over none of them: float64 tensors to add those of batches to."""
+        """The counts of windows, and sums that are still zero, float64: the sums of batches are added to them."""
         sums = {"counts": self.count(id_lists), "gradient": _moment(torch.zeros(0, self.dim))}
         sums["numbers"] = torch.tensor([sums["counts"].sum(), 0, len(id_lists)], dtype=torch.float64)
         if self.head is not None:
             head_rows, head_dim = cast(Tensor, self.head.weight).shape
             sums["head"] = _moment(torch.zeros(0, head_dim))
             sums["probabilities"] = torch.zeros(head_rows, dtype=torch.float64)
+            sums["uncertainty"] = torch.zeros(head_rows, dtype=torch.float64)
         return sums
 
     def sums(self, batch: list[tuple[int, list[int]]]) -> dict[str, Tensor]:
-        """Sums over a batch of numbered windows but for their counts, (...) float64 on the CPU."""
+        """The sums over a batch of numbered windows, (...) float64 on the CPU; counts stay zero."""
         sums = self.no_sums([])
         if batch:
-            gradients, hidden, probabilities = self.run(batch)
+            gradients, hidden, probabilities, uncertainty = self.run(batch)
             sums["gradient"] += _moment(gradients)
             if self.head is not None:
                 sums["head"] += _moment(hidden)
                 sums["probabilities"] += probabilities.cpu().double()
+                sums["uncertainty"] += uncertainty.cpu().double()
                 sums["numbers"][1] += len(hidden)
         return sums
 
@@ -113,18 +115,19 @@ class Probe:
             )
         return torch.bincount(ids, minlength=self.num_rows).double()
 
-    def run(self, batch: list[tuple[int, list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
-        """One batch, padding left out.
+    def run(self, batch: list[tuple[int, list[int]]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Runs the model, forward and backward, on one batch; padding is left out of what comes back.
 
         Returns:
-            The gradients at the embedding's output (n, d), the head's inputs (m, d), and the sum over these of the
-            predicted probabilities (V,); the latter two are empty for a model without a head.
+            The gradients at the embedding's output (n, d), the head's inputs (m, d), and the sums over these of the
+            predicted probabilities p (V,) and of p (1 - p); the latter three are empty for a model without a head.
         """
         self.embedded.clear()
         self.head_inputs.clear()
         inputs, self.positions, uniforms = self.inputs(batch)
         attended = inputs["attention_mask"].bool()
-        hidden = probabilities = torch.zeros(0)
+        hidden = probabilities = uncertainty = torch.zeros(0)
+
         with torch.enable_grad():
             if self.kind == "encoder":
                 output, direction = self.pooled(inputs, batch)
@@ -135,12 +138,13 @@ class Probe:
                 hidden = self.head_inputs[-1] if self.head_inputs else hidden
                 if output.shape[:-1] != (1, len(hidden)):
                     raise CalibrationError(f"{type(self.model).__name__} computes its logits beside its head")
-                direction, probabilities = _score(output.detach()[0], uniforms[self.positions])
+                direction, probabilities, uncertainty = _score(output.detach()[0], uniforms[self.positions])
                 direction = direction.unsqueeze(0)
+
         gradients = torch.autograd.grad(output, self.embedded, direction)
         self.embedded.clear()
         self.head_inputs.clear()
-        return torch.cat([gradient[attended] for gradient in gradients]), hidden, probabilities
+        return torch.cat([gradient[attended] for gradient in gradients]), hidden, probabilities, uncertainty
 
     def inputs(self, batch: list[tuple[int, list[int]]]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Pads a batch: the model's inputs, where it predicts (B, T) bool, and random numbers (B, T) to sample by."""
@@ -151,6 +155,7 @@ class Probe:
         positions = torch.zeros_like(ids, dtype=torch.bool)
         uniforms = torch.zeros(ids.shape)
         special = set(self.tokenizer.all_special_ids)
+
         for row, (number, window) in enumerate(batch):
             generator = self.generator(number)
             size = len(window)
@@ -163,11 +168,13 @@ class Probe:
             else:
                 positions[row, : size - (self.kind == "causal")] = True  # the last has no next token in the window
             uniforms[row, :size] = torch.rand(size, generator=generator)
+
         inputs = {"input_ids": ids, "attention_mask": attended}
         if self.model.config.is_encoder_decoder:
             start = getattr(self.model.config, "decoder_start_token_id", None)
             first = torch.full((len(batch), 1), pad if start is None else start)
             inputs |= {"decoder_input_ids": torch.cat([first, ids[:, :-1]], 1), "decoder_attention_mask": attended}
+
         device = self.embedding.weight.device
         return {name: value.to(device) for name, value in inputs.items()}, positions, uniforms
 
@@ -186,25 +193,27 @@ class Probe:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
 
 
-def _score(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of Σ −log p(y) at the logits, (n, V), each label y sampled from the model's own p, and Σ p, (V,).
+def _score(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of Σ −log p(y) at the logits, (n, V), with labels y sampled from p, Σ p, (V,), and Σ p (1 - p).
 
-    It is p − onehot(y), written down instead of differentiated, which would hold three more tensors of that size.
+    The gradient is p − onehot(y), written down instead of differentiated, which would hold three more tensors of that
+    size.
     Labels are sampled by inverse distribution function, so that the random numbers can come from the CPU whatever
     the device.
     """
     gradient = torch.empty_like(logits)
-    total = torch.zeros(logits.shape[-1], device=logits.device)
+    total, uncertainty = torch.zeros(2, logits.shape[-1], device=logits.device)
     draws = uniforms.to(logits.device).unsqueeze(-1)
     for start in range(0, len(logits), SAMPLED_ROWS):
         rows = slice(start, start + SAMPLED_ROWS)
         probabilities = logits[rows].softmax(-1, dtype=torch.float32)
         total += probabilities.sum(0)
+        uncertainty += torch.einsum("nv,nv->v", probabilities, 1 - probabilities)
         cumulative = probabilities.cumsum(-1)
         labels = torch.searchsorted(cumulative, draws[rows] * cumulative[:, -1:], right=True)
         labels.clamp_(max=logits.shape[-1] - 1)
         gradient[rows] = probabilities.scatter_add_(-1, labels, torch.full_like(draws[rows], -1))
-    return gradient, total
+    return gradient, total, uncertainty
 
 
 def _moment(vectors: Tensor) -> Tensor:

@@ -33,8 +33,8 @@ def self_texts(
     Args:
         model: A causal language model, or an encoder without a head.
         tokenizer: Its tokenizer.
-        num_tokens: How many tokens a language model writes, at least. Words do not end.
-        languages: Of the words; by default those of the vocabulary, see `tokenizer_languages`.
+        num_tokens: How many tokens a language model writes, at least. The stream of words has no end.
+        languages: The languages of the words; by default those of the vocabulary, see `tokenizer_languages`.
 
     Returns:
         What `calibrate` takes. A language model has written all of it: while `calibrate` reads, the model's hooks are
@@ -61,8 +61,8 @@ def word_texts(languages: Sequence[str], *, seed: int = 0) -> Iterator[str]:
     encyclopedia make nearly the same statistics. Each text is of one language, and the languages take turns.
 
     Args:
-        languages: Of `wordfreq.available_languages()`.
-        seed: Of the random numbers.
+        languages: Some of `wordfreq.available_languages()`.
+        seed: Where the random numbers start.
 
     Yields:
         Texts of 4 to 24 words.
@@ -112,8 +112,8 @@ def self_generated_texts(
         num_tokens: How many tokens to write, at least.
         sequence_length: Most tokens of a text.
         batch_size: Texts written at once; another number gives other texts.
-        seed: Of the random numbers; torch's own state is left as it was.
-        languages: Of the words; by default those of the vocabulary, see `tokenizer_languages`.
+        seed: Where the random numbers start; torch's own state is left as it was.
+        languages: The languages of the words; by default those of the vocabulary, see `tokenizer_languages`.
 
     Yields:
         Token ids of one text. `calibrate` takes a list of them; not the generator itself, as the model cannot write
@@ -124,14 +124,18 @@ def self_generated_texts(
     """
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise CalibrationError(f"{type(model).__name__} writes no text of its own: give calibration text")
+
     generator = torch.Generator().manual_seed(seed)
     starts = list(dict.fromkeys(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None))
     words = _first_tokens(tokenizer, languages or tokenizer_languages(tokenizer))
     written = 0
+
+    # Both kinds of start take turns, until enough is written.
     for start, with_word in cycle([(start, word) for start in starts or [None] for word in (False, True)]):
         prompt = [] if start is None else [torch.full((batch_size,), start)]
         if with_word or start is None:
             prompt.append(words[torch.randint(len(words), (batch_size,), generator=generator)])
+
         batch_seed = int(torch.randint(2**31, (), generator=generator))
         for text in _generate(model, tokenizer, torch.stack(prompt, dim=1), sequence_length, batch_seed):
             written += len(text)
@@ -147,10 +151,13 @@ def _generate(
     eos = model.generation_config.eos_token_id
     ends = {eos} if isinstance(eos, int) else set(eos or ())
     ends |= {tokenizer.eos_token_id} - {None}
+
+    # Plain sampling, whatever the model's own settings are.
     config = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, use_cache=True,
         max_length=length, eos_token_id=sorted(ends) or None, pad_token_id=min(ends, default=0),
     )  # fmt: skip
+
     modes = {module: module.training for module in model.modules()}
     device = next(model.get_input_embeddings().parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
@@ -163,6 +170,8 @@ def _generate(
         finally:
             for module, training in modes.items():
                 module.training = training
+
+    # What follows the end of a text is padding.
     for text in texts:
         written = range(prompts.shape[1], len(text))
         yield text[: next((i + 1 for i in written if text[i] in ends), len(text))]

@@ -1,4 +1,4 @@
-"""Calibration statistics: what a model does with its embedding table, and the metric that follows from it."""
+"""Calibration statistics: what a model does with its embedding table, and the Hessian that follows from it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..errors import CalibrationError
 
 
 FORMAT = "dirembed-statistics-2"
-TENSORS = ("counts", "head_moment", "gradient_moment", "probabilities")
+TENSORS = ("counts", "head_moment", "gradient_moment", "probabilities", "uncertainty")
 NUMBERS = ("num_tokens", "num_predictions", "num_windows")
 
 
@@ -37,6 +37,8 @@ class Statistics:
         num_windows: Windows of text seen.
         probabilities: The mean probability of each token in the model's own predictions, (rows of the head,) float64
             of sum 1; None for a model without a head.
+        uncertainty: The mean of p (1 - p), p the probability of a token in a prediction, (rows of the head,) float64;
+            None for a model without a head, and where it was not taken, as in files of before.
     """
 
     counts: Tensor
@@ -46,6 +48,7 @@ class Statistics:
     num_predictions: int = 0
     num_windows: int = 0
     probabilities: Tensor | None = None
+    uncertainty: Tensor | None = None
 
     def __add__(self, other: Statistics) -> Statistics:
         if not isinstance(other, Statistics):
@@ -54,8 +57,14 @@ class Statistics:
             raise CalibrationError(
                 f"statistics of {len(self.counts)} and {len(other.counts)} tokens: merge those of one model only"
             )
+
         if not (self.num_tokens and other.num_tokens):  # nothing seen yet: no moments either
             return self if self.num_tokens else other
+
+        uncertainty = None
+        if self.uncertainty is not None and other.uncertainty is not None:  # else one is of a file without it
+            uncertainty = _mean(self.uncertainty, self.num_predictions, other.uncertainty, other.num_predictions)
+
         return Statistics(
             self.counts + other.counts,
             _mean(self.head_moment, self.num_predictions, other.head_moment, other.num_predictions),
@@ -64,6 +73,7 @@ class Statistics:
             self.num_predictions + other.num_predictions,
             self.num_windows + other.num_windows,
             _mean(self.probabilities, self.num_predictions, other.probabilities, other.num_predictions),
+            uncertainty,
         )
 
     def save(self, path: str | Path, *, metadata: Mapping[str, object] | None = None) -> None:
@@ -102,15 +112,18 @@ class Statistics:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         except (OSError, SafetensorError) as error:
             raise CalibrationError(f"{path} is no readable statistics file ({error}): calibrate anew") from error
-        counts, head, gradient, probabilities = (tensors.get(name) for name in TENSORS)
+
+        counts, head, gradient, probabilities, uncertainty = (tensors.get(name) for name in TENSORS)
         numbers = {name: int(header[name]) for name in NUMBERS if header.get(name, "").isdigit()}
+
         if header.get("format") != FORMAT or len(numbers) != len(NUMBERS) or counts is None or counts.ndim != 1:
             raise CalibrationError(f"{path} holds no {FORMAT}: give a file that calibrate(resume=...) wrote")
         if any(moment is not None and moment.shape != (len(moment),) * 2 for moment in (head, gradient)):
             raise CalibrationError(f"{path} holds a moment that is no square matrix: calibrate anew")
-        if probabilities is not None and probabilities.ndim != 1:
+        if any(each is not None and each.ndim != 1 for each in (probabilities, uncertainty)):
             raise CalibrationError(f"{path} holds probabilities that are no vector: calibrate anew")
-        return cls(counts, head, gradient, probabilities=probabilities, **numbers)
+
+        return cls(counts, head, gradient, probabilities=probabilities, uncertainty=uncertainty, **numbers)
 
 
 def read_metadata(path: str | Path) -> dict[str, object]:
@@ -119,7 +132,7 @@ def read_metadata(path: str | Path) -> dict[str, object]:
         return json.loads((file.metadata() or {}).get("settings", "{}"))
 
 
-def metric(
+def hessian(
     statistics: Statistics, *, damping: float = 0.1, use_head: bool = True, use_gradient: bool = True
 ) -> Tensor:
     """The matrix C in which errors of the table's rows are measured: ‖x − x̂‖² = (x − x̂)ᵀ C (x − x̂).
@@ -133,8 +146,8 @@ def metric(
     one side matters than the other. How often each happens is left to the weights: see `usage`.
 
     Args:
-        statistics: Of `calibrate`.
-        damping: λ, at least 0; with λ > 0 the metric is positive definite, whatever the text.
+        statistics: What `calibrate` gave.
+        damping: λ, at least 0; with λ > 0 it is positive definite, whatever the text.
         use_head: Count the head's side; for a table that is only an input embedding (an untied head) say False.
         use_gradient: Count the input's side; for an untied head's own table say False.
 
@@ -148,22 +161,25 @@ def metric(
     Example:
         >>> import torch
         >>> moment = torch.diag(torch.tensor([3.0, 1.0], dtype=torch.float64))
-        >>> metric(Statistics(torch.ones(5), None, moment, num_tokens=5), damping=0.5).diagonal().tolist()
+        >>> hessian(Statistics(torch.ones(5), None, moment, num_tokens=5), damping=0.5).diagonal().tolist()
         [2.0, 1.0]
     """
     if not 0 <= damping < float("inf"):
         raise CalibrationError(f"damping {damping}: give a number that is at least 0, such as 0.1")
+
     head = statistics.head_moment if use_head else None
     gradient = statistics.gradient_moment if use_gradient else None
     moments = [moment.double() for moment in (head, gradient) if moment is not None]
     if not moments:
-        raise CalibrationError("no moment to make a metric of: calibrate, or compress without a metric")
+        raise CalibrationError("no moment to make a Hessian of: calibrate, or compress without one")
+
     if not all(moment.isfinite().all() and moment.diagonal().sum() > 0 for moment in moments):
         raise CalibrationError("a calibration moment is zero or not finite: is the model broken, the text too short?")
     if len({moment.shape for moment in moments}) > 1:
         raise CalibrationError(
             f"the head has dimension {len(moments[0])}, the embedding {len(moments[1])}: give use_head=False"
         )
+
     total = torch.stack(moments).sum(0)
     total = (total + total.T) / (2 * total.diagonal().mean())
     return total + damping * torch.eye(len(total), dtype=torch.float64)
@@ -177,7 +193,7 @@ def usage(statistics: Statistics, *, tied: bool) -> Tensor:
     so there a token counts as often as the model expects it. The two sides get half of the weight each.
 
     Args:
-        statistics: Of `calibrate`.
+        statistics: What `calibrate` gave.
         tied: Whether the head multiplies the same table. A model without a head gives the same either way.
 
     Returns:

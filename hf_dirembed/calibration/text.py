@@ -45,16 +45,20 @@ def windows(
     room = length - len(prefix) - len(suffix)
     if room < 1:
         raise CalibrationError(f"sequence_length={length} leaves no room beside special tokens: give a larger one")
+
     pending: list[int] = []
     for text in _blocks(_strings(texts, lines=not packed), packed):
         if not isinstance(text, str):
             yield from (text[start : start + length] for start in range(0, len(text), length))
             continue
+
+        # Of packed text, what does not fill a window waits for more.
         pending += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         whole = len(pending) - len(pending) % room if packed else len(pending)
         for start in range(0, whole, room):
             yield prefix + pending[start : min(start + room, whole)] + suffix
         pending = pending[whole:]
+
     if pending:
         yield prefix + pending + suffix
 
@@ -74,9 +78,11 @@ def _strings(texts: Texts, *, lines: bool) -> Iterator[str | list[int]]:
     if isinstance(texts, str | Path):
         yield from _file(Path(texts), lines)
         return
+
     column = _text_column(texts)
     if not isinstance(texts, Iterable):
         raise CalibrationError(f"texts is a {type(texts).__name__}: give a path, strings or a dataset")
+
     item: Any
     for item in texts:
         text = item[column] if column else item

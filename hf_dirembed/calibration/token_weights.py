@@ -263,20 +263,25 @@ def _tokens_of_words(
         encoded = _tokenize(tokenizer, [before + word if before == " " else word for word in words], False)
         ids = [np.asarray(tokens, dtype=np.int64) for tokens in encoded]
         return np.concatenate(ids), np.repeat(np.arange(len(words)), [len(tokens) for tokens in ids])
+
     all_ids, all_owners = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     starts = range(0, len(words), CHUNK_WORDS)
     if not starts:
         return all_ids[0], all_owners[0]
+
     chunks = ["".join(before + word for word in words[start : start + CHUNK_WORDS]) for start in starts]
     encoded = tokenizer(chunks, return_offsets_mapping=True, **PLAIN)
+
     for start, ids, offsets in zip(starts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         lengths = np.array([len(before) + len(word) for word in words[start : start + CHUNK_WORDS]])
         ends = np.cumsum(lengths)
         last = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)[:, 1] - 1  # the token's last character
         owner = np.minimum(np.searchsorted(ends, last, side="right"), len(ends) - 1)
         within = (last >= (ends - lengths)[owner] + len(before)) | (before == " ")
+
         all_ids.append(np.asarray(ids, dtype=np.int64)[within])
         all_owners.append(start + owner[within])
+
     return np.concatenate(all_ids), np.concatenate(all_owners)
 
 

@@ -38,8 +38,11 @@ def staged_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
     final = Path(out)
     if os.path.lexists(final):
         raise CheckpointError(f"{final} exists already: remove it, or name another folder")
+
+    # Missing folders above `out` are made too, and removed again if writing fails.
     staging = final.with_name(f"{_stem(final)}{os.getpid()}.part")
     made = [folder for folder in final.parents if not os.path.lexists(folder)]
+
     try:
         for stale in _left_behind(final):
             shutil.rmtree(stale)
@@ -52,6 +55,7 @@ def staged_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
         raise _unwritable(final, error, "folder") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
         if not os.path.lexists(final):
             for folder in made:  # the deepest first
                 if folder.is_dir() and not any(folder.iterdir()):
@@ -94,8 +98,8 @@ def save_state(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta
 
     Args:
         path: The file; its folder must exist.
-        tensors: By name.
-        metadata: Of the file's header.
+        tensors: What to write, by name.
+        metadata: What the file's header says.
 
     Raises:
         CheckpointError: If the file cannot be written.
@@ -131,7 +135,7 @@ def _unwritable(path: str | os.PathLike[str], error: Exception, kind: str) -> Ch
     if isinstance(error, shutil.Error):  # of copying a folder: a list of what went wrong, of which one is enough
         error = OSError(error.args[0][0][2].partition(": ")[0])
     reason = getattr(error, "strerror", None) or first_line(error)
-    return CheckpointError(f"{path} cannot be written ({reason}): make room, or name another {kind}")
+    return CheckpointError(f"{path} cannot be written ({reason}): make room or allow it, or name another {kind}")
 
 
 def _stem(final: Path) -> str:

@@ -4,36 +4,33 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
-from ..api import check_request, compress, expand
+import torch
+from torch import Tensor
+
+from ..api import expand
 from ..calibration.calibrated import Calibration
 from ..calibration.languages import card_languages
+from ..calibration.statistics import Statistics
+from ..calibration.text import Texts
+from ..compression.compress import Settings
 from ..errors import ModelError
 from ..hub.card import write_card
 from ..hub.metadata import hub_id
 from ..hub.source import Source
+from ..pipeline import compress_model
 from ..processes import on_main_process
+from ..request import CompressionRequest
 from .atomic import staged_folder
-from .loading import find_checkpoint, find_table, is_compressed, load_model, load_tokenizer
+from .loading import is_compressed, load_model, load_tokenizer, resolve_checkpoint
+from .streaming import StoredTables
 from .summary import CheckpointSummary, inspect_checkpoint
 
-
-# Reading and inspecting have rooms of their own; users find all there is to do with a checkpoint here.
-__all__ = [
-    "CheckpointSummary",
-    "compress_checkpoint",
-    "expand_checkpoint",
-    "find_checkpoint",
-    "find_table",
-    "inspect_checkpoint",
-    "is_compressed",
-    "load_model",
-    "load_tokenizer",
-]
 
 # Of a source folder, what is not carried over: its weights in any format (new ones are written), its card (it speaks
 # of another model), its code (the base class is transformers' own) and the figures that were taken of it.
@@ -60,48 +57,75 @@ def compress_checkpoint(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
+    bits: float | Mapping[str, float] | None = None,
+    ratio: float | None = None,
+    rank: int | None = None,
+    tables: Sequence[str] | None = None,
+    method: str = "transform",
+    languages: str | Sequence[str] | None = None,
+    calibration: Texts | Statistics | Calibration | None = None,
+    token_weights: Tensor | None = None,
+    hessian: Tensor | None = None,
+    latent_dtype: str | None = None,
+    settings: Settings | None = None,
+    device: torch.device | str | None = None,
     base_model: str | None = None,
-    **options: Any,
+    resume: str | Path | None = None,
 ) -> CheckpointSummary:
     """Compresses a checkpoint into another: weights, config, tokenizer, SentenceTransformer modules, and a card.
 
     Without calibration the model is not loaded, if its file can be read row by row: memory is then a chunk of rows,
-    the codes and a few (d, d) matrices, whatever the model's size.
+    the codes and a few (d, d) matrices, whatever the model's size. Of tables of more than a million rows that all
+    count alike, as n-gram tables, not even the codes are in memory. Such codes, and copies of the blocks of a
+    per-layer table, are in files beside `out` until it is complete: disk space for both is needed.
 
-    Processes that `accelerate launch` or `torchrun` started calibrate together, to the same bits as one; the main one
-    fits and writes. Call it in all of them.
+    Processes that `accelerate launch` or `torchrun` started on one machine calibrate together, to the same bits as
+    one, and share the rows of such tables; the main one fits and writes the rest. Call it in all of them.
 
     Args:
         source: A local folder or a Hub id.
         out: A folder that does not exist yet; it appears when it is complete.
+        bits: These and the following: as for [`hf_dirembed.compress`].
+        ratio: Likewise.
+        rank: Likewise.
+        tables: Likewise.
+        method: Likewise.
+        languages: By default those of the source's model card.
+        calibration: As for [`hf_dirembed.compress`].
+        token_weights: Likewise.
+        hessian: Likewise.
+        latent_dtype: Likewise.
+        settings: Likewise.
+        device: Likewise.
         base_model: The source's Hub id, for the card; by default `source`, where it is one.
-        **options: Those of [`compress`], `method` and one of `bits`, `ratio` and `rank` first of all. `languages` are
-            by default those of the source's model card.
+        resume: As for [`hf_dirembed.compress`].
 
     Raises:
         DirEmbedError: If the source cannot be compressed, the budget cannot be met, or `out` cannot be written.
     """
-    check_request(**options)
+    request = CompressionRequest(
+        bits, ratio, rank, tables, method, languages, calibration, token_weights, hessian, latent_dtype, settings,
+        device, base_model, resume,
+    )  # fmt: skip
     with ExitStack() as stack:
         staging = on_main_process(lambda: stack.enter_context(staged_folder(out)))
-        folder = find_checkpoint(source)
-        options["languages"] = options.get("languages") or card_languages(folder)
+        folder = resolve_checkpoint(source)
         card_source = Source.of_folder(folder, base_model or hub_id(os.fspath(source)))
-        options["base_model"] = card_source.base_model
+        request = replace(request, languages=languages or card_languages(folder), base_model=card_source.base_model)
         model = None
-        if (calibration := options.get("calibration")) is not None:
+        if calibration is not None:
             model, tokenizer = load_model(folder), load_tokenizer(folder)
-            resume = options.pop("resume", None)
-            options["calibration"] = Calibration.of(model, tokenizer, calibration, options["languages"], resume=resume)
+            used = Calibration.of(model, tokenizer, calibration, request.languages, resume=resume)
+            request = replace(request, calibration=used, resume=None)
 
         def write() -> CheckpointSummary:
             _copy_companions(folder, staging)
-            stored = find_table(folder) if model is None else None
+            stored = StoredTables.find(folder, request.names) if model is None else None
             if stored is not None:
-                stored.compress(staging, load_tokenizer(folder), **options)
+                stored.compress(staging, load_tokenizer(folder), request)
             else:
                 dense = load_model(folder) if model is None else model
-                compress(dense, load_tokenizer(folder), **options).save_pretrained(staging)
+                compress_model(dense, load_tokenizer(folder), request).save_pretrained(staging)
             summary = inspect_checkpoint(staging)
             write_card(staging, summary, card_source, model_id=Path(out).name)
             stack.close()  # which gives the folder its name
@@ -117,7 +141,7 @@ def expand_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str
         DirEmbedError: If the source is not compressed, or `out` cannot be written.
     """
     with staged_folder(out) as staging:
-        folder = find_checkpoint(source)
+        folder = resolve_checkpoint(source)
         if not is_compressed(folder):
             raise ModelError(f"{folder} is not a compressed checkpoint: there is nothing to expand")
         model = expand(load_model(folder))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import torch
 import transformers
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
@@ -28,7 +29,6 @@ from ..errors import CheckpointError, DirEmbedError, ModelError, first_line
 from ..remote import modeling_dirembed
 from ..remote.configuration_dirembed import MODEL_TYPE
 from ..remote.modeling_dirembed import shards_of
-from .streaming import StoredTable
 
 
 # What transformers raises, beside its own errors, on configs and weights that make no model.
@@ -45,8 +45,10 @@ _UNREADABLE = (
     StrictDataclassError,
 )
 
+_TEXTS = ["*.json", "*.txt", "*.model", "*.jinja"]  # what of a repo is no weights, a tokenizer's files among it
 
-def find_checkpoint(source: str | os.PathLike[str]) -> Path:
+
+def resolve_checkpoint(source: str | os.PathLike[str]) -> Path:
     """The folder of a checkpoint: `source` itself, or a snapshot of the Hub repo of that name.
 
     Raises:
@@ -57,13 +59,21 @@ def find_checkpoint(source: str | os.PathLike[str]) -> Path:
         if not (folder / CONFIG_NAME).is_file():
             raise CheckpointError(f"{folder} holds no {CONFIG_NAME}: name the folder of a transformers model")
         return folder
-    try:  # the weights last, by name: what an index does not name, as a copy in another layout, is not fetched
-        patterns = ["*.json", "*/*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]
+    with _as_unknown_name(source):
+        # The weights last, by name: what an index does not name, as a copy in another layout, is not fetched.
+        patterns = [*_TEXTS, "*/*.safetensors", "README.md"]
         index = Path(
             huggingface_hub.snapshot_download(os.fspath(source), allow_patterns=patterns), SAFE_WEIGHTS_INDEX_NAME
         )
         patterns += [SAFE_WEIGHTS_NAME, *(shards_of(index) if index.is_file() else ())]
         return Path(huggingface_hub.snapshot_download(os.fspath(source), allow_patterns=patterns))
+
+
+@contextmanager
+def _as_unknown_name(source: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns what the Hub raises on what it does not give out into this package's error."""
+    try:
+        yield
     except HFValidationError as error:
         raise CheckpointError(f"{source} is no folder here, and no id of the Hub: check the name") from error
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
@@ -79,7 +89,7 @@ def is_compressed(source: str | os.PathLike[str]) -> bool:
     Raises:
         CheckpointError: If there is none.
     """
-    return read_compressed_config(find_checkpoint(source)) is not None
+    return read_compressed_config(resolve_checkpoint(source)) is not None
 
 
 def read_compressed_config(folder: Path) -> dict[str, Any] | None:
@@ -109,22 +119,10 @@ def load_model(folder: Path, auto_class: Any = None, **options: Any) -> PreTrain
         if auto_class is not None:
             return auto_class.from_pretrained(folder, **options)
         # A derived class would read the config again, and warn of the model type that only the file has.
-        return _model_class(config).from_pretrained(folder, config=config, **options)
+        return model_class(config).from_pretrained(folder, config=config, **options)
 
 
-def find_table(folder: Path) -> StoredTable | None:
-    """Where a checkpoint has its table, if that can be read without loading the model.
-
-    Raises:
-        CheckpointError: If transformers cannot read its config.
-        ModelError: If the model has no token embedding.
-    """
-    with as_unreadable_error(folder):
-        config = AutoConfig.from_pretrained(folder)
-        return StoredTable.find(folder, config, _model_class(config))
-
-
-def _model_class(config: PreTrainedConfig) -> Any:
+def model_class(config: PreTrainedConfig) -> Any:
     """The class that a checkpoint was saved with, where it is one for its config; else AutoModel."""
     home = modeling_dirembed if hasattr(config, MODEL_TYPE) else transformers
     named = config.architectures[0] if isinstance(config.architectures, list) and config.architectures else None
@@ -132,6 +130,13 @@ def _model_class(config: PreTrainedConfig) -> Any:
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         return AutoModel
     return found if isinstance(config, found.config_class or ()) else AutoModel
+
+
+def model_on_meta(class_of_model: Any, config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a config, without any weights."""
+    build = getattr(class_of_model, "from_config", None) or class_of_model._from_config  # AutoModel's, or its own
+    with torch.device("meta"):
+        return build(config)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
@@ -144,6 +149,24 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         return None
     with as_unreadable_error(folder):
         return AutoTokenizer.from_pretrained(folder)
+
+
+def load_tokenizer_of(source: str | os.PathLike[str], revision: str | None = None) -> PreTrainedTokenizerBase | None:
+    """Loads the tokenizer of a folder, or of a Hub repo, whose weights are not fetched; None where it has none.
+
+    Args:
+        source: The folder, or the repo's id.
+        revision: Of the repo; by default the newest.
+
+    Raises:
+        CheckpointError: If there is neither, or transformers cannot load the tokenizer.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        with _as_unknown_name(source):
+            name = os.fspath(source)
+            folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_TEXTS))
+    return load_tokenizer(folder)
 
 
 @contextmanager

@@ -11,8 +11,8 @@ from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
 
+from ..compression.row_files import FileRows
 from ..errors import CheckpointError
 
 
@@ -59,6 +59,15 @@ class StoredFile:
             header = json.loads(file.read(size))
         return cls(path, header.pop("__metadata__", None), header, 8 + size)
 
+    def dtype(self, name: str) -> torch.dtype | None:
+        """The floating dtype of a tensor; None for another."""
+        return DTYPES.get(self.tensors[name]["dtype"])
+
+    def rows(self, name: str) -> FileRows:
+        """The rows of a matrix, of which slices become tensors."""
+        tensor = self.tensors[name]
+        return FileRows(self.path, tuple(tensor["shape"]), self.dtype(name), self.start + tensor["data_offsets"][0])
+
     def num_bytes(self, name: str) -> int:
         """The bytes of a tensor in the file."""
         begin, end = self.tensors[name]["data_offsets"]
@@ -75,35 +84,6 @@ class StoredFile:
                     raise CheckpointError(f"{self.path} has become shorter while it was read: try again")
                 target.write(data)
                 left -= len(data)
-
-
-class StoredRows:
-    """The rows of a matrix in a safetensors file, of which slices become tensors.
-
-    Args:
-        stored: The file's header.
-        name: Of the matrix in it.
-        file: The file, open for reading.
-    """
-
-    def __init__(self, stored: StoredFile, name: str, file: BinaryIO) -> None:
-        tensor = stored.tensors[name]
-        self.shape = tuple(tensor["shape"])
-        self.dtype: torch.dtype | None = DTYPES.get(tensor["dtype"])
-        self._file, self._path = file, stored.path
-        self._start = stored.start + tensor["data_offsets"][0]
-
-    def __getitem__(self, rows: slice) -> Tensor:
-        assert self.dtype is not None
-        start, stop, _ = rows.indices(self.shape[0])
-        shape = (max(stop - start, 0), *self.shape[1:])
-        found = torch.empty(shape, dtype=self.dtype)
-        if found.numel():
-            data = found.view(torch.uint8).numpy().data.cast("B")
-            self._file.seek(self._start + start * (len(data) // shape[0]))
-            if self._file.readinto(data) != len(data):  # type: ignore[attr-defined]
-                raise CheckpointError(f"{self._path} has become shorter while it was read: try again")
-        return found
 
 
 def write_merged(

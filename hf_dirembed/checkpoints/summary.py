@@ -1,24 +1,29 @@
-"""What a compressed checkpoint is made of, read from its config and its tensors' headers alone."""
+"""What vocabulary tables a checkpoint has, compressed and not, read from config and headers alone."""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from transformers import AutoConfig
 from transformers.modeling_utils import str_to_torch_dtype
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..errors import CheckpointError, ModelError
-from ..remote.codes_dirembed import CODE_TENSORS, CompressionSpec
+from ..errors import CheckpointError
+from ..remote.codes_dirembed import BlocksLayout, CompressionSpec, Layout, TableRecord
 from ..remote.configuration_dirembed import read_spec
 from ..remote.kernels_dirembed import expanded_bytes
 from ..remote.modeling_dirembed import check_stored_dtypes, shards_of
-from .loading import as_unreadable_error, find_checkpoint, read_compressed_config
+from ..tables import VocabularyTable, find_tables
+from .loading import as_unreadable_error, model_class, model_on_meta, read_compressed_config, resolve_checkpoint
 from .safetensors_io import StoredFile
 
 
+_PIECE = re.compile(r"(.+\.)shard_\d+\.weight")
 _FIGURES = ("mean_cosine", "token_cosine", "shortened_cosine", "distortion", "bound_bits")
 
 
@@ -31,33 +36,36 @@ class StoredTensor:
 
     @property
     def num_bytes(self) -> int:
-        """Its bytes in the file."""
+        """How many bytes the tensor takes in the file."""
         return prod(self.shape) * str_to_torch_dtype[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
-class CheckpointSummary:
-    """What a compressed checkpoint holds in place of its token-embedding table.
+class TableSummary:
+    """What stands in a checkpoint in place of one table.
 
     Attributes:
+        name: The path of its module.
+        kind: What it is to the model, as `VocabularyTable` has it.
         method: What found the codes.
-        base_model_type: The architecture, like `bert`.
         num_embeddings: V.
         embedding_dim: d.
-        rank: Latents of every row.
-        refined_rows: Rows that have further codes.
-        refinement_rank: For how many latents.
+        blocks: Blocks of columns that are coded by themselves: more than 1 of a per-layer table.
+        rank: Latents of every row, of all blocks.
+        refined_rows: Rows that have further codes; of several blocks, of the one that has most.
+        refinement_rank: For how many latents these rows have further codes.
         outliers: Rows that are kept as they are.
         codes: `packed`, or the dtype of the latents.
         bits_per_weight: 8 x `bytes` / (V x d).
         ratio: `dense_bytes` / `bytes`.
-        bytes: Of all tensors that replace the table.
-        code_bytes: Of these, the codes, the outliers and the numbers of such rows.
-        decoder_bytes: Of these, the decoder and its bias.
-        expanded_bytes: Memory that a tied head takes beside them, on CPU from its first pass on: codes unpacked.
-        dense_bytes: Of the table, as the source checkpoint stored it.
-        mean_cosine: Between the rows of the table and what replaces them; None where the checkpoint does not say.
-        token_cosine: The same, each row weighed by how often its token is expected.
+        bytes: The size of all tensors that replace the table.
+        code_bytes: How much of it is codes, outliers and the numbers of such rows.
+        decoder_bytes: How much of it is the decoder and its bias.
+        expanded_bytes: Memory that a head takes beside them, on CPU from its first pass on: codes unpacked. None of it
+            without a head.
+        dense_bytes: The size of the table, as the source checkpoint stored it.
+        mean_cosine: The mean cosine between rows and what replaces them; None where the checkpoint does not say.
+        token_cosine: The same mean, each row weighed by how often its token is expected.
         shortened_rows: How many rows are far longer than most, and had to be coded all the same: only their direction.
         shortened_cosine: The mean cosine of these; None where there are none.
         distortion: The share of the table's weighted variance that is lost, in the measure that `transform` minimises.
@@ -65,10 +73,12 @@ class CheckpointSummary:
             distortion (reverse water-filling); `bits_per_weight` less this is the distance to the bound.
     """
 
+    name: str
+    kind: str
     method: str
-    base_model_type: str
     num_embeddings: int
     embedding_dim: int
+    blocks: int
     rank: int
     refined_rows: int
     refinement_rank: int
@@ -88,45 +98,107 @@ class CheckpointSummary:
     distortion: float | None
     bound_bits: float | None
 
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        kinds: Sequence[str],
+        layout: Layout,
+        record: TableRecord,
+        shape: tuple[int, int],
+        sizes: dict[str, int],
+    ) -> TableSummary:
+        """Sums up a table.
+
+        Args:
+            name: The path of its module.
+            kinds: What it is to the model, and then what is tied to it.
+            layout: Its layout.
+            record: How it was made.
+            shape: V and d.
+            sizes: The bytes of each of its tensors, by name.
+        """
+        num_rows, dim = shape
+        blocks = layout.blocks if isinstance(layout, BlocksLayout) else (layout,)
+        refinements = [block.refinement for block in blocks if block.refinement is not None]
+        num_bytes = sum(sizes.values())
+        decoder_bytes = sum(size for tensor, size in sizes.items() if "decoder_" in tensor)
+        dense_bytes = int(record.figure("dense_bytes") or num_rows * dim * 4)
+        has_head = any(kind.endswith("head") for kind in kinds)
+
+        return cls(
+            name=name,
+            kind=kinds[0],
+            method=layout.method,
+            num_embeddings=num_rows,
+            embedding_dim=dim,
+            blocks=len(blocks),
+            rank=sum(block.base_rank for block in blocks),
+            refined_rows=max((each.rows for each in refinements), default=0),
+            refinement_rank=sum(each.rank for each in refinements),
+            outliers=sum(block.outliers or 0 for block in blocks),
+            codes=blocks[0].codes,
+            bits_per_weight=8 * num_bytes / (num_rows * dim),
+            ratio=dense_bytes / num_bytes,
+            bytes=num_bytes,
+            code_bytes=num_bytes - decoder_bytes,
+            decoder_bytes=decoder_bytes,
+            expanded_bytes=sum(expanded_bytes(num_rows, block) for block in blocks if has_head),
+            dense_bytes=dense_bytes,
+            shortened_rows=int(record.figure("shortened_rows") or 0),
+            **{figure: record.figure(figure) for figure in _FIGURES},
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointSummary:
+    """The vocabulary tables of a checkpoint.
+
+    Attributes:
+        base_model_type: The architecture, like `bert`.
+        tables: What stands in place of each compressed table.
+        dense_tables: Those that are as they were: tied heads, which take nothing, among them.
+        bytes: The size of all that replaces the compressed tables.
+        dense_bytes: The size of these tables, as the source checkpoint stored them.
+        ratio: `dense_bytes` / `bytes`.
+        bits_per_weight: 8 x `bytes` / the weights of these tables.
+    """
+
+    base_model_type: str
+    tables: tuple[TableSummary, ...]
+    dense_tables: tuple[VocabularyTable, ...]
+    bytes: int
+    dense_bytes: int
+    ratio: float
+    bits_per_weight: float
+
 
 def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSummary:
-    """Reads what a compressed checkpoint is made of, from its config and its tensors' headers alone.
+    """Reads what a checkpoint has for vocabulary tables, from its config and its tensors' headers alone.
 
     Raises:
         CheckpointError: If the folder holds no checkpoint, or one whose tensors do not fit its config.
-        ModelError: If the checkpoint is not a compressed one.
         SpecError: If its `dirembed` object is malformed.
     """
-    folder = find_checkpoint(folder)
-    config = read_compressed_config(folder)
-    if config is None:
-        raise ModelError(f"{folder} is not a compressed checkpoint: compress it first")
+    folder = resolve_checkpoint(folder)
     with as_unreadable_error(folder):
-        base_model_type, spec = read_spec(config)
-        tensors = _read_headers(folder)
-    num_rows, dim, sizes = _table_tensors(folder, spec, tensors)
-    num_bytes = sum(sizes.values())
-    decoder_bytes = sizes["decoder_weight"] + sizes.get("decoder_bias_weight", 0)
-    dense_bytes = int(spec.figure("dense_bytes") or num_rows * dim * 4)
+        config = AutoConfig.from_pretrained(folder)
+        values = read_compressed_config(folder)
+        spec = None if values is None else read_spec(values)[1]
+        found = find_tables(model_on_meta(model_class(config), config))
+        tables = () if spec is None else tuple(_summaries(folder, spec, found))
+
+    num_bytes, dense_bytes = sum(table.bytes for table in tables), sum(table.dense_bytes for table in tables)
+    num_weights = sum(table.num_embeddings * table.embedding_dim for table in tables)
+
     return CheckpointSummary(
-        method=spec.method,
-        base_model_type=base_model_type,
-        num_embeddings=num_rows,
-        embedding_dim=dim,
-        rank=spec.base_rank,
-        refined_rows=spec.refinement.rows if spec.refinement else 0,
-        refinement_rank=spec.refinement.rank if spec.refinement else 0,
-        outliers=spec.outliers or 0,
-        codes=spec.codes,
-        bits_per_weight=8 * num_bytes / (num_rows * dim),
-        ratio=dense_bytes / num_bytes,
+        base_model_type=config.model_type,
+        tables=tables,
+        dense_tables=tuple(table for table in found if not table.compressed or table.tied_to is not None),
         bytes=num_bytes,
-        code_bytes=num_bytes - decoder_bytes,
-        decoder_bytes=decoder_bytes,
-        expanded_bytes=expanded_bytes(num_rows, spec),
         dense_bytes=dense_bytes,
-        shortened_rows=int(spec.figure("shortened_rows") or 0),
-        **{name: spec.figure(name) for name in _FIGURES},
+        ratio=dense_bytes / num_bytes if num_bytes else 1.0,
+        bits_per_weight=8 * num_bytes / num_weights if num_weights else 0.0,
     )
 
 
@@ -137,22 +209,60 @@ def _read_headers(folder: Path) -> dict[str, StoredTensor]:
     for shard in sorted(shards_of(index) if index.is_file() else {SAFE_WEIGHTS_NAME}):
         for name, tensor in StoredFile.read(folder / shard).tensors.items():
             tensors[name] = StoredTensor(tuple(tensor["shape"]), tensor["dtype"])
-    return tensors
+    return _join_pieces(tensors)
 
 
-def _table_tensors(
-    folder: Path, spec: CompressionSpec, tensors: dict[str, StoredTensor]
-) -> tuple[int, int, dict[str, int]]:
-    """V, d, and the bytes of each tensor that replaces the table."""
+def _join_pieces(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Codes that are stored in several tensors, as of n-gram tables, as the one that loading makes of them."""
+    joined: dict[str, StoredTensor] = {}
+    for name, tensor in tensors.items():
+        if (piece := _PIECE.fullmatch(name)) and f"{piece[1]}decoder_weight" in tensors:
+            name = f"{piece[1]}weight"
+            if name in joined:
+                rows = joined[name].shape[0] + tensor.shape[0]
+                tensor = StoredTensor((rows, *tensor.shape[1:]), tensor.dtype)
+        joined[name] = tensor
+    return joined
+
+
+def _summaries(folder: Path, spec: CompressionSpec, found: list[VocabularyTable]) -> Iterator[TableSummary]:
+    """What stands in place of each table that a spec names, in the order of those that were found in the model."""
+    order = {table.name: number for number, table in enumerate(found)}
+    tensors = _read_headers(folder)
     check_stored_dtypes(spec, {name: tensor.dtype for name, tensor in tensors.items()})
-    for name, decoder in tensors.items():
-        prefix = name.removesuffix("decoder_weight")
-        codes = tensors.get(f"{prefix}weight")
-        if prefix == name or codes is None or len(codes.shape) != 2 or len(decoder.shape) != 2:
+    for path in sorted(spec.tables, key=lambda path: order.get(path, len(order))):
+        layout, stored = spec.tables[path], _tensors_of(path, spec.tables[path], tensors)
+        if stored is None:
+            raise CheckpointError(
+                f"no tensors of {folder} are those of the compressed {path}: save or download the model again"
+            )
+        num_rows, dim, sizes = stored
+        layout.check_table(num_rows, dim)
+        kinds = [table.kind for table in found if path in (table.name, table.tied_to)]
+        yield TableSummary.of(path, kinds or ["lookup"], layout, spec.record(path), (num_rows, dim), sizes)
+
+
+def _tensors_of(path: str, layout: Layout, tensors: dict[str, StoredTensor]) -> tuple[int, int, dict[str, int]] | None:
+    """V, d, and the bytes of each tensor that replaces a table; None if there is none that fits its layout.
+
+    Files may have it under another prefix than the module's, as the architecture's conversion of checkpoints says.
+    """
+    block = "blocks.0." if isinstance(layout, BlocksLayout) else ""
+    suffix = f"{block}decoder_weight"
+
+    # The module's own name comes first, then names that it ends with.
+    prefixes = [name.removesuffix(suffix) for name in tensors if name.endswith(f".{suffix}")]
+    prefixes.sort(key=lambda prefix: (prefix != f"{path}.", not path.endswith(prefix.rpartition(".")[0])))
+
+    for prefix in prefixes:
+        codes, decoder = tensors.get(f"{prefix}{block}weight"), tensors[prefix + suffix]
+        if codes is None or len(codes.shape) != 2 or len(decoder.shape) != 2:
             continue
-        (num_rows, _), (_, dim) = codes.shape, decoder.shape
-        found = {tensor: tensors[prefix + tensor] for tensor in CODE_TENSORS if prefix + tensor in tensors}
-        if spec.stored_shapes(num_rows, dim) == {tensor: stored.shape for tensor, stored in found.items()}:
-            spec.check_table(num_rows, dim)
-            return num_rows, dim, {tensor: stored.num_bytes for tensor, stored in found.items()}
-    raise CheckpointError(f"no tensors of {folder} fit its dirembed config: save or download the model again")
+
+        num_rows = codes.shape[0]
+        dim = sum(layout.dims) if isinstance(layout, BlocksLayout) else decoder.shape[1]
+        shapes = layout.stored_shapes(num_rows, dim)
+        found = {name: tensors[prefix + name] for name in shapes if prefix + name in tensors}
+        if shapes == {name: stored.shape for name, stored in found.items()}:
+            return num_rows, dim, {name: stored.num_bytes for name, stored in found.items()}
+    return None

@@ -13,10 +13,10 @@ from typing import Any
 import click
 
 from ..checkpoints.convert import compress_checkpoint, expand_checkpoint
-from ..checkpoints.loading import find_checkpoint
-from ..checkpoints.summary import CheckpointSummary, inspect_checkpoint
+from ..checkpoints.loading import resolve_checkpoint
+from ..checkpoints.summary import CheckpointSummary, TableSummary, inspect_checkpoint
 from ..compression.compress import METHODS, SETTINGS
-from ..errors import BudgetError, CheckpointError, DirEmbedError
+from ..errors import CheckpointError, DirEmbedError, OptionError
 from ..hub.publishing import upload_checkpoint, write_checkpoint_card
 from ..processes import is_main_process
 from .demo import PAIRS, SENTENCES, DemoResult, run_demo
@@ -61,12 +61,39 @@ def _report(error: click.UsageError | DirEmbedError) -> None:
     click.echo(f"hf-dirembed: {line}", err=True)
 
 
+class Bits(click.ParamType):
+    """Bits per weight: a number, or numbers of tables by name."""
+
+    name = "bits"
+
+    def get_metavar(self, *_: Any, **__: Any) -> str:
+        """What stands for it in the help."""
+        return "BITS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number, or a dictionary of numbers by name."""
+        if not isinstance(value, str):
+            return value
+        try:
+            if "=" not in value:
+                return float(value)
+            pairs = (part.partition("=") for part in value.split(","))
+            return {name.strip(): float(bits) for name, _, bits in pairs}
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor numbers by name, like embed_tokens=2,lm_head=4", param, ctx)
+
+
 def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that say how small a table shall be."""
     for option in (
         click.option("--rank", type=int, help="Budget: latent dimensions (float methods)."),
         click.option("--ratio", type=float, help="Budget: how many times smaller than in the source checkpoint."),
-        click.option("--bits", type=float, help="Budget: bits per weight, all that replaces the table counted."),
+        click.option(
+            "--bits",
+            type=Bits(),
+            help="Budget: bits per weight over all tables, all that replaces them counted; or of each, like "
+            "embed_tokens=2,lm_head=4.",
+        ),
     ):
         command = option(command)
     return command
@@ -75,15 +102,16 @@ def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.group(cls=ErrorReportingGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="hf_dirembed")
 def main() -> None:
-    """Makes a model's token embeddings 8 to 32 times smaller, behind plain from_pretrained."""
+    """Makes a model's vocabulary tables 8 to 32 times smaller, behind plain from_pretrained."""
 
 
-@main.command(short_help="Make the token embeddings of a checkpoint smaller.")
+@main.command(short_help="Make the vocabulary tables of a checkpoint smaller.")
 @click.argument("src")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--method", default="transform", show_default=True, help=f"One of {', '.join(METHODS)}.")
 @budget_options
-@click.option("--codes", help="Dtype of float latents: float32, float16 or bfloat16.  [default: the table's]")
+@click.option("--latent-dtype", help="Dtype of float latents: float32, float16 or bfloat16.  [default: the table's]")
+@click.option("--tables", help="Tables to compress, like embed_tokens,lm_head.  [default: all]")
 @click.option("--languages", help="Languages of the text that the model is for, like en,de.  [default: the card's]")
 @click.option(
     "--calibrate",
@@ -106,6 +134,7 @@ def main() -> None:
 def compress(
     src: str,
     out: Path,
+    tables: str | None,
     languages: str | None,
     calibrate: str | None,
     seed: int | None,
@@ -115,20 +144,23 @@ def compress(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Compress the token embeddings of SRC, a folder or a Hub id, into the folder OUT."""
+    """Compress the vocabulary tables of SRC, a folder or a Hub id, into the folder OUT."""
     if seed is not None and method in METHODS and method not in SETTINGS:
-        raise BudgetError(f"method {method!r} draws no random numbers: leave --seed out")
+        raise OptionError(f"method {method!r} draws no random numbers: leave --seed out")
     if private and not push_to_hub:
         raise CheckpointError("--private is for an upload: name its repo with --push-to-hub")
+
     summary = compress_checkpoint(
         src,
         out,
-        languages=tuple(tag.strip() for tag in languages.split(",") if tag.strip()) if languages else None,
+        tables=_listed(tables),
+        languages=_listed(languages),
         method=method,
         calibration=calibrate,
         settings=SETTINGS[method](seed=seed) if seed is not None and method in SETTINGS else None,
         **options,
     )
+
     if not is_main_process():
         return
     _print_summary(summary, as_json)
@@ -136,7 +168,12 @@ def compress(
         click.echo(f"uploaded to {upload_checkpoint(out, push_to_hub, private=private)}", err=True)
 
 
-@main.command(short_help="Show what a checkpoint holds in place of its table.")
+def _listed(text: str | None) -> tuple[str, ...] | None:
+    """The parts of a text between commas; None if there is no text."""
+    return tuple(part.strip() for part in text.split(",") if part.strip()) if text else None
+
+
+@main.command(short_help="Show the vocabulary tables of a checkpoint.")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option(
     "--plot", metavar="FILE", type=click.Path(path_type=Path), help="Also draw its spectrum and bits into this image."
@@ -144,14 +181,14 @@ def compress(
 @click.option("--reference", metavar="BASE", help="The dense model, whose table the picture compares with.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def inspect(folder: Path, plot: Path | None, reference: str | None, as_json: bool) -> None:
-    """Show what the compressed checkpoint DIR holds in place of its table."""
+    """Show the vocabulary tables of the checkpoint DIR, compressed or not."""
     if reference and not plot:
         raise CheckpointError("--reference is for the picture: name its file with --plot")
     summary = inspect_checkpoint(folder)
     if plot:
         require_matplotlib()
-        dense = find_checkpoint(reference) if reference else None
-        save_picture(TableProfile.of_checkpoint(find_checkpoint(folder), dense), plot)
+        dense = resolve_checkpoint(reference) if reference else None
+        save_picture(TableProfile.of_checkpoint(resolve_checkpoint(folder), dense), plot)
     _print_summary(summary, as_json)
 
 
@@ -202,37 +239,62 @@ def _print_summary(summary: CheckpointSummary, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(asdict(summary)))
         return
-    cosine = "not recorded" if summary.mean_cosine is None else f"{summary.mean_cosine:.4f}"
-    if summary.token_cosine is not None:
-        cosine += f" over rows, {summary.token_cosine:.4f} over tokens in use"
-    latents = f"{summary.rank} for {summary.embedding_dim} dimensions, {summary.codes}"
-    if summary.refined_rows:
-        latents += f"; further codes for {summary.refinement_rank} in the {summary.refined_rows:,} most important rows"
-    parts = f"codes {_size(summary.code_bytes)}, decoder {_size(summary.decoder_bytes)}"
+
+    click.echo(f"{'base model':<16} {summary.base_model_type}")
+    if not summary.tables and not summary.dense_tables:
+        click.echo(f"{'tables':<16} none: it reads no token ids")
+    for table in summary.tables:
+        click.echo()
+        for label, value in [("table", table.name), *_table_lines(table)]:
+            click.echo(f"{label:<16} {value}")
+
+    if len(summary.tables) > 1:
+        smaller = f"{_size(summary.dense_bytes)} -> {_size(summary.bytes)}, {summary.ratio:.2f}x smaller"
+        click.echo(f"\n{'all tables':<16} {smaller}, {summary.bits_per_weight:.3f} bits per weight")
+
+    for number, dense in enumerate(summary.dense_tables):
+        size = f"{dense.rows:,} x {dense.dim:,}"
+        said = f"shares that of {dense.tied_to}" if dense.tied_to else f"{_size(dense.num_bytes)}, dense"
+        refusal = f" ({dense.refusal})" if dense.refusal else ""
+        click.echo(("" if number else "\n") + f"{dense.kind:<16} {dense.name}, {size}: {said}{refusal}")
+
+
+def _table_lines(table: TableSummary) -> list[tuple[str, str]]:
+    """What is said of one table, labels and values."""
+    cosine = "not recorded" if table.mean_cosine is None else f"{table.mean_cosine:.4f}"
+    if table.token_cosine is not None:
+        cosine += f" over rows, {table.token_cosine:.4f} over tokens in use"
+
+    latents = f"{table.rank} for {table.embedding_dim} dimensions, {table.codes}"
+    if table.blocks > 1:
+        latents += f", in {table.blocks} blocks of columns"
+    if table.refined_rows:
+        latents += f"; further codes for {table.refinement_rank} in the {table.refined_rows:,} most important rows"
+
     lines = [
-        ("method", summary.method),
-        ("base model", summary.base_model_type),
-        ("table", f"{summary.num_embeddings:,} x {summary.embedding_dim:,}, {_size(summary.dense_bytes)}"),
-        ("replaced by", f"{_size(summary.bytes)}, {summary.ratio:.2f}x smaller"),
-        ("", parts),
-        ("bits per weight", f"{summary.bits_per_weight:.3f}"),
+        ("kind", table.kind),
+        ("method", table.method),
+        ("size", f"{table.num_embeddings:,} x {table.embedding_dim:,}, {_size(table.dense_bytes)}"),
+        ("replaced by", f"{_size(table.bytes)}, {table.ratio:.2f}x smaller"),
+        ("", f"codes {_size(table.code_bytes)}, decoder {_size(table.decoder_bytes)}"),
+        ("bits per weight", f"{table.bits_per_weight:.3f}"),
         ("latents", latents),
         ("mean cosine", cosine),
     ]
-    if summary.outliers:
-        lines.append(("outlier rows", f"{summary.outliers:,} kept as they are"))
-    if summary.shortened_rows and summary.shortened_cosine is not None:
-        kept = f"their length is cut, their mean cosine {summary.shortened_cosine:.4f}"
-        lines.append(("long rows", f"{summary.shortened_rows:,}, far longer than most: {kept}"))
-    if summary.distortion is not None and summary.bound_bits is not None:
-        lines.append(("lost", f"{summary.distortion:.2%} of the weighted variance"))
-        distance = f"{summary.bits_per_weight - summary.bound_bits:.3f} bits per weight less for that"
+
+    if table.outliers:
+        lines.append(("outlier rows", f"{table.outliers:,} kept as they are"))
+    if table.shortened_rows and table.shortened_cosine is not None:
+        kept = f"their length is cut, their mean cosine {table.shortened_cosine:.4f}"
+        lines.append(("long rows", f"{table.shortened_rows:,}, far longer than most: {kept}"))
+
+    if table.distortion is not None and table.bound_bits is not None:
+        lines.append(("lost", f"{table.distortion:.2%} of the weighted variance"))
+        distance = f"{table.bits_per_weight - table.bound_bits:.3f} bits per weight less for that"
         lines.append(("", f"a Gaussian table of this spectrum could do with {distance}"))
-    if summary.expanded_bytes:
-        memory = f"+ {_size(summary.expanded_bytes)} where a tied head expands the codes, on CPU"
-        lines.append(("at run time", memory))
-    for label, value in lines:
-        click.echo(f"{label:<16} {value}")
+    if table.expanded_bytes:
+        lines.append(("at run time", f"+ {_size(table.expanded_bytes)} where a head expands the codes, on CPU"))
+    return lines
 
 
 def _print_demo(result: DemoResult) -> None:

@@ -35,9 +35,9 @@ class DemoResult:
     """What the demo measured.
 
     Attributes:
-        summary: Of the compressed table.
-        file_bytes: Of `model.safetensors`, before and after.
-        similarities: Of each pair in `PAIRS`, before and after.
+        summary: What the compressed checkpoint holds.
+        file_bytes: The size of `model.safetensors`, before and after.
+        similarities: The cosine of each pair in `PAIRS`, before and after.
         sentence_cosine: The mean cosine between a sentence's embedding before and after.
         agreement: The largest difference between what AutoModel and SentenceTransformer make of a token.
     """
@@ -84,6 +84,7 @@ def run_demo(out: str | os.PathLike[str], **options: Any) -> DemoResult:
         )
         for i, j in PAIRS
     ]
+
     return DemoResult(
         summary=summary,
         file_bytes=(_file_bytes(source), _file_bytes(Path(out))),

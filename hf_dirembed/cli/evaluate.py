@@ -84,8 +84,11 @@ def print_result(result: Result, model: str, reference: str | None = None) -> No
     """
     trained = f", fine-tuned on {result.training}" if result.training else ""
     click.echo(f"{result.task} on {result.dataset}{trained}\n")
+
     rows = [["", model]]
     rows += [[name, _figure(value, result.deviations.get(name))] for name, value in result.metrics.items()]
+
+    # The reference's figures go before the model's, the difference after them.
     if result.reference is not None:
         if reference == model:
             reference = "reference"
@@ -99,10 +102,12 @@ def print_result(result: Result, model: str, reference: str | None = None) -> No
             for name in result.metrics
         ]
         rows = [[row[0], dense, row[1], difference] for row, (dense, difference) in zip(rows, columns, strict=True)]
+
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for label, *figures in rows:
         cells = (f"{figure:>{width}}" for figure, width in zip(figures, widths[1:], strict=True))
         click.echo("   ".join([f"{label:<{widths[0]}}", *cells]).rstrip())
+
     for name, value in result.agreement.items():
         click.echo(f"\n{name} between the outputs of both: {_figure(value)}")
     click.echo("\n" + ", ".join(f"{name} {_setting(value)}" for name, value in result.settings.items()))

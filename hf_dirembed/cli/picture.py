@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from io import BytesIO
@@ -9,18 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..calibration.languages import card_languages
 from ..calibration.token_weights import token_weights
 from ..checkpoints.loading import load_model, load_tokenizer
-from ..checkpoints.summary import CheckpointSummary, inspect_checkpoint
+from ..checkpoints.summary import TableSummary, inspect_checkpoint
 from ..compression.subspace import eigenbasis, row_cosines, second_moment
 from ..compression.table import Table
 from ..errors import CheckpointError, ModelError, first_line
-from ..remote.codes_dirembed import BIT_WIDTHS, CompressionSpec
-from ..remote.modeling_dirembed import embedding_of
-from ..remote.modules_dirembed import CompressedEmbedding
+from ..remote.codes_dirembed import BIT_WIDTHS, TableLayout
+from ..remote.matrix_dirembed import CompressedMatrix
+from ..remote.tables_dirembed import TABLE_MODULES, locate_tables, table_at
 
 
 if TYPE_CHECKING:
@@ -37,17 +39,17 @@ class TableProfile:
     """What the picture shows.
 
     Attributes:
-        summary: Of the compressed table.
-        spec: Its layout.
+        summary: The summary of the compressed table.
+        layout: Its layout.
         spectrum: (d,) the variance of the compressed rows along their principal axes, descending.
-        dense_spectrum: The same of the dense rows; None without a reference.
+        dense_spectrum: (d,) the variance of the dense rows along theirs, descending; None without a reference.
         ranks: (bins,) the middle of each bin of tokens, by how often they are expected; None without a reference.
         cosines: (3, bins) the lowest tenth, the median and the highest tenth of the cosines in each bin.
         by_weights: Whether the ranks are by expected frequency, or by id where there is no tokenizer.
     """
 
-    summary: CheckpointSummary
-    spec: CompressionSpec
+    summary: TableSummary
+    layout: TableLayout
     spectrum: Tensor
     dense_spectrum: Tensor | None = None
     ranks: Tensor | None = None
@@ -63,29 +65,49 @@ class TableProfile:
             CheckpointError: If one cannot be loaded, or the reference's table has another shape.
             ModelError: If the folder holds no compressed checkpoint.
         """
-        summary = inspect_checkpoint(folder)
-        embedding = embedding_of(load_model(folder))
-        assert isinstance(embedding, CompressedEmbedding)
-        compressed = embedding.dense_weight()
-        profile = cls(summary, embedding.spec, _spectrum(compressed))
+        model = load_model(folder)
+        tables = {table.name: table for table in inspect_checkpoint(folder).tables if table.blocks == 1}
+        if not tables:
+            raise ModelError(f"{folder} has no compressed table of one block to draw: compress it first")
+        summary = tables[_drawn_table(model, tables)]
+
+        matrix = table_at(model, summary.name)
+        assert isinstance(matrix, CompressedMatrix)
+        compressed = matrix.dense_weight()
+        profile = cls(summary, matrix.layout, _spectrum(compressed))
         if reference is None:
             return profile
-        base = embedding_of(load_model(reference))
-        if isinstance(base, CompressedEmbedding):
+
+        # the same table in the dense checkpoint
+        base = load_model(reference)
+        place = locate_tables(base, [summary.name]).get(summary.name)
+        module = None if place is None else base.get_submodule(place)
+        if isinstance(module, TABLE_MODULES):
             raise CheckpointError(f"{reference} is compressed itself: name the dense model")
-        dense = base.weight
+        if not isinstance(module, (nn.Embedding, nn.Linear)):
+            raise CheckpointError(f"{reference} has no dense {summary.name}: name the dense model")
+
+        dense = module.weight
         if dense.shape != compressed.shape:
             raise CheckpointError(
                 f"the table of {reference} is {list(dense.shape)}, that of {folder} {list(compressed.shape)}: "
                 "name the model that it was made from"
             )
+
+        # the most frequent tokens first, where a tokenizer tells which these are
         tokenizer = load_tokenizer(folder) or load_tokenizer(reference)
         order = torch.arange(len(dense))
         if tokenizer is not None:
             weights = token_weights(tokenizer, len(dense), languages=card_languages(reference) or None)
             order = weights.argsort(descending=True, stable=True)
         ranks, cosines = _binned(row_cosines(dense.float(), compressed.float())[order])
-        return cls(summary, embedding.spec, profile.spectrum, _spectrum(dense), ranks, cosines, tokenizer is not None)
+        return cls(summary, matrix.layout, profile.spectrum, _spectrum(dense), ranks, cosines, tokenizer is not None)
+
+
+def _drawn_table(model: PreTrainedModel, names: Iterable[str]) -> str:
+    """The input embedding, where it is among the tables; else the first of them."""
+    embedding = model.get_input_embeddings()
+    return next((name for name in names if model.get_submodule(name) is embedding), next(iter(names)))
 
 
 def require_matplotlib() -> None:
@@ -111,9 +133,11 @@ def save_picture(profile: TableProfile, file: Path) -> None:
     _draw_bits(axes[1], profile)
     if profile.cosines is not None:
         _draw_cosines(axes[2], profile)
+
     summary = profile.summary
     size = f"{summary.num_embeddings:,} x {summary.embedding_dim:,}"
     figure.suptitle(f"{size} in {summary.bits_per_weight:.2f} bits per weight ({summary.method})", fontsize=12)
+
     image = BytesIO()  # first whole in memory: no half of a picture is ever written
     try:
         figure.savefig(image, format=file.suffix.lower().removeprefix(".") or "png", dpi=150)
@@ -162,19 +186,21 @@ def _draw_spectrum(axes: Axes, profile: TableProfile) -> None:
 
 def _draw_bits(axes: Axes, profile: TableProfile) -> None:
     axes.set_title("Bits of the latents", fontsize=11)
-    spec, dim = profile.spec, profile.summary.embedding_dim
-    if spec.bit_allocation is None:
-        widths = [torch.finfo(getattr(torch, spec.codes)).bits] * spec.rank
+    layout, dim = profile.layout, profile.summary.embedding_dim
+    if layout.bit_allocation is None:
+        widths = [torch.finfo(getattr(torch, layout.codes)).bits] * layout.rank
     else:
-        widths = _widths(spec.bit_allocation)
+        widths = _widths(layout.bit_allocation)
     _steps(axes, widths, dim, _COMPRESSED, "every row")
-    if spec.refinement is not None:
-        further = _widths(spec.refinement.bit_allocation)
-        label = f"more for {spec.refinement.rows / profile.summary.num_embeddings:.0%} of the rows"
+
+    if layout.refinement is not None:
+        further = _widths(layout.refinement.bit_allocation)
+        label = f"more for {layout.refinement.rows / profile.summary.num_embeddings:.0%} of the rows"
         _steps(axes, further, dim, _SECOND, label)
+
     axes.set_xlim(0, dim)
     axes.set_ylim(0, max(widths) * 1.25)
-    axes.set_yticks(sorted({0, *widths} | set(_widths(spec.refinement.bit_allocation) if spec.refinement else ())))
+    axes.set_yticks(sorted({0, *widths} | set(_widths(layout.refinement.bit_allocation) if layout.refinement else ())))
     _label(axes, f"latent, of {dim:,} dimensions", "bits")
     axes.legend(frameon=False)
 

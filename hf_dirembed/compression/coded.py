@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..remote.codes_dirembed import CompressionSpec
-from ..remote.modules_dirembed import DENSE_CHUNK, CompressedMatrix
+from ..remote.codes_dirembed import TableLayout, TableRecord
+from ..remote.matrix_dirembed import DENSE_CHUNK, CompressedMatrix
 from .baselines.factorization import Factorization
 
 
@@ -21,12 +21,14 @@ class CodedTable:
     """A table's codes and decoder, as a module holds them.
 
     Attributes:
-        spec: The layout, with the settings that it was made with and the figures that came of it.
+        layout: Their layout.
         tensors: Those of `CompressedMatrix.code_tensors`, by name.
+        record: What they were made with, and what came of it.
     """
 
-    spec: CompressionSpec
+    layout: TableLayout
     tensors: dict[str, Tensor]
+    record: TableRecord = field(default_factory=TableRecord)
 
     @classmethod
     def of(cls, found: Factorization, method: str, *, codes: str, decoder: str) -> CodedTable:
@@ -49,15 +51,13 @@ class CodedTable:
         tensors = {"decoder_weight": found.decoder.to(dtype), "weight": found.latents.to(getattr(torch, codes))}
         if found.bias is not None:
             tensors["decoder_bias_weight"] = found.bias.to(dtype)
-        spec = CompressionSpec(
-            method=method, rank=found.rank, codes=codes, decoder=decoder, bias=found.bias is not None
-        )
-        return cls(spec, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+        layout = TableLayout(method=method, rank=found.rank, codes=codes, decoder=decoder, bias=found.bias is not None)
+        return cls(layout, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
 
     def to_matrix(self) -> CompressedMatrix:
         """The module that decodes it in float32, its codes in the same storage."""
         num_rows, dim = len(self.tensors["weight"]), self.tensors["decoder_weight"].shape[1]
-        matrix = CompressedMatrix(num_rows, dim, self.spec, dtype=torch.float32, device="meta")
+        matrix = CompressedMatrix(num_rows, dim, self.layout, dtype=torch.float32, device="meta")
         names = {"decoder_weight", "decoder_bias_weight"} & self.tensors.keys()
         wide = {name: self.tensors[name].float() for name in names}
         matrix.load_state_dict({**self.tensors, **wide}, assign=True)
@@ -80,7 +80,7 @@ class CodedTable:
             return True
         matrix = self.to_matrix()
         for ids in torch.arange(len(matrix.weight)).split(DENSE_CHUNK):
-            latents, rows = matrix.latents(ids), matrix.decode(ids)
+            latents, rows = matrix.latents_of(ids), matrix.decode(ids)
             if not (latents.half().isfinite().all() and rows.half().isfinite().all()):
                 return False
         rows, narrow = rows[:_FEW_ROWS], matrix.half().decode(ids[:_FEW_ROWS]).float()

@@ -10,16 +10,16 @@ from torch import Tensor
 from .coded import CodedTable
 from .distortion import Measure
 from .rate_distortion import RateDistortion
-from .row_weights import Importance
+from .row_weights import RowWeights
 from .subspace import check_weights, eigenbasis, length_scale, row_cosines
 from .table import Table
 
 
-_DIGITS = 6
-_NOTHING = 1e-9  # of the rows' weighted squares: variance that is rounding
+DIGITS = 6
+NOTHING = 1e-9  # of the rows' weighted squares: variance that is rounding
 
 
-def table_figures(table: Table, coded: CodedTable, measure: Measure | None = None) -> dict[str, float]:
+def table_quality(table: Table, coded: CodedTable, measure: Measure | None = None) -> dict[str, float]:
     """Measures a compressed table against the dense one, in four passes over it.
 
     All figures are of the rows over their usual length, as squares of very short or long rows leave float32.
@@ -39,8 +39,8 @@ def table_figures(table: Table, coded: CodedTable, measure: Measure | None = Non
     Example:
         >>> from hf_dirembed.compression import compress_table
         >>> rows = torch.randn(4000, 16, generator=torch.Generator().manual_seed(0))
-        >>> figures = compress_table(rows, bits=3).spec.figures
-        >>> 0 < figures["bound_bits"] < 3, 0.01 < figures["distortion"] < 0.1
+        >>> quality = compress_table(rows, bits=3).record.quality
+        >>> 0 < quality["bound_bits"] < 3, 0.01 < quality["distortion"] < 0.1
         (True, True)
     """
     scale = length_scale(table)
@@ -50,6 +50,8 @@ def table_figures(table: Table, coded: CodedTable, measure: Measure | None = Non
     importance = measure.importance(rows)
     omega = importance.omega
     spectrum = WeightedSpectrum.of(rows, omega)
+
+    # cosines, and errors in the measure, chunk by chunk
     cosines, shares, lost = [], [], omega.new_zeros(())
     for part, chunk in table.chunks():
         approximated = coded.reconstruct(part).to(chunk) / scale
@@ -59,23 +61,26 @@ def table_figures(table: Table, coded: CodedTable, measure: Measure | None = Non
             chunk, error = chunk @ rows.factor, error @ rows.factor
         shares.append((chunk - spectrum.mean.to(chunk)).square().sum(dim=1).to(omega) * omega[part])
         lost += error.square().sum(dim=1).to(omega) @ omega[part]
+
     every = check_weights(None, table)
     figures = {"mean_cosine": _weighted_mean(torch.cat(cosines), every)}
     if measure.weights is not None:
         figures["token_cosine"] = _weighted_mean(torch.cat(cosines), check_weights(measure.weights, table))
-    if coded.spec.method == "transform" and (shortened := _shortened(importance, coded)).any():
+    if coded.layout.method == "transform" and (shortened := _shortened(importance, coded)).any():
         figures["shortened_rows"] = int(shortened.sum())
         figures["shortened_cosine"] = _weighted_mean(torch.cat(cosines), every * shortened)
-    if (variance := spectrum.values.sum()) > _NOTHING:  # else all rows are alike: nothing to lose
+
+    if (variance := spectrum.values.sum()) > NOTHING:  # else all rows are alike: nothing to lose
         figures["distortion"] = float(lost / variance)
         figures["bound_bits"] = RateDistortion(torch.cat(shares) / variance, spectrum.values).rate(float(lost))
-    return {name: round(value, _DIGITS) for name, value in figures.items()}
+
+    return {name: round(value, DIGITS) for name, value in figures.items()}
 
 
-def _shortened(importance: Importance, coded: CodedTable) -> Tensor:
+def _shortened(importance: RowWeights, coded: CodedTable) -> Tensor:
     """(num_rows,) the long rows that are not kept as they are."""
     shortened = importance.long_rows.clone()
-    if coded.spec.outliers is not None:
+    if coded.layout.outliers is not None:
         shortened[coded.tensors["outlier_rows_weight"].to(shortened.device).long()] = False
     return shortened
 
@@ -118,6 +123,6 @@ class WeightedSpectrum:
 
 
 def _weighted_mean(cosines: Tensor, weights: Tensor) -> float:
-    """Over the rows that have a direction; 1 if none has."""
+    """The weighted mean of the cosines of those rows that have a direction; 1 if none has."""
     directed = weights * cosines.isfinite().to(weights)
     return float((cosines.nan_to_num() @ directed) / directed.sum()) if directed.any() else 1.0

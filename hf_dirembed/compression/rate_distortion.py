@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -95,6 +96,28 @@ class RateDistortion:
         low = torch.tensor(distortion / (len(self._rows) * len(self._spectrum)), dtype=torch.float64).log2()
         level = self._bisect(float(low) - 1, lambda level: self._error(level) < distortion)
         return self._bits(level) / (len(self.weights) * len(self.spectrum))
+
+    def rate_at_slope(self, slope: float) -> float:
+        """The bits per weight from which on one more lowers the distortion by less than a share of the variance.
+
+        At the water level θ the last bit of all components together lowers their distortion by 2 θ ln 2, whichever
+        of them gets it: every component above the water has the same slope there.
+
+        Args:
+            slope: The share of the variance.
+
+        Returns:
+            Bits per weight; infinite for a slope of 0 or less.
+
+        Example:
+            >>> RateDistortion(torch.ones(10), torch.ones(4)).rate_at_slope(2 * math.log(2) / 16)  # error 1/16
+            2.0
+        """
+        if not self.variance:
+            return 0.0
+        total = len(self.weights) * len(self.spectrum)
+        level = slope * self.variance / (2 * math.log(2) * total)
+        return self._bits(math.log2(level)) / total if level > 0 else float("inf")
 
     @cached_property
     def _rows(self) -> Tensor:

@@ -20,7 +20,7 @@ _LONG, _USUAL = 3.0, 0.95
 
 
 @dataclass(frozen=True)
-class Importance:
+class RowWeights:
     """What an error of each row counts: ωᵢ = wᵢ^τ, over ‖yᵢ‖² where errors are relative to the row's length.
 
     Attributes:
@@ -34,7 +34,7 @@ class Importance:
     norms: Tensor
 
     @classmethod
-    def of(cls, rows: Table, weights: Tensor | None, tempering: float, *, relative: bool) -> Importance:
+    def of(cls, rows: Table, weights: Tensor | None, tempering: float, *, relative: bool) -> RowWeights:
         """Reads the norms of a table.
 
         Args:
@@ -44,7 +44,7 @@ class Importance:
             relative: Whether errors count relative to the row's length.
 
         Raises:
-            BudgetError: If the weights are of the wrong shape, negative, not finite or all zero.
+            OptionError: If the weights are of the wrong shape, negative, not finite or all zero.
             TableError: If the square of a row's length exceeds float32.
         """
         tempered = check_weights(weights, rows)
@@ -66,6 +66,12 @@ class Importance:
     def order(self) -> Tensor:
         """(num_rows,) the rows' numbers, the one with the largest share first."""
         return self.share.argsort(descending=True, stable=True)
+
+    @property
+    def shortest(self) -> float:
+        """The length that errors of shorter rows count as if the rows had it."""
+        lengths = self.norms[self.norms > 0]
+        return _LEAST_NORM * float(lengths.median()) if len(lengths) else _LEAST_NORM
 
     @property
     def longest(self) -> float:
@@ -94,7 +100,7 @@ class Sample:
     omega: Tensor
 
     @classmethod
-    def draw(cls, table: Table, importance: Importance, size: int, seed: int) -> Sample:
+    def draw(cls, table: Table, importance: RowWeights, size: int, seed: int) -> Sample:
         """Draws about `size` rows, each with a probability in proportion to the root of its share, at most 1."""
         probabilities = _inclusion(importance.share.sqrt().cpu(), size)
         generator = torch.Generator().manual_seed(seed)

@@ -14,7 +14,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from ..errors import BudgetError
+from ..errors import BudgetError, OptionError
 from .baselines.factorization import Approximation, Factorization
 from .table import Table
 
@@ -49,7 +49,7 @@ def second_moment(table: Table, weights: Tensor | None = None) -> Tensor:
         (dim, dim) float64, symmetric, on the table's device (on the CPU where the device has no float64).
 
     Raises:
-        BudgetError: If `weights` are of the wrong shape, negative, not finite or all zero.
+        OptionError: If `weights` are of the wrong shape, negative, not finite or all zero.
         TableError: If the table holds a NaN or an infinity.
 
     Example:
@@ -117,7 +117,7 @@ def mean_cosine(table: Table, approximation: Approximation, weights: Tensor | No
         weights: (num_rows,) non-negative; by default uniform.
 
     Raises:
-        BudgetError: If `weights` are of the wrong shape, negative, not finite or all zero.
+        OptionError: If `weights` are of the wrong shape, negative, not finite or all zero.
 
     Example:
         >>> table = Table(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
@@ -219,7 +219,7 @@ def direction(
     """
     check_rank(rank, table.dim)
     if not isinstance(iterations, int) or iterations < 1:
-        raise BudgetError(f"iterations={iterations!r}: give an integer of at least 1")
+        raise OptionError(f"iterations={iterations!r}: give an integer of at least 1")
     weights = check_weights(weights, table)
     *_, best = islice(_ascent(table, rank, weights, affine), iterations)
     variances = ((best.basis.T @ best.covariance(affine)) * best.basis.T).sum(dim=1)
@@ -246,17 +246,21 @@ def _measure(table: Table, basis: Tensor, bias: Tensor, weights: Tensor) -> _Sub
     """One pass over the table. As bias ⟂ basis, ‖x̂‖² = ‖xQ‖² + ‖b‖² and x·x̂ = ‖xQ‖² + x·b."""
     cosines = directed = total = weights.new_zeros(())
     first, second = weights.new_zeros(table.dim), weights.new_zeros(table.dim, table.dim)
+
     for rows, chunk in exact_chunks(table):
         norms = chunk.norm(dim=1)
         kept = (chunk @ basis).square().sum(dim=1)
         approximated_norms = (kept + bias.square().sum()).sqrt()
         product = norms * approximated_norms
         cosine = torch.where(product > 0, (kept + chunk @ bias) / product, 0.0)
+
         cosines = cosines + (weights[rows] * cosine).sum()
         directed = directed + weights[rows][norms > 0].sum()
+
         omega = direction_weights(norms, approximated_norms, weights[rows])
         weighted = chunk * omega[:, None]
         total, first, second = total + omega.sum(), first + weighted.sum(dim=0), second + weighted.T @ chunk
+
     objective = float(cosines / directed) if directed > 0 else 0.0
     mean = first / total if total > 0 else first
     return _Subspace(basis, bias, objective, mean, float(total), (second + second.T) / 2)
@@ -305,16 +309,16 @@ def check_weights(weights: Tensor | None, table: Table) -> Tensor:
     """Row weights as the sums use them: (num_rows,) float64; ones for None.
 
     Raises:
-        BudgetError: If they are of the wrong shape, negative, not finite or all zero.
+        OptionError: If they are of the wrong shape, negative, not finite or all zero.
     """
     device = _exact_device(table)
     if weights is None:
         return torch.ones(table.num_rows, dtype=torch.float64, device=device)
     if tuple(weights.shape) != (table.num_rows,):
-        raise BudgetError(f"weights of shape {tuple(weights.shape)}: give one per row, ({table.num_rows},)")
+        raise OptionError(f"token_weights of shape {tuple(weights.shape)}: give one per row, ({table.num_rows},)")
     weights = weights.detach().to(device=device, dtype=torch.float64)
     if not weights.isfinite().all() or weights.min() < 0 or weights.max() == 0:
-        raise BudgetError("weights: give finite numbers, none negative and at least one positive")
+        raise OptionError("token_weights: give finite numbers, none negative and at least one positive")
     return weights
 
 

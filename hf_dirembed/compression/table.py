@@ -25,9 +25,25 @@ class RowSource(Protocol):
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Of the slices; None for one that torch has no name for."""
+        """The dtype of the slices; None for one that torch has no name for."""
 
     def __getitem__(self, rows: slice, /) -> Tensor: ...
+
+
+class Columns:
+    """Some columns of a matrix, as rows of their own.
+
+    Example:
+        >>> Columns(torch.arange(6).view(2, 3), 1, 3)[0:1].tolist()
+        [[1, 2]]
+    """
+
+    def __init__(self, rows: RowSource, start: int, stop: int) -> None:
+        self._rows, self._columns = rows, slice(start, stop)
+        self.shape, self.dtype = (rows.shape[0], stop - start), rows.dtype
+
+    def __getitem__(self, rows: slice, /) -> Tensor:
+        return self._rows[rows][:, self._columns]
 
 
 class Table:
@@ -79,21 +95,28 @@ class Table:
         """How many chunks the rows are read in."""
         return -(-self.num_rows // self.chunk_rows)
 
-    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+    def chunks(self, first: int = 0, stop: int | None = None) -> Iterator[tuple[slice, Tensor]]:
         """Yields `(rows, chunk)`: a slice of row numbers and those rows, (n, dim) float32 on `device`.
+
+        Args:
+            first: The number of the first row.
+            stop: That of the row after the last; by default all rows.
 
         Raises:
             TableError: If a chunk holds a NaN or an infinity.
         """
-        for start in range(0, self.num_rows, self.chunk_rows):
-            rows = slice(start, min(start + self.chunk_rows, self.num_rows))
+        stop = self.num_rows if stop is None else stop
+        for start in range(first, stop, self.chunk_rows):
+            rows = slice(start, min(start + self.chunk_rows, stop))
             chunk = self.rows[rows].detach().to(device=self.device, dtype=torch.float32)
             finite = chunk.isfinite().all(dim=1)
             if not finite.all():
                 bad = start + int((~finite).nonzero()[0])
                 raise TableError(f"row {bad} of the embedding table holds a NaN or an infinity: mend the checkpoint")
+
             if chunk.data_ptr() % ALIGNMENT:
                 chunk = chunk.clone()
+
             if self.scale != 1:
                 chunk = chunk / self.scale
             if self.factor is not None:
@@ -119,11 +142,11 @@ class Table:
         return digest.hexdigest()
 
     def in_metric(self, factor: Tensor) -> Table:
-        """The same rows, each multiplied by a (dim, dim) factor of the metric that errors are measured in."""
+        """The table with each row multiplied by a (dim, dim) factor of the metric that errors are measured in."""
         return self._like(factor=factor, longest=None)
 
     def over(self, scale: float) -> Table:
-        """The same rows, each divided by `scale`.
+        """The table with each row divided by `scale`.
 
         Example:
             >>> next(Table(torch.tensor([[2.0, 4.0]])).over(2).chunks())[1].tolist()
@@ -132,7 +155,7 @@ class Table:
         return self._like(scale=self.scale * scale)
 
     def no_longer_than(self, longest: float) -> Table:
-        """The same rows, those that are longer scaled down to that length.
+        """The table with every row that is longer than `longest` scaled down to that length.
 
         Example:
             >>> rows = Table(torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])).no_longer_than(1)

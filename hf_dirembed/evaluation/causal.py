@@ -92,15 +92,18 @@ def perplexity(
     check_window(window, longest_input(model))
     if stride is not None and stride > window:
         raise EvaluationError(f"stride={stride} exceeds window={window} and would skip text: give at most that")
+
     data = load_text(text)
     ids = tokenizer(data.content, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
     prefix = _bos(tokenizer)
     room = window - len(prefix)  # for text
     if room < 1:
         raise EvaluationError(f"window={window} leaves no room for text beside BOS: give a larger one")
+
     stride = min(stride or room, room)
     windows = _windows(torch.tensor(prefix, dtype=torch.long), torch.tensor(ids, dtype=torch.long), room, stride)
     batches = [_batch(windows[start : start + batch_size]) for start in range(0, len(windows), batch_size)]
+
     totals, counts = sum_nll(model, batches, description="perplexity")
     nll, counted = totals.sum().item() / int(counts.sum()), int(counts.sum())
     items = tuple(totals.tolist()), tuple(counts.tolist())
@@ -130,7 +133,7 @@ def _windows(prefix: Tensor, ids: Tensor, room: int, stride: int) -> list[tuple[
 
 
 def _batch(windows: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """Padded on the right, which no causal model sees."""
+    """Makes a batch of windows, padded on the right, which no causal model sees."""
     inputs, labels = zip(*windows, strict=True)
     return {
         "input_ids": pad_sequence(list(inputs), batch_first=True),

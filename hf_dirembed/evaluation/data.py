@@ -37,7 +37,7 @@ class DatasetSource:
         config: The dataset's configuration, like `sst2`.
         split: The dataset's split.
         revision: The commit of the dataset on the Hub, where `datasets` says.
-        sha256: Of the local file.
+        sha256: The hash of a local file.
     """
 
     name: str = "memory"
@@ -57,7 +57,7 @@ class Text:
     Attributes:
         content: All of it; documents are joined by an empty line.
         name: The file, or the dataset with its configuration and split.
-        source: The same, as results record it.
+        source: Where it is from, as results record it.
     """
 
     content: str
@@ -74,7 +74,7 @@ class SentencePairs:
         second: The other.
         scores: The gold similarity of each pair, on any scale.
         name: The file, or the dataset with its configuration and split.
-        source: The same, as results record it.
+        source: Where they are from, as results record it.
     """
 
     first: tuple[str, ...]
@@ -153,6 +153,7 @@ def load_pairs(source: PairSource | SentencePairs, *, config: str | None = None,
     """
     if isinstance(source, SentencePairs):
         return source
+
     if isinstance(source, (str, os.PathLike)) and os.path.isfile(source):
         name, origin = os.fspath(source), file_source(source)
         try:
@@ -163,9 +164,11 @@ def load_pairs(source: PairSource | SentencePairs, *, config: str | None = None,
             ) from error
     else:
         rows, name, origin = load_rows(source, config, split)
+
     triples = [_pair(row, number, name) for number, row in enumerate(rows, start=1)]
     if not triples:
         raise EvaluationError(f"{name} holds no sentence pairs: give a file or a dataset that does")
+
     first, second, scores = zip(*triples, strict=True)
     return SentencePairs(first, second, scores, name, origin)
 
@@ -207,6 +210,7 @@ def load_rows(source: Any, config: str | None, split: str) -> tuple[Iterable[Any
         if not isinstance(source, Iterable):
             raise EvaluationError(f"{source!r} is no data: give a file, a dataset or a list")
         return source, "memory", DatasetSource()
+
     name = os.fspath(source)
     datasets = require("datasets")
     try:
@@ -218,6 +222,8 @@ def load_rows(source: Any, config: str | None, split: str) -> tuple[Iterable[Any
             f"{name[:100]!r} is neither a file here nor a dataset with split {split!r} that `datasets` loads "
             f"({reason[:200]}): check the name, its configuration and the split"
         ) from error
+
+    # Files of a dataset on the Hub have its commit in their address.
     commits = {_REVISION.search(url) for url in rows.info.download_checksums or ()}
     revision = next((commit[1] for commit in commits if commit), None)
     origin = DatasetSource(Path(name).name if os.path.isdir(name) else name, config, split, revision)
@@ -244,8 +250,10 @@ def _pair(row: Any, number: int, name: str) -> tuple[str, str, float]:
                 "the columns must be sentence1, sentence2 and score (or label)"
             )
         row = [row["sentence1"], row["sentence2"], row[score]]
+
     if isinstance(row, str) or len(row) != 3 or not all(isinstance(sentence, str) for sentence in row[:2]):
         raise EvaluationError(f"row {number} of {name} is {row!r:.120}: give sentence1, sentence2 and score")
+
     try:
         value = float(row[2])
     except (TypeError, ValueError):
@@ -255,4 +263,5 @@ def _pair(row: Any, number: int, name: str) -> tuple[str, str, float]:
             f"row {number} of {name} has the score {row[2]!r:.80}, which is no finite number: "
             "mend the row, or remove it if it is a header"
         )
+
     return row[0], row[1], value

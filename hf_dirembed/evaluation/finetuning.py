@@ -18,9 +18,9 @@ from torch import nn
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..checkpoints.loading import find_checkpoint, load_model, load_tokenizer
+from ..checkpoints.loading import load_model, load_tokenizer, resolve_checkpoint
 from ..errors import EvaluationError
-from ..remote.modules_dirembed import CompressedMatrix
+from ..remote.matrix_dirembed import CompressedMatrix
 from .data import DatasetSource
 from .running import check_counts, find_device
 
@@ -33,19 +33,19 @@ Metrics: TypeAlias = dict[str, float]
 class FineTuningSettings:
     """How a model is fine-tuned; the defaults are those of the published code of Bałazy et al. 2021 on GLUE.
 
-    Which are transformers' run_glue's, with 2e-5 and batches of 16 of which two make a step. Two things differ: that
-    code trains with one seed, in float16.
+    They are those of transformers' run_glue, with a learning rate of 2e-5 and batches of 16, of which two make a step.
+    Two things differ: that code trains with one seed, in float16.
 
     Attributes:
         epochs: Passes over the training data.
-        learning_rate: Of AdamW at the start; it falls linearly to 0.
+        learning_rate: AdamW's learning rate at the start; it falls linearly to 0.
         batch_size: Examples of a step.
-        weight_decay: Of AdamW.
+        weight_decay: AdamW's weight decay.
         warmup: The share of the steps in which the learning rate rises.
         max_length: Most tokens of an example, special ones included.
         train_decoder: Whether the decoder of a compressed table trains. The paper's does for its autoencoder, and does
             not for the SVD that it is compared with.
-        seeds: Of the new head, of dropout and of the order of the examples; one run for each.
+        seeds: Where the random numbers of the new head, of dropout and of the examples' order start; a run for each.
         device: `cpu`, or else the GPUs where there are some.
 
     Raises:
@@ -94,7 +94,7 @@ class FineTunedFigures:
         by_seed: The metrics of each run, in the order of the seeds.
         data: What the models were evaluated on.
         training: What they were trained on.
-        settings: How, the number of examples of both included.
+        settings: How they were trained, and how many examples there were of both kinds.
     """
 
     metrics: Metrics
@@ -135,8 +135,8 @@ def load_start(
     Args:
         model: A folder or a Hub id.
         auto_class: The AutoModel class of the task.
-        seed: Of the new head.
-        train_decoder: See [`FineTuningSettings`].
+        seed: Where the random numbers of the new head start.
+        train_decoder: Whether the decoder of a compressed table trains.
         **config: Settings of the head, like `num_labels`.
 
     Raises:
@@ -144,11 +144,12 @@ def load_start(
         ModelError: If the model cannot have such a head.
         EvaluationError: If it has no tokenizer that pads.
     """
-    folder = find_checkpoint(model)
+    folder = resolve_checkpoint(model)
     set_seed(seed)
     with _quiet():  # the report would say that the head is new, which is meant
         # A head of another task that is in the checkpoint is replaced, hence mismatched sizes.
         start = load_model(folder, auto_class, dtype=torch.float32, ignore_mismatched_sizes=True, **config)
+
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise EvaluationError(f"{folder} has no tokenizer: save one beside the model")
@@ -156,6 +157,7 @@ def load_start(
         if tokenizer.eos_token is None:
             raise EvaluationError(f"{type(tokenizer).__name__} has no padding token: set its pad_token")
         tokenizer.pad_token = tokenizer.eos_token
+
     start.config.pad_token_id = tokenizer.pad_token_id
     freeze_codes(start, decoders=not train_decoder)
     return start, tokenizer
@@ -198,10 +200,12 @@ def train_and_predict(
             remove_unused_columns=False, disable_tqdm=not logging.is_progress_bar_enabled(),
             use_cpu=find_device(settings.device).type == "cpu", dataloader_pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
+
         collator = DataCollatorWithPadding(tokenizer)
         trainer = Trainer(model, arguments, train_dataset=training, data_collator=collator)
         trainer.train()
         found = [trainer.predict(examples).predictions for examples in evaluated]  # type: ignore[arg-type]
+
     logits: list[tuple[np.ndarray, ...]] = [each if isinstance(each, tuple) else (each,) for each in found]
     if not all(np.isfinite(array).all() for arrays in logits for array in arrays[:1]):
         raise EvaluationError("the fine-tuned model gives NaN: lower the learning rate")

@@ -62,6 +62,7 @@ def glue(
     if subset not in GLUE:
         raise EvaluationError(f"subset={subset!r} is no task of GLUE: choose one of {', '.join(GLUE)}")
     check_counts(limit=limit)
+
     task, settings = GLUE[subset], settings or FineTuningSettings()
     sets, trained_on = find_sets(task, data, train, config or subset, split, train_split)
     evaluated = {suffix: load_labelled(task, *where, limit=limit) for suffix, where in sets.items()}
@@ -73,9 +74,11 @@ def glue(
             num_labels=len(task.labels) or 1,
             problem_type="single_label_classification" if task.labels else "regression",
         )  # fmt: skip
+
         length = min(settings.max_length, longest_input(start, tokenizer))
         examples = [_examples(tokenizer, each, length) for each in evaluated.values()]
         labelled = zip(_examples(tokenizer, training, length), training.labels, strict=True)
+
         logits = train_and_predict(
             start,
             tokenizer,
@@ -84,6 +87,7 @@ def glue(
             settings,
             seed=seed,
         )
+
         scores = zip(evaluated.items(), logits, strict=True)
         return {
             name + suffix: value

@@ -58,6 +58,7 @@ def find_sets(
         names = task.sets if split is None else (("", split, ""),)
         sets = {suffix: (data, config, name) for suffix, name, _ in names}
         train = data if train is None else train
+
     if (folder := _official_folder(task, train)) is not None:
         train = folder / "train.tsv"
     return sets, (train, config, train_split)
@@ -92,6 +93,7 @@ def load_labelled(
         rows: Iterable[Any] = _read_tsv(task, source)
     else:
         rows, name, origin = load_rows(source, config, split)
+
     columns: list[list[str]] = [[] for _ in task.columns]
     labels: list[float] = []
     for number, row in enumerate(rows, start=1):
@@ -100,6 +102,7 @@ def load_labelled(
         for column, aliases in zip(columns, task.columns, strict=True):
             column.append(_sentence(row, aliases, number, name))
         labels.append(_label(row, task.labels, number, name))
+
     if not labels:
         raise EvaluationError(f"{name} holds no examples: give a file or a dataset that does")
     return LabelledTexts(tuple(map(tuple, columns)), tuple(labels), origin)
@@ -109,12 +112,15 @@ def _read_tsv(task: GlueTask, file: str | os.PathLike[str]) -> list[dict[str, st
     """Rows of a file in the official format, which quotes nothing."""
     lines = [line.split("\t") for line in read_file(file).split("\n") if line]
     header = lines[0] if lines else []
+
     if all(set(names) & set(header) for names in (*task.columns, LABEL_COLUMNS)):
         lines = lines[1:]
         whole = [line for line in lines if len(line) >= len(header)]
         if len(whole) < len(lines):  # as GLUE's own QQP has some
             logger.warning(f"{os.fspath(file)}: {len(lines) - len(whole)} rows with too few columns are left out")
         return [dict(zip(header, line, strict=False)) for line in whole]
+
+    # Without a header the columns are in a fixed order.
     plain = (*(names[0] for names in task.columns), LABEL_COLUMNS[0])
     columns = _COLA_COLUMNS if task.folder == "CoLA" and len(header) == len(_COLA_COLUMNS) else plain
     for number, line in enumerate(lines, start=1):
@@ -123,6 +129,7 @@ def _read_tsv(task: GlueTask, file: str | os.PathLike[str]) -> list[dict[str, st
                 f"row {number} of {os.fspath(file)} has {len(line)} columns: the columns must be "
                 f"{', '.join(columns)}, in this order or named by a header"
             )
+
     return [dict(zip(columns, line, strict=True)) for line in lines]
 
 

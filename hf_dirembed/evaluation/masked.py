@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DataCollatorForLanguageModeling, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import EvaluationError
-from ..remote.modeling_dirembed import embedding_of
+from ..remote.tables_dirembed import embedding_of
 from .data import Text, load_text
 from .running import IGNORED, check_counts, check_head, check_window, exp, longest_input, mean_nll
 
@@ -34,8 +34,8 @@ class MaskedPerplexityFigures:
         data: Where the text is from.
         window: Most tokens that the model sees at once, special ones included.
         whole_word: Whether words were masked whole.
-        probability: Of a token, or of a word, to be masked.
-        seed: Of the masks.
+        probability: How likely a token, or a word, is to be masked.
+        seed: Where the random numbers of the masks start.
         head: `tied`, the model's own; or `dense`, the reference's, so that only the input side is compressed.
     """
 
@@ -76,8 +76,8 @@ def masked_perplexity(
         text: Whatever `load_text` takes, or what it returned.
         whole_word: Mask whole words, all of their tokens by the mask token. Words are what whitespace separates.
             Otherwise tokens, of which 80 % become the mask token, 10 % a random one, and 10 % stay (BERT's scheme).
-        probability: Of a word, or of a token, to be masked.
-        seed: Of the masks.
+        probability: How likely a word, or a token, is to be masked.
+        seed: Where the random numbers of the masks start.
         head: `dense` measures what compressing the input alone costs, as the paper does (Bałazy et al. 2021):
             the reference's head predicts. `tied` measures the model as it is.
         reference: The dense model, for `head="dense"`.
@@ -110,9 +110,11 @@ def masked_perplexity(
     if not 0 < probability <= 1:
         raise EvaluationError(f"probability={probability!r} is not above 0 and at most 1: 0.15 is usual")
     check_window(window, longest_input(model, tokenizer))
+
     data = load_text(text)
     windows, text_tokens = _windows(tokenizer, data.content, window, max_tokens, whole_word)
     batches = _mask(tokenizer, windows, whole_word, probability, seed, batch_size)
+
     with dense_head(model, reference) if head == "dense" and reference is not None else nullcontext():
         nll, masked = mean_nll(model, batches, description=f"mlm-perplexity ({head} head)")
     return MaskedPerplexityFigures(
@@ -136,6 +138,7 @@ def dense_head(model: PreTrainedModel, reference: PreTrainedModel) -> Iterator[P
     """
     for candidate in (model, reference):
         check_head(candidate, "the AutoModel class that it was saved from")
+
     own: Any = model.get_output_embeddings()
     lent: Any = reference.get_output_embeddings()
     expected = (own.weight.shape[0], embedding_of(model).embedding_dim)
@@ -144,9 +147,11 @@ def dense_head(model: PreTrainedModel, reference: PreTrainedModel) -> Iterator[P
             f"the reference's head is a {type(lent).__name__} of shape {list(lent.weight.shape)}, not a dense one of "
             f"{list(expected)}: give the dense model that this one was compressed from"
         )
+
     device, dtype = model.device, model.dtype
     if (lent.weight.device, lent.weight.dtype) != (device, dtype):
         lent = deepcopy(lent).to(device, dtype)
+
     name = next(name for name, module in model.named_modules() if module is own)
     model.set_submodule(name, lent)
     try:
@@ -167,12 +172,14 @@ def _windows(
     room = window - tokenizer.num_special_tokens_to_add()
     if room < 1:
         raise EvaluationError(f"window={window} leaves no room for text beside special tokens: give a larger one")
+
     with _from_left_to_right(tokenizer):
         encoded = tokenizer(
             text, truncation=True, max_length=window, padding=True, padding_side="right", verbose=False,
             return_overflowing_tokens=True, return_special_tokens_mask=True, return_offsets_mapping=whole_word,
         )  # fmt: skip
     encoded.pop("overflow_to_sample_mapping")
+
     kept = len(encoded["input_ids"]) if max_tokens is None else -(-max_tokens // room)
     windows = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)][:kept]
     if whole_word:

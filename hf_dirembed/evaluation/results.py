@@ -53,7 +53,7 @@ class Result:
         deviations: The figures' standard deviations over seeds; empty for what is not trained or has one seed.
         reference: The figures of the model it was compared with.
         agreement: How alike the outputs of the two models are, for tasks that say so.
-        versions: Of Python and of the packages that took part.
+        versions: Which versions of Python and of the packages took part.
         arguments: The command's arguments, local paths cut to their last part; empty outside the command line.
         date: When it was taken, ISO 8601 in UTC.
     """
@@ -77,7 +77,7 @@ class Result:
 
     @property
     def difference(self) -> dict[str, float | None]:
-        """Of each metric, the model's minus the reference's; None where not finite, empty without a reference."""
+        """The model's metrics minus the reference's, by name; None where not finite, empty without a reference."""
         if self.reference is None:
             return {}
         theirs = self.reference.metrics
@@ -89,7 +89,7 @@ class Result:
         return _finite({name: differences.get(name) for name in self.metrics})
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it; figures that are not finite become None.
+        """The result as JSON has it; figures that are not finite become None.
 
         Example:
             >>> result = Result("sts", DatasetSource("pairs.csv"), {"spearman": math.nan})

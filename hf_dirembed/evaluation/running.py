@@ -48,8 +48,8 @@ class Comparison(Generic[AnyFigures]):
     Attributes:
         model: The model's figures.
         reference: The reference's figures.
-        difference: Of each measure, the model's minus the reference's.
-        ratio: Of each measure, the model's over the reference's; left out where the reference's is 0.
+        difference: The model's measures minus the reference's, by name.
+        ratio: The model's measures over the reference's, by name; left out where the reference's is 0.
         agreement: How alike the two models' outputs are, where the task says so; else empty.
     """
 
@@ -140,6 +140,7 @@ def sum_nll(
     vocabulary = head.weight.shape[0]
     if (largest := max(int(batch["input_ids"].max()) for batch in batches)) >= vocabulary:
         raise EvaluationError(f"token id {largest} is beyond the model's {vocabulary} rows: give its own tokenizer")
+
     totals: list[Tensor] = []
     with inference(model):
         for batch in logging.tqdm(batches, desc=description):
@@ -147,10 +148,12 @@ def sum_nll(
             logits = model(**inputs).logits
             labels = batch["labels"].to(logits.device)  # which is another one for a model spread over several
             counted = labels != IGNORED
+
             # The logits that do not count are dropped before the copy in float32, which is the large one.
             losses = F.cross_entropy(logits[counted].float(), labels[counted], reduction="none")
             rows = counted.nonzero()[:, 0].cpu()
             totals.append(torch.zeros(len(labels), dtype=torch.float64).index_add_(0, rows, losses.cpu().double()))
+
     total = torch.cat(totals)
     if total.isnan().any():
         raise EvaluationError(f"{type(model).__name__} gives NaN: load it in float32 or bfloat16")

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..checkpoints.loading import find_checkpoint, load_model, load_tokenizer
+from ..checkpoints.loading import load_model, load_tokenizer, resolve_checkpoint
 from ..errors import EvaluationError
 from .data import SentencePairs, load_pairs, require
 from .running import Comparison, check_counts, find_device, inference, longest_input, side_by_side
@@ -94,7 +94,7 @@ def sts(
         model: A transformers model; a folder or Hub id of one; or whatever has `encode`, as SentenceTransformer and
             model2vec do, which pools by itself.
         pairs: Whatever `load_pairs` takes, or what it returned.
-        tokenizer: Of a transformers model that is given as an object.
+        tokenizer: The tokenizer of a transformers model that is given as an object.
         **options: See [`STSOptions`].
 
     Raises:
@@ -125,10 +125,10 @@ def compare_sts(
 
     Args:
         model: As in [`sts`].
-        reference: The like, with embeddings of the same size.
+        reference: The model it is compared with, in any of the same forms, with embeddings of the same size.
         pairs: As in [`sts`].
-        tokenizer: For both models.
-        **options: For both models; see [`STSOptions`].
+        tokenizer: The tokenizer of both models, where they are given as objects.
+        **options: The settings of both models; see [`STSOptions`].
 
     Raises:
         EvaluationError: As [`sts`] does, or if the embeddings are of different sizes.
@@ -170,8 +170,8 @@ def similarity_error(cosines: Any, reference: Any, axis: int = -1) -> Any:
 
     Args:
         cosines: (..., pairs) as [`STSFigures`] has them, or an array.
-        reference: The same pairs' by the reference.
-        axis: That of the pairs.
+        reference: The similarities of the same pairs by the reference.
+        axis: Which axis the pairs are on.
 
     Returns:
         (...) floats.
@@ -225,8 +225,9 @@ class _Encoder:
         check_counts(max_length=max_length)
         if pooling not in (None, *POOLINGS):
             raise EvaluationError(f"pooling={pooling!r} is unknown: choose one of {', '.join(POOLINGS)}")
+
         if isinstance(model, (str, os.PathLike)):
-            folder = find_checkpoint(model)
+            folder = resolve_checkpoint(model)
             modules = (folder / "modules.json").is_file()
             if pooling == "modules" or (pooling is None and modules):
                 if not modules:
@@ -235,6 +236,7 @@ class _Encoder:
             else:
                 model = load_model(folder).to(find_device(device))  # type: ignore[arg-type]
                 tokenizer = tokenizer or load_tokenizer(folder)
+
         if not isinstance(model, PreTrainedModel):
             return cls._with_modules(model, pooling, max_length)
         if pooling == "modules":
@@ -264,9 +266,11 @@ class _Encoder:
     def _embed(self, sentences: Sequence[str], batch_size: int) -> Tensor:
         if self.tokenizer.pad_token is None:
             raise EvaluationError(f"{type(self.tokenizer).__name__} has no padding token: set its pad_token")
+
         # Alike lengths together, the longest first: little padding, and what does not fit into memory shows at once.
         order = sorted(range(len(sentences)), key=lambda index: -len(sentences[index]))
         batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
         encoder = self.model.base_model  # beneath whatever head there is
         embeddings: list[Tensor] = [torch.empty(0)] * len(sentences)
         with inference(self.model):
@@ -278,6 +282,7 @@ class _Encoder:
                 hidden = encoder(**inputs).last_hidden_state.float()
                 for index, row in zip(batch, _pool(hidden, inputs["attention_mask"], self.pooling).cpu(), strict=True):
                     embeddings[index] = row
+
         return torch.stack(embeddings)
 
 

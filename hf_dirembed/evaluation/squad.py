@@ -31,8 +31,8 @@ class SquadSettings(FineTuningSettings):
     tokens too, which here none are.
 
     Attributes:
-        epochs: See [`FineTuningSettings`], and so for what is not named here.
-        learning_rate: See there.
+        epochs: Passes over the training data. What is not named here is as in [`FineTuningSettings`].
+        learning_rate: AdamW's learning rate at the start; it falls linearly to 0.
         batch_size: Windows of a step.
         max_length: Most tokens of a window: question, context and special ones.
         doc_stride: Tokens of a long context that neighbouring windows share.

@@ -120,6 +120,7 @@ def _question(row: Any, name: str) -> Question:
         raise EvaluationError(
             f"{name} has no column {missing[0]!r}, only {columns}: the columns must be id, question, context, answers"
         )
+
     answers = row["answers"]
     try:
         spans = list(zip(answers["text"], answers["answer_start"], strict=True))
@@ -127,6 +128,7 @@ def _question(row: Any, name: str) -> Question:
         text = row["question"].strip()
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise EvaluationError(f"question {row['id']!r:.80} of {name} is malformed ({error!r:.80}): mend it") from error
+
     if not spans:
         raise EvaluationError(
             f"question {row['id']!r:.80} of {name} has no answer: give SQuAD v1.1, where all have one, and a split "
@@ -137,4 +139,5 @@ def _question(row: Any, name: str) -> Question:
             f"the answer {wrong[0]!r:.60} to question {row['id']!r:.80} of {name} is not where answer_start says: "
             "mend the file"
         )
+
     return Question(str(row["id"]), text, row["context"], tuple(answers["text"]), tuple(answers["answer_start"]))

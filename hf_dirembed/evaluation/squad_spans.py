@@ -44,6 +44,7 @@ def cut_windows(
     """
     if not tokenizer.is_fast:
         raise EvaluationError(f"{type(tokenizer).__name__} is no fast tokenizer: SQuAD needs one, which knows offsets")
+
     texts = [question.text for question in questions]
     special = tokenizer.num_special_tokens_to_add(pair=True)
     longest = max(len(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
@@ -52,11 +53,13 @@ def cut_windows(
             f"max_length={max_length} leaves less than doc_stride={doc_stride} tokens beside a question of {longest}: "
             "give a larger max_length or a smaller doc_stride"
         )
+
     encoded = tokenizer(
         texts, [question.context for question in questions], truncation="only_second", max_length=max_length,
         stride=doc_stride, return_overflowing_tokens=True, return_offsets_mapping=True, verbose=False,
     )  # fmt: skip
     numbers, offsets = encoded.pop("overflow_to_sample_mapping"), encoded.pop("offset_mapping")
+
     windows = []
     for index, (number, spans) in enumerate(zip(numbers, offsets, strict=True)):
         in_context = [sequence == 1 for sequence in encoded.sequence_ids(index)]

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoints.loading import find_checkpoint, load_model, load_tokenizer
+from ..checkpoints.loading import load_model, load_tokenizer, resolve_checkpoint
 from ..errors import EvaluationError
 from .causal import perplexity
 from .data import DatasetSource, load_pairs, load_text
@@ -33,7 +33,7 @@ class Option:
     """A setting of tasks, as the command line has it.
 
     Attributes:
-        name: Of the argument of the task's function.
+        name: What the argument of the task's function is called.
         type: What its text is converted with.
         help: What it says.
     """
@@ -50,7 +50,7 @@ class Task:
     Attributes:
         name: What it is called.
         help: What it measures.
-        run: From model, reference (or None), data and options by name to the result.
+        run: Takes model, reference (or None), data and options by name, and gives the result.
         options: What it takes.
     """
 
@@ -136,13 +136,16 @@ def _run_masked_perplexity(
         raise EvaluationError(f"masking={masking!r} is unknown: choose one of {', '.join(MASKINGS)}")
     text = load_text(data, config=config, split=split, column=column)
     options.update(max_tokens=limit, whole_word=masking == "whole-word")
+
     compressed, tokenizer = _load(model, device)
     figures = masked_perplexity(compressed, tokenizer, text, **options)
     if reference is None:
         return _result("mlm-perplexity", text.source, figures)
+
     dense, _ = _load(reference, device)
     expected = masked_perplexity(dense, tokenizer, text, **options)
     input_only = masked_perplexity(compressed, tokenizer, text, head="dense", reference=dense, **options)
+
     result = _result("mlm-perplexity", text.source, figures, reference, expected)
     assert result.reference is not None
     # The reference's own head is the dense one: both of its figures are the same.
@@ -193,7 +196,7 @@ def _result(
     expected: Figures | None = None,
     **further: Any,
 ) -> Result:
-    """From the figures of a model, and of its reference, which say which of their fields are measures."""
+    """Makes a result of the figures of a model, and of its reference; these say which of their fields are measures."""
     settings = settings_of(figures)
     del settings["data"]
     if reference is not None and expected is not None:
@@ -209,7 +212,7 @@ def _name(model: Name) -> str:
 
 
 def _load(model: Name, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    folder = find_checkpoint(model)
+    folder = resolve_checkpoint(model)
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise EvaluationError(f"{folder} has no tokenizer: save one beside the model")

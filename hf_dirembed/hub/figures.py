@@ -55,14 +55,14 @@ class Figures:
     """What was measured of a model.
 
     Attributes:
-        results: As the evaluation kept them beside the model.
+        results: The results, as the evaluation kept them beside the model.
     """
 
     results: tuple[Result, ...] = ()
 
     @classmethod
     def beside(cls, folder: str | os.PathLike[str]) -> Figures:
-        """Those that are kept in a model's folder.
+        """Reads the figures that are kept in a model's folder.
 
         Raises:
             EvaluationError: If the file of results is there but cannot be read.
@@ -72,7 +72,7 @@ class Figures:
         return cls(tuple(load_results(folder)))
 
     def for_metadata(self) -> list[EvalResult]:
-        """As `model-index` has them."""
+        """The figures in the form that the metadata's `model-index` has."""
         return [
             EvalResult(
                 task_type=TASKS[result.task][0],
@@ -93,16 +93,18 @@ class Figures:
         ]
 
     def for_leaderboards(self) -> list[EvalResultEntry]:
-        """As `.eval_results/*.yaml` has them: what was measured on data of the Hub, one figure each."""
+        """The figures as `.eval_results/*.yaml` has them: those on data of the Hub, one for each dataset."""
         entries = {}
         for result in self.known():
             name = _main_metric(result)
             if not _is_on_hub(result.dataset) or name is None:
                 continue
+
             settings = ", ".join(f"{key}={value}" for key, value in result.settings.items() if value not in (None, ""))
             dense = result.reference.metrics.get(name) if result.reference else None
             notes = [METRIC_NAMES.get(name, name), settings, f"dense model {_number(dense)}" if dense else ""]
             task_id = result.dataset.config or "default"
+
             entries[result.dataset.name, task_id] = EvalResultEntry(
                 dataset_id=result.dataset.name,
                 task_id=task_id,
@@ -111,14 +113,16 @@ class Figures:
                 date=result.date,
                 notes="; ".join(note for note in notes if note),
             )
+
         return list(entries.values())
 
     def rows(self) -> list[FigureRow]:
-        """As the card's table has them."""
+        """The figures as lines of the card's table."""
         rows = []
         for result in self.known():
             dense = result.reference.metrics if result.reference else {}
             spread = result.reference.deviations if result.reference else {}
+
             for name, value in result.metrics.items():
                 if name not in LEFT_OUT and value is not None:
                     rows.append(
@@ -131,10 +135,11 @@ class Figures:
                             _change(name, value, dense.get(name)),
                         )
                     )
+
         return rows
 
     def commands(self) -> list[str]:
-        """The commands that took them, in order, each once."""
+        """The commands that took the figures, in order, each once."""
         commands = (f"hf-dirembed {shlex.join(result.arguments)}" for result in self.known() if result.arguments)
         return list(dict.fromkeys(commands))
 
@@ -150,11 +155,11 @@ class Figures:
         return lines
 
     def references(self) -> list[str]:
-        """The models that it was compared with."""
+        """The names of the models that the model was compared with."""
         return list(dict.fromkeys(result.reference.model for result in self.known() if result.reference))
 
     def unmeasured(self, tasks: tuple[str, ...]) -> list[str]:
-        """Those of the tasks that the model could have been evaluated on, and nobody has."""
+        """The names of those of `tasks` that nobody has evaluated the model on."""
         measured = {result.task for result in self.results}
         return [TASKS[task][1] for task in tasks if task not in measured]
 
@@ -181,7 +186,7 @@ def _metric_name(name: str) -> str:
 
 
 def _number(value: float | None, deviation: float | None = None) -> str:
-    """Four digits behind the point of what is at most 1, two of what is larger."""
+    """A number as text: with four digits behind the point if it is at most 1, with two if it is larger."""
     if value is None:
         return ""
     digits = 4 if abs(value) <= 1 else 2

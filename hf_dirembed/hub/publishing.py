@@ -38,6 +38,8 @@ def write_checkpoint_card(
     if not Path(folder).is_dir():
         raise CheckpointError(f"{folder} is no folder: download the model first, or name its folder")
     summary, folder = inspect_checkpoint(folder), Path(folder)
+    if not summary.tables:
+        raise CheckpointError(f"{folder} is not a compressed checkpoint: compress it first")
     source = find_source(folder, base_model)
     return write_card(folder, summary, source, model_id=model_id or folder.resolve().name, force=force)
 
@@ -74,9 +76,9 @@ def write_upload_card(model: PreTrainedModel, folder: str, repo_id: str) -> None
     Results of evaluations are not taken along: what is pushed may have been trained since.
 
     Args:
-        model: As it is pushed.
+        model: The model that is pushed.
         folder: What is uploaded, the card of the repo or of transformers among it.
-        repo_id: Where to.
+        repo_id: Where it is uploaded to.
     """
     path = Path(folder)
     if not is_generated(path / CARD_NAME):

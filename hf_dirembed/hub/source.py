@@ -28,7 +28,7 @@ class Source:
 
     Attributes:
         base_model: Its Hub id; None where only a local folder is known, which other people do not have.
-        metadata: Of its card: language, licence, pipeline tag and library, those that it states.
+        metadata: What its card states of language, licence, pipeline tag and library.
 
     Raises:
         CheckpointError: If the base model cannot be the id of a Hub repo.
@@ -86,7 +86,8 @@ def find_source(folder: Path, base_model: str | None = None) -> Source:
     config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     _, spec = read_spec(config)
     source = Source.of_folder(folder, base_model)
-    source = source.completed_by(Source(valid_repo_id(spec.settings.get("base_model"))))
+    stated = next((record.settings.get("base_model") for record in spec.records.values()), None)
+    source = source.completed_by(Source(valid_repo_id(stated)))
     if source.base_model and "license" not in source.metadata:
         source = source.completed_by(Source.of_hub(source.base_model))
     return source

@@ -1,4 +1,4 @@
-"""With which class and in which pipeline a compressed model is used."""
+"""How a compressed model is used: with which class, and in which pipeline."""
 
 from __future__ import annotations
 
@@ -93,5 +93,5 @@ class Usage:
 
 
 def _names(entry: Any) -> tuple[str, ...]:
-    """Of a table's entry, which names one class or several."""
+    """The classes that an entry of a table names, one or several."""
     return (entry,) if isinstance(entry, str) else tuple(entry)

@@ -1,8 +1,4 @@
-"""What stands for a table on disk: the errors, the validated layout, and the bits of packed codes.
-
-A row's latents of 8 bits are plain integers. Those of 4, 2 and 1 bits are trellis coded: the symbols of a section are
-read as one stream, and a latent is looked up by the last 8 bits of it, so that few bits of its own choose among 256
-levels (trellis-coded quantisation, Marcellin & Fischer 1990, over the bitshift trellis of Tseng et al. 2024, "QTIP").
+"""What stands for a table on disk: the validated layout of its codes, and the errors of everything that reads it.
 
 This file travels with every compressed model, so it imports nothing of the package.
 """
@@ -10,16 +6,16 @@ This file travels with every compressed model, so it imports nothing of the pack
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
-FORMAT = 1
+FORMAT = 2
 FLOAT_CODES = ("float32", "float16", "bfloat16")
 DECODERS = (*FLOAT_CODES, "float8_e4m3fn")
 PACKED_CODES = "packed"
@@ -29,6 +25,7 @@ CODEBOOK_SHAPE = (len(BIT_WIDTHS) - 1, 1 << STATE_BITS)
 OCTAVE = 8  # steps of a refinement come in eighths of a power of two
 NO_STEP = -128  # the exponent of a step of 0
 MAX_RANK = 65_536
+MAX_BLOCKS = 1_024
 CODE_TENSORS = (
     "weight",
     "codebook_weight",
@@ -68,8 +65,12 @@ class TableError(DirEmbedError):
     """The embedding table cannot be compressed: wrong shape, NaN or infinity."""
 
 
-class BudgetError(DirEmbedError):
-    """The asked budget (bits, ratio or rank) or a method's setting cannot be met."""
+class OptionError(DirEmbedError):
+    """An option is unknown, out of its range, or does not go with another."""
+
+
+class BudgetError(OptionError):
+    """The budget that was asked for (bits, ratio or rank) cannot be met."""
 
 
 def first_line(error: BaseException) -> str:
@@ -107,9 +108,9 @@ def _check_rank(rank: Any) -> None:
 
 @dataclass(frozen=True)
 class Refinement:
-    """A second layer of packed codes, which only some rows have: those of frequent tokens.
+    """A second stage of packed codes, which only some rows have: those of frequent tokens.
 
-    It makes latents of the first layer finer, or has the bits of latents that the first layer has none for.
+    It makes latents of the first stage finer, or has the bits of latents that the first stage has none for.
 
     Attributes:
         rows: How many rows have it.
@@ -139,10 +140,10 @@ class Refinement:
 
 
 @dataclass(frozen=True)
-class CompressionSpec:
-    """How a compressed table is laid out; what `config.json` holds under `dirembed`.
+class TableLayout:
+    """How one compressed table is laid out.
 
-    Every field is checked when the spec is made, before anything is allocated from it.
+    Every field is checked when the layout is made, before anything is allocated from it.
 
     Attributes:
         method: What found the codes: `svd`, `autoencoder`, `direction` or `transform`. Loading does not depend on it.
@@ -152,23 +153,20 @@ class CompressionSpec:
         decoder: Dtype of the decoder, never wider than the model's.
         bias: Whether the decoder is affine. Over packed codes it is.
         bit_allocation: For packed codes, how many of the leading latents have 8, 4, 2 and 1 bits in every row.
-        refinement: For packed codes, a second layer that only some rows have.
+        refinement: For packed codes, a second stage that only some rows have.
         outliers: Over packed codes, how many rows are kept as they are, whatever their codes stand for: those that the
             codes would lose.
         zero_row: The row that is exactly zero, whatever its codes stand for: that of the padding token, where it was
             zero in the table.
-        settings: What the codes were made with (budget, seed, versions): for people, never read by the code.
-        figures: What came of it (dense bytes, mean cosine): shown by `hf-dirembed inspect`.
-        format: The version of this layout.
 
     Raises:
         SpecError: If a field is of the wrong type or out of range.
 
     Example:
-        >>> spec = CompressionSpec(
+        >>> layout = TableLayout(
         ...     method="transform", rank=12, codes="packed", decoder="float16", bias=True, bit_allocation=(0, 2, 2, 8)
         ... )
-        >>> spec.code_width
+        >>> layout.code_width
         3
     """
 
@@ -181,13 +179,8 @@ class CompressionSpec:
     refinement: Refinement | None = None
     outliers: int | None = None
     zero_row: int | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    figures: dict[str, Any] = field(default_factory=dict)
-    format: int = FORMAT
 
     def __post_init__(self) -> None:
-        if type(self.format) is not int or self.format != FORMAT:
-            raise SpecError(f"dirembed format {self.format!r} is not {FORMAT}: update hf_dirembed")
         if not isinstance(self.method, str) or not self.method.isidentifier() or len(self.method) > 64:
             raise SpecError(f"dirembed method {self.method!r} is not a method's name: compress the model again")
         _check_rank(self.rank)
@@ -196,11 +189,12 @@ class CompressionSpec:
         if self.decoder not in DECODERS:
             known = ", ".join(DECODERS)
             raise SpecError(f"dirembed decoder {self.decoder!r} is not one of {known}: compress the model again")
+
         if self.codes == PACKED_CODES:
             _check_bit_allocation(self.bit_allocation)
             if not self.bias:
                 raise SpecError("dirembed packed codes come with a bias: compress the model again")
-            self._check_layers()
+            self._check_stages()
         elif self.codes not in FLOAT_CODES:
             known = ", ".join((*FLOAT_CODES, PACKED_CODES))
             raise SpecError(f"dirembed codes {self.codes!r} are not one of {known}: compress the model again")
@@ -208,18 +202,16 @@ class CompressionSpec:
             raise SpecError(
                 "dirembed bit_allocation, refinement and outliers go with packed codes only: compress again"
             )
+
         if not isinstance(self.refinement, (Refinement, type(None))):
             raise SpecError(f"dirembed refinement {self.refinement!r} is not an object: compress the model again")
         if self.outliers is not None and (type(self.outliers) is not int or self.outliers < 1):
             raise SpecError(f"dirembed outliers {self.outliers!r} is not a positive whole number: compress again")
         if self.zero_row is not None and (type(self.zero_row) is not int or self.zero_row < 0):
             raise SpecError(f"dirembed zero_row {self.zero_row!r} is no row's number: compress the model again")
-        for name in ("settings", "figures"):
-            if not isinstance(getattr(self, name), dict):
-                raise SpecError(f"dirembed {name} {getattr(self, name)!r} is not an object: compress the model again")
 
-    def _check_layers(self) -> None:
-        """Every latent has bits in one of the layers, and none has more than one code in each."""
+    def _check_stages(self) -> None:
+        """Every latent has bits in one of the stages, and none has more than one code in each."""
         further = self.refinement.rank if isinstance(self.refinement, Refinement) else 0
         if max(self.base_rank, further) > self.rank or self.base_rank + further < self.rank:
             raise SpecError(
@@ -237,23 +229,19 @@ class CompressionSpec:
         """Columns of the code matrix: latents for float codes, bytes for packed ones."""
         return self.rank if self.bit_allocation is None else code_bytes(self.bit_allocation)
 
-    def figure(self, name: str) -> Any:
-        """One of `figures`, if it is there and a finite number."""
-        value = self.figures.get(name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        return value if number else None
-
     def stored_shapes(self, num_rows: int, dim: int) -> dict[str, tuple[int, ...]]:
         """The shapes of those of `CODE_TENSORS` that a (num_rows, dim) table has."""
         shapes: dict[str, tuple[int, ...]] = {
             "weight": (num_rows, self.code_width),
             "decoder_weight": (self.rank, dim),
         }
+
         if self.codes == PACKED_CODES:
             shapes["codebook_weight"] = CODEBOOK_SHAPE
             shapes["exponent_weight"] = (self.rank,)
         if self.bias:
             shapes["decoder_bias_weight"] = (dim,)
+
         if self.refinement is not None:
             shapes["refinement_weight"] = (self.refinement.rows, self.refinement.code_width)
             shapes["refined_rows_weight"] = (self.refinement.rows,)
@@ -261,6 +249,7 @@ class CompressionSpec:
         if self.outliers is not None:
             shapes["outlier_weight"] = (self.outliers, dim)
             shapes["outlier_rows_weight"] = (self.outliers,)
+
         return shapes
 
     def stored_dtypes(self, tensor: str) -> tuple[str, ...]:
@@ -279,7 +268,7 @@ class CompressionSpec:
         """Refuses a layout that does not fit a table, or that a stock class would take for the table itself.
 
         Raises:
-            SpecError: If the code matrix is as wide as the table, or the layers' ranks, refined rows, outliers or the
+            SpecError: If the code matrix is as wide as the table, or the stages' ranks, refined rows, outliers or the
                 zero row exceed it.
         """
         ranks = [self.base_rank, self.refinement.rank if self.refinement else 1]
@@ -293,212 +282,284 @@ class CompressionSpec:
             )
 
     @classmethod
-    def from_dict(cls, values: Any) -> CompressionSpec:
-        """Reads a spec from its JSON form.
+    def from_dict(cls, values: Any) -> TableLayout:
+        """Reads a layout from its JSON form.
 
         Raises:
             SpecError: If `values` is no object, has unknown or missing keys, or holds a bad value.
         """
-        values = _fields_of(cls, values, {"format"})
+        values = _fields_of(cls, values)
         if isinstance(values.get("refinement"), dict):
             values["refinement"] = Refinement(**_fields_of(Refinement, values["refinement"]))
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form: what `config.dirembed` holds. Fields that do not apply are left out."""
+        """The JSON form. Fields that do not apply are left out."""
         values = {name: value for name, value in asdict(self).items() if value is not None}
-        for layer in (values, values.get("refinement", {})):
-            if "bit_allocation" in layer:
-                layer["bit_allocation"] = list(layer["bit_allocation"])
+        for stage in (values, values.get("refinement", {})):
+            if "bit_allocation" in stage:
+                stage["bit_allocation"] = list(stage["bit_allocation"])
         return values
 
 
-def _fields_of(cls: type, values: Any, required: set[str] = frozenset()) -> dict[str, Any]:  # type: ignore[assignment]
-    """The arguments of a spec's class out of a JSON object."""
+@dataclass(frozen=True)
+class BlocksLayout:
+    """How a table of several blocks of columns is laid out, each coded by itself: per-layer tables are such.
+
+    Attributes:
+        dims: The columns of each block.
+        blocks: The layout of each.
+
+    Raises:
+        SpecError: If there are not as many of both, or they are of the wrong type or out of range.
+    """
+
+    dims: tuple[int, ...]
+    blocks: tuple[TableLayout, ...]
+
+    def __post_init__(self) -> None:
+        whole = all(type(dim) is int and dim >= 1 for dim in self.dims)
+        if not whole or len(self.dims) != len(self.blocks) or not 1 <= len(self.blocks) <= MAX_BLOCKS:
+            raise SpecError(
+                f"dirembed dims {list(self.dims)!r:.200} are not the columns of {len(self.blocks)} blocks, 1 to "
+                f"{MAX_BLOCKS} of them: compress the model again"
+            )
+
+    @property
+    def method(self) -> str:
+        """What found the codes of all blocks."""
+        return self.blocks[0].method
+
+    def stored_shapes(self, num_rows: int, dim: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors of a (num_rows, dim) table, by name."""
+        shapes: dict[str, tuple[int, ...]] = {"weight": (len(self.blocks),)}
+        for prefix, block_dim, block in self.named_blocks():
+            found = block.stored_shapes(num_rows, block_dim)
+            shapes |= {prefix + name: shape for name, shape in found.items()}
+        return shapes
+
+    def stored_dtypes(self, tensor: str) -> tuple[str, ...]:
+        """The dtypes that one of the tensors may have in a file, as safetensors calls them."""
+        if tensor == "weight":
+            return ("I32",)
+        prefix, _, name = tensor.rpartition(".")
+        return self.blocks[int(prefix.rpartition(".")[2])].stored_dtypes(name)
+
+    def named_blocks(self) -> Iterator[tuple[str, int, TableLayout]]:
+        """What the names of each block's tensors start with, its columns, and its layout."""
+        for number, (dim, block) in enumerate(zip(self.dims, self.blocks, strict=True)):
+            yield f"blocks.{number}.", dim, block
+
+    def check_table(self, num_rows: int, dim: int) -> None:
+        """Refuses a layout that does not fit a table.
+
+        Raises:
+            SpecError: If the blocks have other columns than the table, or one of them does not fit.
+        """
+        if sum(self.dims) != dim:
+            raise SpecError(
+                f"the dirembed blocks have {sum(self.dims)} columns, the table {dim}: compress the model again"
+            )
+        for _, block_dim, block in self.named_blocks():
+            block.check_table(num_rows, block_dim)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> BlocksLayout:
+        """Reads a layout from its JSON form.
+
+        Raises:
+            SpecError: If `values` is no object, has unknown or missing keys, or holds a bad value.
+        """
+        values = _fields_of(cls, values)
+        dims, blocks = values["dims"], values["blocks"]
+        if not isinstance(dims, list) or not isinstance(blocks, list) or len(blocks) > MAX_BLOCKS:
+            raise SpecError("dirembed dims and blocks are no lists: compress the model again")
+        return cls(tuple(dims), tuple(TableLayout.from_dict(block) for block in blocks))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {"dims": list(self.dims), "blocks": [block.to_dict() for block in self.blocks]}
+
+
+Layout: TypeAlias = TableLayout | BlocksLayout
+
+
+@dataclass(frozen=True)
+class TableRecord:
+    """How a table was made, and what came of it: for people; loading depends on none of it but the checksum.
+
+    Attributes:
+        settings: What the codes were made with (budget, seed, versions).
+        quality: What came of it (dense bytes, mean cosine): shown by `hf-dirembed inspect`.
+        checksum: The checksum of the codes, as [`checksum`] gives it; None where nobody has taken it.
+
+    Raises:
+        SpecError: If a field is of the wrong type.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    quality: dict[str, Any] = field(default_factory=dict)
+    checksum: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("settings", "quality"):
+            if not isinstance(getattr(self, name), dict):
+                raise SpecError(f"dirembed {name} {getattr(self, name)!r:.200} is no object: compress the model again")
+        if not isinstance(self.checksum, (str, type(None))):
+            raise SpecError(f"dirembed checksum {self.checksum!r:.200} is no text: compress the model again")
+
+    def figure(self, name: str) -> Any:
+        """One of the figures of `quality`, if it is there and a finite number."""
+        value = self.quality.get(name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return value if number else None
+
+    @classmethod
+    def from_dict(cls, values: Any) -> TableRecord:
+        """Reads a record from its JSON form.
+
+        Raises:
+            SpecError: If `values` is no object, has unknown keys, or holds a bad value.
+        """
+        return cls(**_fields_of(cls, values))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form; what is empty is left out."""
+        return {name: value for name, value in vars(self).items() if value}
+
+
+@dataclass(frozen=True)
+class CompressionSpec:
+    """What is compressed in a model, and how: what `config.json` holds under `dirembed`.
+
+    Attributes:
+        tables: The layout of each compressed table, by the path of its module; modules that are tied to one another
+            are named once.
+        records: How each was made, by the same paths.
+
+    Raises:
+        SpecError: If a field is of the wrong type, or no table is compressed.
+
+    Example:
+        >>> layout = {"method": "svd", "rank": 8, "codes": "float16", "decoder": "float32"}
+        >>> spec = CompressionSpec.from_dict({"format": 2, "tables": {"embed_tokens": layout}})
+        >>> spec.tables["embed_tokens"].rank
+        8
+    """
+
+    tables: dict[str, Layout]
+    records: dict[str, TableRecord] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.tables:
+            raise SpecError("the config's dirembed object names no table: compress the model again")
+
+    def matrices(self) -> Iterator[tuple[str, TableLayout]]:
+        """The path of every compressed matrix, a table or a block of one, with its layout."""
+        for path, layout in self.tables.items():
+            if isinstance(layout, TableLayout):
+                yield path, layout
+            else:
+                yield from ((f"{path}.{prefix[:-1]}", block) for prefix, _, block in layout.named_blocks())
+
+    def record(self, path: str) -> TableRecord:
+        """How a table was made; an empty record where nobody has written one."""
+        return self.records.get(path, TableRecord())
+
+    @classmethod
+    def from_dict(cls, values: Any) -> CompressionSpec:
+        """Reads a spec from its JSON form.
+
+        Raises:
+            SpecError: If `values` is no object, is of another format, has unknown or missing keys, or holds a bad
+                value.
+        """
+        _require_object(values, "")
+        version = values.get("format")
+        if type(version) is int and version == 1:
+            raise SpecError(
+                "the model was compressed in format 1, which was never published: compress it again from the original"
+            )
+        if type(version) is not int or version != FORMAT:
+            raise SpecError(f"dirembed format {version!r:.200} is not {FORMAT}: update hf_dirembed")
+
+        _check_keys({name: value for name, value in values.items() if name != "record"}, {"format", "tables"})
+        tables, record = values["tables"], values.get("record", {})
+        _require_object(tables, " tables")
+        _require_object(record, " record")
+        records = record.get("tables", {})
+        _require_object(records, " record of tables")
+
+        return cls(
+            {path: _layout_of(layout) for path, layout in tables.items()},
+            {path: TableRecord.from_dict(each) for path, each in records.items() if path in tables},
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form: what `config.dirembed` holds."""
+        return {
+            "format": FORMAT,
+            "tables": {path: layout.to_dict() for path, layout in self.tables.items()},
+            "record": {"tables": {path: record.to_dict() for path, record in self.records.items()}},
+        }
+
+
+def _layout_of(values: Any) -> Layout:
+    blocks = isinstance(values, dict) and "blocks" in values
+    return BlocksLayout.from_dict(values) if blocks else TableLayout.from_dict(values)
+
+
+def _require_object(values: Any, name: str) -> None:
     if not isinstance(values, dict):
-        raise SpecError(f"the config's dirembed entry is no object but {values!r}: compress the model again")
-    known = {f.name: f for f in fields(cls)}
-    required = required | {n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING}
-    unknown, missing = sorted(set(values) - set(known), key=str), sorted(required - set(values))
+        raise SpecError(
+            f"the config's dirembed{name} entry is no object but {values!r:.200}: compress the model again"
+        )
+
+
+def _check_keys(values: Any, required: set[str], optional: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+    _require_object(values, "")
+    unknown, missing = sorted(set(values) - required - optional, key=str), sorted(required - set(values))
     if unknown or missing:
         raise SpecError(
-            f"the config's dirembed object has unknown keys {unknown} and lacks {missing}: "
+            f"the config's dirembed object has unknown keys {unknown!r:.200} and lacks {missing}: "
             "update hf_dirembed, or compress the model again"
         )
+
+
+def _fields_of(cls: type, values: Any) -> dict[str, Any]:
+    """The arguments of a class out of a JSON object."""
+    known = {f.name: f for f in fields(cls)}
+    required = {n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING}
+    _check_keys(values, required, known.keys() - required)
     counts = values.get("bit_allocation")
     return {**values, "bit_allocation": tuple(counts)} if isinstance(counts, list) else dict(values)
 
 
-HALF = 0.5  # what a mid-rise quantiser's integer stands for is half a step above it
-
-
-def pack(symbols: Tensor, bit_allocation: tuple[int, ...]) -> Tensor:
-    """Packs symbols into bytes, the widest latents first.
-
-    A section of n latents of w bits takes m = ⌈n·w/8⌉ bytes; latent s·m + k of the section sits in byte k at bit s·w,
-    so that unpacking works on whole contiguous sections.
-
-    Args:
-        symbols: (n, rank) uint8; that of a latent of w bits is below 2^w.
-        bit_allocation: How many latents have 8, 4, 2 and 1 bits.
-
-    Returns:
-        (n, bytes per row) uint8.
-
-    Raises:
-        TableError: If a symbol does not fit into its bits.
+def checksum(codes: Mapping[str, Tensor]) -> str:
+    """A checksum of codes: CRC-32 of the names and the bytes of tensors, in the order of their names.
 
     Example:
-        >>> packed = pack(torch.tensor([[255, 3, 1, 1, 0]], dtype=torch.uint8), (1, 0, 2, 2))
-        >>> packed.tolist(), [section.tolist() for _, section in sections(packed, (1, 0, 2, 2))]
-        ([[255, 7, 1]], [[[255]], [[3, 1]], [[1, 0]]])
+        >>> codes = {"weight": torch.tensor([[1, 2]], dtype=torch.uint8)}
+        >>> checksum(codes) == checksum({"weight": codes["weight"].clone()}), checksum(codes)
+        (True, 'crc32:44af9e60')
     """
-    packed, first = [], 0
-    for count, width in zip(bit_allocation, BIT_WIDTHS, strict=True):
-        section, first = symbols[:, first : first + count], first + count
-        per_byte = 8 // width
-        num_bytes = math.ceil(count / per_byte)
-        if section.numel() and (largest := int(section.max())) >> width:
-            raise TableError(f"symbol {largest} does not fit into {width} bits: quantise the codes again")
-        planes = F.pad(section, (0, num_bytes * per_byte - count)).view(len(symbols), per_byte, num_bytes)
-        shifts = torch.arange(per_byte, dtype=torch.uint8, device=symbols.device).view(1, per_byte, 1) * width
-        packed.append((planes << shifts).sum(dim=1, dtype=torch.uint8))
-    return torch.cat(packed, dim=1)
+    return checksum_of_bytes({name: map(_bytes_of, [tensor]) for name, tensor in codes.items()})  # one at a time
 
 
-def sections(packed: Tensor, bit_allocation: tuple[int, ...]) -> Iterator[tuple[int, Tensor]]:
-    """The symbols of packed rows, width by width, by plain operations that compilers and exporters know.
-
-    Args:
-        packed: (..., bytes per row) uint8.
-        bit_allocation: How many latents have 8, 4, 2 and 1 bits.
-
-    Yields:
-        The width, and (..., count) int32 symbols, for each width that has any.
-    """
-    first = 0
-    for count, width in zip(bit_allocation, BIT_WIDTHS, strict=True):
-        num_bytes = math.ceil(count * width / 8)
-        section, first = packed[..., first : first + num_bytes], first + num_bytes
-        if width < 8 and count:
-            # In 32 bits, as exporters to ONNX have no shifts of bytes.
-            wide, mask = section.int(), (1 << width) - 1
-            planes = [(wide >> shift) & mask for shift in range(0, 8, width)]
-            section = torch.cat(planes, dim=-1)[..., :count]
-        if count:
-            yield width, section.int()
-
-
-def trellis_states(symbols: Tensor, width: int) -> Tensor:
-    """The state of each latent: its own symbol in the low bits, those of the latents behind it above.
-
-    The stream runs from the weakest latent to the strongest, as its first symbols have least to choose from.
-
-    Args:
-        symbols: (..., count) integers, each below 2^width.
-        width: Bits of a symbol.
-
-    Returns:
-        (..., count) int32, below 256.
+def checksum_of_bytes(codes: Mapping[str, Iterable[Any]]) -> str:
+    """The [`checksum`] of codes that are not in memory all at once: the bytes of each come in pieces.
 
     Example:
-        >>> trellis_states(torch.tensor([1, 2, 3], dtype=torch.uint8), width=2).tolist()
-        [57, 14, 3]
+        >>> checksum_of_bytes({"weight": [bytes([1]), bytes([2])]})
+        'crc32:44af9e60'
     """
-    states, known = symbols.int(), 1
-    while known * width < STATE_BITS:  # doubles how many symbols each state knows
-        behind = F.pad(states[..., known:], (0, min(known, states.shape[-1])))
-        states = states | (behind << (known * width))
-        known *= 2
-    return states
+    value = 0
+    for name, pieces in sorted(codes.items()):
+        value = zlib.crc32(name.encode(), value)
+        for piece in pieces:
+            value = zlib.crc32(piece, value)
+    return f"crc32:{value:08x}"
 
 
-def unpack(packed: Tensor, bit_allocation: tuple[int, ...], codebook: Tensor) -> Tensor:
-    """The latents of packed rows, less ½.
-
-    Args:
-        packed: (..., bytes per row) uint8.
-        bit_allocation: How many latents have 8, 4, 2 and 1 bits.
-        codebook: (3, 256) int8, the levels of the trellis's states at 4, 2 and 1 bits, less ½.
-
-    Returns:
-        (..., rank) int8.
-
-    Example:
-        >>> codebook = torch.arange(-128, 128, dtype=torch.int8).repeat(3, 1)
-        >>> unpack(torch.tensor([[200, 0b10]], dtype=torch.uint8), (1, 0, 0, 2), codebook).tolist()
-        [[72, -126, -127]]
-    """
-    latents = []
-    for width, symbols in sections(packed, bit_allocation):
-        if width == 8:
-            latents.append((symbols - 128).to(torch.int8))
-        else:
-            latents.append(codebook[BIT_WIDTHS.index(width) - 1][trellis_states(symbols, width).long()])
-    return torch.cat(latents, dim=-1)
-
-
-def unpack_levels(packed: Tensor, bit_allocation: tuple[int, ...], codebook: Tensor, dtype: torch.dtype) -> Tensor:
-    """The half-integers that packed rows stand for, (..., rank): [`unpack`] and ½.
-
-    Example:
-        >>> codebook = torch.arange(-128, 128, dtype=torch.int8).repeat(3, 1)
-        >>> unpack_levels(torch.tensor([[200]], dtype=torch.uint8), (1, 0, 0, 0), codebook, torch.float32).tolist()
-        [[72.5]]
-    """
-    return unpack(packed, bit_allocation, codebook).to(dtype) + HALF
-
-
-def refinement_steps(exponents: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a second layer's half-integers are multiplied by to be in the first layer's unit.
-
-    Args:
-        exponents: (rank,) int8, in eighths of a power of two; -128 for a step of 0.
-        dtype: Of the steps.
-
-    Example:
-        >>> refinement_steps(torch.tensor([0, -8, 4, -128], dtype=torch.int8), torch.float64)[[0, 1, 3]].tolist()
-        [1.0, 0.5, 0.0]
-    """
-    wide = exponents.to(torch.promote_types(dtype, torch.float32))
-    return torch.exp2(wide / OCTAVE).masked_fill(exponents == NO_STEP, 0).to(dtype)
-
-
-class PackedCodes(NamedTuple):
-    """Packed rows with all that it takes to read them.
-
-    Attributes:
-        packed: (V, bytes per row) uint8.
-        bit_allocation: How many latents have 8, 4, 2 and 1 bits.
-        codebook: (3, 256) int8, as [`unpack`] takes it.
-    """
-
-    packed: Tensor
-    bit_allocation: tuple[int, ...]
-    codebook: Tensor
-
-    @property
-    def rank(self) -> int:
-        """Latents of a row."""
-        return sum(self.bit_allocation)
-
-    def unpack(self, rows: slice = slice(None)) -> Tensor:
-        """The latents of rows, less ½: (n, rank) int8."""
-        return unpack(self.packed[rows], self.bit_allocation, self.codebook)
-
-    def check(self, rank: int) -> None:
-        """Refuses tensors that are not what the allocation makes them.
-
-        Raises:
-            TableError: If shapes or dtypes do not fit each other or the rank.
-        """
-        packed, codebook = self.packed, self.codebook
-        if (
-            (packed.dtype, packed.shape[1:]) != (torch.uint8, (code_bytes(self.bit_allocation),))
-            or (codebook.dtype, codebook.shape) != (torch.int8, CODEBOOK_SHAPE)
-            or self.rank != rank
-        ):
-            raise TableError(
-                f"codes {packed.dtype} {tuple(packed.shape)} of bit allocation {self.bit_allocation} and codebook "
-                f"{codebook.dtype} {tuple(codebook.shape)} do not fit rank {rank}: pass those of one module"
-            )
+def _bytes_of(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

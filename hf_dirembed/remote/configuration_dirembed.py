@@ -17,6 +17,7 @@ from .codes_dirembed import CompressionSpec, SpecError
 
 MODEL_TYPE = "dirembed"
 MAX_LAYERS = 1_024
+
 # Of a config, what would have transformers fetch or run code that the caller did not ask for. What the caller passes
 # to `from_pretrained` comes by another way; `auto_map` is rewritten on every save.
 CODE_KEYS = frozenset(
@@ -103,8 +104,8 @@ class DirEmbedConfig(PreTrainedConfig):
     Example:
         >>> config = DirEmbedConfig.from_dict({
         ...     "model_type": "dirembed",
-        ...     "dirembed": {"format": 1, "base_model_type": "bert", "method": "svd", "rank": 8,
-        ...                  "codes": "float16", "decoder": "float32"},
+        ...     "dirembed": {"format": 2, "base_model_type": "bert", "tables": {"embeddings.word_embeddings": {
+        ...         "method": "svd", "rank": 8, "codes": "float16", "decoder": "float32"}}},
         ... })
         >>> type(config).__name__, config.model_type
         ('DirEmbedBertConfig', 'bert')

@@ -1,16 +1,15 @@
-"""How compressed tables get into a model: derived classes, ties, the from_pretrained hook, and the way in and back.
+"""What a compressed model is: derived classes, the from_pretrained hook and what it checks, saving, and PEFT.
 
 This file travels with every compressed model, so it imports nothing of the package but its travelling neighbours.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,129 +18,46 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from .codes_dirembed import (
     CODE_TENSORS,
+    BlocksLayout,
     CheckpointError,
     CompressionSpec,
     DirEmbedError,
+    Layout,
     ModelError,
     SpecError,
+    TableRecord,
     UnreadableCheckpointError,
+    checksum,
     first_line,
 )
-from .configuration_dirembed import DirEmbedConfigMixin, derive_config_class
+from .configuration_dirembed import derive_config_class
+from .matrix_dirembed import CompressedMatrix, freeze, package, resize_rows, unfreeze
 from .modules_dirembed import (
+    CompressedBlocks,
     CompressedEmbedding,
-    CompressedLMHead,
-    CompressedMatrix,
+    CompressedLinear,
+    CompressedLookup,
+    CompressedTable,
     compression_line,
-    freeze,
-    package,
-    resize_rows,
-    unfreeze,
 )
-
-
-# Of the entries of a tie map, those that `_tie_decoders` adds.
-DECODER_TIE = re.compile(rf"\b({'|'.join(name for name in CODE_TENSORS if name != 'weight')})$")
-
-
-def embedding_of(model: nn.Module) -> nn.Embedding | CompressedEmbedding:
-    """The module that looks token embeddings up.
-
-    Raises:
-        ModelError: If the model has none.
-    """
-    embedding = None
-    if isinstance(model, PreTrainedModel):
-        try:
-            embedding = model.get_input_embeddings()
-        except NotImplementedError:
-            embedding = None
-    if not isinstance(embedding, (nn.Embedding, CompressedEmbedding)):
-        found = "none" if embedding is None else f"a {type(embedding).__name__}"
-        raise ModelError(
-            f"{type(model).__name__} has no token embedding to compress (get_input_embeddings gives {found}): "
-            "choose a transformers model that reads token ids"
-        )
-    return embedding
-
-
-def tied_modules(model: PreTrainedModel) -> set[str]:
-    """Names of the input embedding and of every module whose `weight` is tied to it."""
-    ties = [
-        {target.removesuffix(".weight"), source.removesuffix(".weight")}
-        for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items()
-        if target.endswith(".weight") and source.endswith(".weight")
-    ]
-    embedding = embedding_of(model)
-    names = {name for name, module in model.named_modules(remove_duplicate=False) if module is embedding}
-    while grown := {name for tie in ties if tie & names for name in tie} - names:
-        names |= grown
-    return names
-
-
-def compressed_modules(model: nn.Module) -> set[str]:
-    """Names of the modules that stand for the table, or for what was tied to it."""
-    modules = model.named_modules(remove_duplicate=False)
-    return {name for name, module in modules if isinstance(module, CompressedMatrix)}
-
-
-def swap_modules(model: PreTrainedModel, spec: CompressionSpec, device: str | None = None) -> set[str]:
-    """Puts compressed modules, their codes still to be set, where the table and what is tied to it were.
-
-    Args:
-        model: Changed in place.
-        spec: The layout of the codes.
-        device: Where the codes are made; by default where the table is.
-
-    Returns:
-        The names of the compressed modules.
-    """
-    names = tied_modules(model)
-    swapped: dict[nn.Module, CompressedMatrix] = {}
-    for name in sorted(names):
-        dense = model.get_submodule(name)
-        if dense in swapped or isinstance(dense, CompressedMatrix):
-            continue  # a model that is built around an inner AutoModel gets it with its embedding swapped
-        if isinstance(dense, nn.Embedding):
-            swapped[dense] = CompressedEmbedding.like(dense, spec, device=device)
-        elif isinstance(dense, nn.Linear):
-            swapped[dense] = CompressedLMHead.like(dense, spec, device=device)
-        else:
-            raise ModelError(f"the table is tied to a {type(dense).__name__}: only linear heads are supported")
-    for name in names:  # only now that all of them can be
-        dense = model.get_submodule(name)
-        model.set_submodule(name, swapped.get(dense, dense))
-    _tie_decoders(model, names)
-    return names
-
-
-def _tie_decoders(model: PreTrainedModel, names: set[str]) -> None:
-    """Extends the tie maps, so that whatever shares a code matrix shares its decoder."""
-    modules = {module for name in sorted(names) if isinstance(module := model.get_submodule(name), CompressedMatrix)}
-    for module in modules:
-        module.tied = len(modules) > 1
-    source = next(iter(modules))
-    shared = [name for name in source.code_tensors() if name != "weight"]
-    submodels = [(name, module) for name, module in model.named_modules() if isinstance(module, PreTrainedModel)]
-    for prefix, submodel in submodels:
-        ties = submodel.get_expanded_tied_weights_keys()
-        decoder_ties = {
-            target.removesuffix("weight") + tensor: source.removesuffix("weight") + tensor
-            for target, source in ties.items()
-            if target.endswith(".weight") and f"{prefix}.{target}".removeprefix(".").removesuffix(".weight") in names
-            for tensor in shared
-        }
-        if decoder_ties:
-            submodel._tied_weights_keys = {**ties, **decoder_ties}
-    for _, submodel in submodels:
-        submodel.all_tied_weights_keys = submodel.get_expanded_tied_weights_keys(all_submodels=True)
+from .tables_dirembed import (
+    TABLE_MODULES,
+    broken_ties,
+    compressed_tables,
+    configured_ties,
+    embedding_of,
+    locate_tables,
+    reading_class,
+    swap_tables,
+    table_at,
+)
 
 
 AGAIN = "save or download the compressed model again"
@@ -194,30 +110,38 @@ def check_stored_dtypes(spec: CompressionSpec, dtypes: Mapping[str, str]) -> Non
     """Refuses integers for floats and floats for integers, which transformers would cast, and what it would leave out.
 
     Args:
-        spec: The layout that the config states.
-        dtypes: Of every tensor of the checkpoint, by its name, as safetensors calls them.
+        spec: What the config states.
+        dtypes: The dtype of every tensor of the checkpoint, by its name, as safetensors calls them.
 
     Raises:
-        CheckpointError: If a tensor of a compressed table is of another kind than the layout says, or not part of it.
+        CheckpointError: If a tensor of a compressed table is of another kind than its layout says, or not part of it.
     """
-    parts = spec.stored_shapes(1, 1)
+    matrices = dict(spec.matrices())
     for name in dtypes:
-        prefix = name.removesuffix("decoder_weight")
-        if not name.endswith(".decoder_weight") or f"{prefix}weight" not in dtypes:
+        prefix = name.removesuffix(".decoder_weight")
+        if prefix == name or f"{prefix}.weight" not in dtypes:
             continue
+
+        # a file may have more of a table's path than the config, or less
+        stated = [path for path in matrices if f".{path}".endswith(f".{prefix}") or f".{prefix}".endswith(f".{path}")]
+        if not stated and len(matrices) > 1:
+            continue  # under a name that only the architecture's conversion of checkpoints knows
+        layout = matrices[max(stated, key=len)] if stated else next(iter(matrices.values()))
+
+        parts = layout.stored_shapes(1, 1)
         for tensor in CODE_TENSORS:
-            found, expected = dtypes.get(prefix + tensor), spec.stored_dtypes(tensor)
+            found, expected = dtypes.get(f"{prefix}.{tensor}"), layout.stored_dtypes(tensor)
             if found is not None and tensor not in parts:
-                raise CheckpointError(f"{prefix}{tensor} is not part of the layout that the config states: {AGAIN}")
+                raise CheckpointError(f"{prefix}.{tensor} is not part of the layout that the config states: {AGAIN}")
             if found is not None and found not in expected:
-                raise CheckpointError(f"{prefix}{tensor} is of dtype {found}, not {' or '.join(expected)}: {AGAIN}")
+                raise CheckpointError(f"{prefix}.{tensor} is of dtype {found}, not {' or '.join(expected)}: {AGAIN}")
 
 
 def check_files(spec: CompressionSpec, files: Iterable[str]) -> None:
     """Checks the headers of the files that are about to be loaded.
 
     Raises:
-        CheckpointError: If a tensor of a compressed table is of another kind than the layout says.
+        CheckpointError: If a tensor of a compressed table is of another kind than its layout says.
     """
     dtypes: dict[str, str] = {}
     for path in files:
@@ -242,28 +166,48 @@ def check_keys(model: PreTrainedModel, info: Any, ignore_mismatched: bool) -> No
     for key, report in info.conversion_errors.items():  # a traceback, what it ends with, what was converted
         reason = report.strip().splitlines()[-2:][0]
         raise CheckpointError(f"{key} could not be converted: {reason}: change the quantization_config, or {AGAIN}")
+
     modules = model.named_modules(remove_duplicate=False)
-    compressed = {name for name, module in modules if isinstance(module, CompressedMatrix)}
+    compressed = {name for name, module in modules if isinstance(module, (CompressedMatrix, CompressedBlocks))}
 
     def of_table(key: str) -> bool:
         module, _, tensor = key.rpartition(".")
         return module in compressed and tensor != "bias"
 
+    unexpected = set(info.unexpected_keys)  # a decoder among them is of codes where this model has a dense table
     tied = set(model.all_tied_weights_keys)  # they come with what they are tied to
     missing = set(info.missing_keys) - tied
     lacking = sorted(filter(of_table, missing))
     if lacking:
         raise CheckpointError(f"the checkpoint lacks {lacking}: {AGAIN}")
+
     mismatched = sorted(
         f"{key} is {list(found)}, not {list(expected)}"
         for key, found, expected in info.mismatched_keys
-        if of_table(key) or not ignore_mismatched
+        if of_table(key) or not ignore_mismatched or f"{key.removesuffix('weight')}decoder_weight" in unexpected
     )
     if mismatched:
         raise CheckpointError(f"the checkpoint does not fit its config: {'; '.join(mismatched)}: {AGAIN}")
+
     held = {name: tensor.nbytes for name, tensor in model.state_dict().items() if name not in tied}
     if 2 * sum(held[name] for name in missing & held.keys()) > sum(held.values()):
         raise CheckpointError(f"the checkpoint lacks most of the model that its config describes: {AGAIN}")
+
+
+def check_checksum(table: CompressedTable, path: str) -> None:
+    """Refuses codes that are not those that the record tells of.
+
+    Raises:
+        CheckpointError: If something has changed them.
+    """
+    codes, stated = table.codes(), table.record.checksum
+    if stated is None or any(tensor.is_meta or hasattr(tensor, "device_mesh") for tensor in codes.values()):
+        return
+    if (found := checksum(codes)) != stated:
+        raise CheckpointError(
+            f"the codes of {path} have the checksum {found}, the config says {stated}: something has changed the file "
+            f"since it was saved: {AGAIN}"
+        )
 
 
 def check_table(matrix: CompressedMatrix) -> None:
@@ -276,22 +220,24 @@ def check_table(matrix: CompressedMatrix) -> None:
     for name, tensor in matrix.code_tensors().items():
         if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
             raise CheckpointError(f"{name} of the compressed table holds a NaN or an infinity: {AGAIN}")
+
     for name in ("refined_rows_weight", "outlier_rows_weight"):
         rows = getattr(matrix, name)
         if rows is None or rows.is_meta:
             continue
         if int(rows[0]) < 0 or int(rows[-1]) >= len(matrix.weight) or not (rows[1:] > rows[:-1]).all():
             raise CheckpointError(f"{name} does not name rows of {len(matrix.weight)} in ascending order: {AGAIN}")
+
     latents = matrix.refined_latents_weight
     if latents is not None and not latents.is_meta:
         named = latents.sort().values
-        if int(named[0]) < 0 or int(named[-1]) >= matrix.spec.rank or not (named[1:] > named[:-1]).all():
+        if int(named[0]) < 0 or int(named[-1]) >= matrix.layout.rank or not (named[1:] > named[:-1]).all():
             raise CheckpointError(
-                f"refined_latents_weight does not name each of {matrix.spec.rank} latents at most once: {AGAIN}"
+                f"refined_latents_weight does not name each of {matrix.layout.rank} latents at most once: {AGAIN}"
             )
 
 
-def settle(model: PreTrainedModel) -> None:
+def finish_loading(model: PreTrainedModel) -> None:
     """Brings the compressed modules of a model that was just loaded into the state that they are in when made."""
     for module in model.modules():
         if isinstance(module, CompressedMatrix):
@@ -320,6 +266,7 @@ def refuse_wrapper(parent: nn.Module, name: str, child: nn.Module | None) -> Non
     wrapper = type(parent)
     if wrapper.__module__.partition(".")[0] != "peft":
         return
+
     parameter = vars(parent).get("parameter_name")  # of LoRA's `target_parameters`
     if parameter is not None:
         if child.tied:
@@ -327,6 +274,7 @@ def refuse_wrapper(parent: nn.Module, name: str, child: nn.Module | None) -> Non
                 f"{parameter} of this {type(child).__name__} is shared with a tied module, which an adapter of one of "
                 "them would leave behind: train the decoder itself, or expand the model with hf_dirembed.expand"
             )
+
         if not child.get_parameter(parameter).is_floating_point():
             raise ModelError(f"{parameter} holds packed integers, which no adapter adds to: choose decoder_weight")
     elif wrapper.__name__ != "ModulesToSaveWrapper":
@@ -334,7 +282,7 @@ def refuse_wrapper(parent: nn.Module, name: str, child: nn.Module | None) -> Non
             f"PEFT's {wrapper.__name__} changes rows of a dense table, and a {type(child).__name__} has none: expand "
             "the model first with hf_dirembed.expand, or adapt its decoder with LoraConfig(target_parameters=...)"
         )
-    elif child.spec.bit_allocation is not None:
+    elif child.layout.bit_allocation is not None:
         raise ModelError(
             "modules_to_save trains all of a module, and packed codes learn only without PEFT (unfreeze_codes): leave "
             f"the {type(child).__name__} out of it, or compress with method='direction' and call unfreeze_codes(), or "
@@ -345,16 +293,13 @@ def refuse_wrapper(parent: nn.Module, name: str, child: nn.Module | None) -> Non
 register_module_module_registration_hook(refuse_wrapper)
 
 
-# Architectures whose forward passes index the table itself, or multiply with it.
-TABLE_READERS = ("gemma4", "mobilebert")
-
-
 class DirEmbedModelMixin(PreTrainedModel):
     """Makes a base model's class one whose token embedding, and the head tied to it, are compressed."""
 
     base_class: ClassVar[type[PreTrainedModel]]
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        vars(self)["_building"] = True
         try:
             super().__init__(config, *args, **kwargs)
         except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
@@ -364,7 +309,8 @@ class DirEmbedModelMixin(PreTrainedModel):
             raise SpecError(
                 f"the config makes no {self.base_class.__name__} ({first_line(error)}): download the model again"
             ) from error
-        swap_modules(self, CompressionSpec.from_dict(config.dirembed))
+        swap_tables(self, CompressionSpec.from_dict(config.dirembed))
+        del vars(self)["_building"]
         self.tie_weights()
 
     @classmethod
@@ -383,7 +329,7 @@ class DirEmbedModelMixin(PreTrainedModel):
             if isinstance(name, (str, os.PathLike)):
                 check_index(Path(name, kwargs.get("subfolder") or ""))
             loaded: Any = super().from_pretrained(*args, **kwargs)
-        settle(loaded[0] if isinstance(loaded, tuple) else loaded)
+        finish_loading(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
     @staticmethod
@@ -398,6 +344,8 @@ class DirEmbedModelMixin(PreTrainedModel):
         for module in model.modules():
             if isinstance(module, CompressedMatrix):
                 check_table(module)
+        for path in compressed_tables(model):
+            check_checksum(table_at(model, path), path)
         return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
     def initialize_weights(self) -> None:
@@ -407,6 +355,9 @@ class DirEmbedModelMixin(PreTrainedModel):
                 for tensor in module.code_tensors().values():
                     if tensor.is_meta:
                         tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+            bias = getattr(module, "bias", None) if isinstance(module, CompressedLinear) else None
+            if bias is not None and not bias.is_meta and not getattr(bias, "_is_hf_initialized", False):
+                nn.init.zeros_(bias)  # as that of a linear layer that no file had
         super().initialize_weights()
 
     @classmethod
@@ -423,23 +374,18 @@ class DirEmbedModelMixin(PreTrainedModel):
             ModelError: If the embedding was replaced by a dense one, or a compressed head is no longer tied to it,
                 which a file cannot say.
         """
-        embedding = embedding_of(self)
-        if not isinstance(embedding, CompressedEmbedding):
-            raise ModelError(
-                "the compressed embedding was replaced by a dense one (set_input_embeddings): make a stock model "
-                "with hf_dirembed.expand, and compress that again if it should be"
-            )
-        if untied := sorted(compressed_modules(self) - tied_modules(self)):
-            raise ModelError(
-                f"{untied} are compressed, but no longer tied to the input embedding: set "
-                "config.tie_word_embeddings and call tie_weights(), or expand the model with hf_dirembed.expand"
-            )
         state = dict(self.state_dict() if state_dict is None else state_dict)
-        names = [name for module in tied_modules(self) if (name := f"{module}.decoder_weight") in state]
-        decoder = state[names[0]] if names else None
-        self.config.dirembed = embedding.current_spec(decoder).to_dict()
-        # One tensor for all names, which saving finds tied.
-        state |= dict.fromkeys(names, embedding.stored_decoder(decoder))
+        tables = self._tables_to_save()
+        if not tables:
+            raise ModelError(
+                "none of the tables that were compressed is part of this model: make a stock one of it with "
+                "hf_dirembed.expand, and save that"
+            )
+        spec = CompressionSpec(
+            {path: _narrow_decoders(table_at(self, path), names, state) for path, names in tables.items()},
+            {path: _current_record(table_at(self, path)) for path in tables},
+        )
+        self.config.dirembed = spec.to_dict()
         super().save_pretrained(save_directory, is_main_process, state, *args, **kwargs)
 
     def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
@@ -447,17 +393,88 @@ class DirEmbedModelMixin(PreTrainedModel):
             package.before_upload(self, working_dir, repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
+    def tie_weights(self, *args: Any, **kwargs: Any) -> Any:
+        """Like the base class's, which shares parameters one by one.
+
+        Raises:
+            ModelError: If the config ties tables that were compressed apart from one another: to share the codes of
+                one without its decoder would be neither.
+        """
+        # While a model is built around one that is compressed, its head is dense for a moment.
+        for target, source in () if "_building" in vars(self) else configured_ties(self):
+            one, other = (self.get_submodule(name) for name in (target, source))
+            compressed = [module for module in (one, other) if isinstance(module, TABLE_MODULES)]
+            apart = [module for module in compressed if not getattr(module, "tied", False)]
+            if apart and one is not other:
+                raise ModelError(
+                    f"the config ties {target} to {source}, which were not compressed as one table: set "
+                    "config.tie_word_embeddings to False, or expand the model with hf_dirembed.expand and tie that"
+                )
+        return super().tie_weights(*args, **kwargs)
+
+    def _tables_to_save(self) -> dict[str, set[str]]:
+        """The compressed tables, as [`compressed_tables`] gives them, if a file can say which they are.
+
+        Raises:
+            ModelError: If one was replaced by a dense one, modules share codes without being tied, or are tied without
+                sharing them.
+        """
+        self._refuse_replaced()
+        tables = compressed_tables(self)
+        apart = broken_ties(self)
+        for path, names in tables.items():
+            weight = table_at(self, path).weight
+            apart |= {name: path for name in names if not _are_one(table_at(self, name).weight, weight)}
+        for name, path in sorted(apart.items()):
+            if not isinstance(self.get_submodule(name), TABLE_MODULES):
+                raise ModelError(
+                    f"{name} is tied to the compressed {path}, but was replaced by a dense one: set "
+                    "config.tie_word_embeddings to False, or expand the model with hf_dirembed.expand"
+                )
+            raise ModelError(
+                f"{name} and {path} are tied, but have codes of their own: call tie_weights(), which gives {name} the "
+                "other's, or set config.tie_word_embeddings to False"
+            )
+
+        owners: dict[int, str] = {}
+        for path in sorted(tables):
+            other = owners.setdefault(id(table_at(self, path).weight), path)
+            if other != path:
+                raise ModelError(
+                    f"{other} and {path} share their codes, but are no longer tied: set config.tie_word_embeddings "
+                    "and call tie_weights(), or expand the model with hf_dirembed.expand"
+                )
+        return tables
+
+    def _refuse_replaced(self) -> None:
+        stated = CompressionSpec.from_dict(self.config.dirembed).tables
+        for path in locate_tables(self, stated).values():
+            if not isinstance(self.get_submodule(path), TABLE_MODULES):
+                raise ModelError(
+                    f"the compressed {path} was replaced by a dense one (set_input_embeddings): make a stock model "
+                    "with hf_dirembed.expand, and compress that again if it should be"
+                )
+
     def print_compression(self) -> None:
-        """Prints how large the token embeddings are, and were, in a line.
+        """Prints every vocabulary table of the model, compressed or not, and how large it is, a line each.
+
+        Where this file is used without the package, only those that are compressed.
 
         Example:
             >>> from transformers import BertConfig, BertModel
             >>> import hf_dirembed
             >>> config = BertConfig(vocab_size=500, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
             >>> hf_dirembed.compress(BertModel(config), method="svd", ratio=4).print_compression()
-            token embeddings 500 x 32: 14,896 bytes, 4.3x smaller than dense, 7.45 bits per weight (svd)
+            embeddings.word_embeddings  500 x 32, 14,896 bytes, 4.3x smaller than dense, 7.45 bits per weight (svd)
         """
-        print(compression_line(embedding_of(self)))
+        compressed = compressed_tables(self)
+        for path in compressed:
+            print(f"{path}  {compression_line(table_at(self, path))}")
+        for table in package.find_tables(self) if package.find_tables else ():
+            if table.tied_to is not None:
+                print(f"{table.name}  {table.rows:,} x {table.dim:,}, shares {table.tied_to}")
+            elif not table.compressed:
+                print(f"{table.name}  {table.rows:,} x {table.dim:,}, {table.num_bytes:,} bytes, dense")
 
     def unfreeze_codes(self) -> Any:
         """Makes the codes of the embedding and of every tied head learn; see [`CompressedMatrix.unfreeze_codes`].
@@ -473,20 +490,28 @@ class DirEmbedModelMixin(PreTrainedModel):
             >>> hf_dirembed.compress(model, bits=4).unfreeze_codes().get_output_embeddings().shadow
             LatentShadow(weight=(500, 32))
         """
-        unfreeze(self._sharing_codes())
+        for matrices in self._sharing_codes():
+            unfreeze(matrices)
         return self
 
     def freeze_codes(self) -> Any:
         """Undoes `unfreeze_codes`; see [`CompressedMatrix.freeze_codes`]."""
-        freeze(self._sharing_codes())
+        for matrices in self._sharing_codes():
+            freeze(matrices)
         return self
 
-    def _sharing_codes(self) -> list[CompressedMatrix]:
-        embedding = embedding_of(self)
-        if not isinstance(embedding, CompressedEmbedding):
-            raise ModelError("the compressed embedding was replaced by a dense one, which has no codes")
-        sharing = [module for module in self.modules() if isinstance(module, CompressedMatrix)]
-        return [module for module in sharing if module.weight is embedding.weight]
+    def _sharing_codes(self) -> list[list[CompressedMatrix]]:
+        """The compressed matrices, those together that share their codes.
+
+        Raises:
+            ModelError: If one was replaced by a dense one.
+        """
+        self._refuse_replaced()
+        sharing: dict[int, list[CompressedMatrix]] = {}
+        for module in self.modules():
+            if isinstance(module, CompressedMatrix):
+                sharing.setdefault(id(module.weight), []).append(module)
+        return list(sharing.values())
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         """Like torch's, but does not unfreeze the codes; see [`unfreeze_codes`]."""
@@ -496,23 +521,91 @@ class DirEmbedModelMixin(PreTrainedModel):
             parameter.requires_grad_(requires_grad and id(parameter) not in frozen)
         return self
 
+    def _get_resized_embeddings(
+        self,
+        old_embeddings: Any,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> Any:
+        """Like the base class's; compressed tables are resized in place, each block of theirs as a matrix is."""
+        if not isinstance(old_embeddings, CompressedLookup):
+            return super()._get_resized_embeddings(old_embeddings, new_num_tokens, pad_to_multiple_of, mean_resizing)
+        num_tokens = old_embeddings.num_embeddings if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            num_tokens = -(-num_tokens // pad_to_multiple_of) * pad_to_multiple_of
+        tied = self._lookups_tied_to(old_embeddings)
+        for _, matrix in old_embeddings.matrices():  # type: ignore[operator]
+            resize_rows(matrix, num_tokens)
+        for lookup in tied:  # whichever of them is the source of the ties; heads follow when these are tied again
+            assert isinstance(old_embeddings, CompressedEmbedding)
+            lookup.layout = old_embeddings.layout
+            for name, tensor in old_embeddings.code_tensors().items():
+                setattr(lookup, name, tensor)
+        return old_embeddings
+
+    def _lookups_tied_to(self, embedding: nn.Module) -> list[CompressedEmbedding]:
+        """The other modules that look up in the same table."""
+        found: set[nn.Module] = set()
+        for names in compressed_tables(self).values():
+            modules = {self.get_submodule(name) for name in names}
+            found |= modules - {embedding} if embedding in modules else set()
+        return [module for module in found if isinstance(module, CompressedEmbedding)]
+
     def _resize_token_embeddings(
         self, new_num_tokens: int | None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Module:
-        embedding = embedding_of(self)
-        if not isinstance(embedding, CompressedEmbedding):  # replaced by hand, with set_input_embeddings
+        embedding, head = embedding_of(self), self.get_output_embeddings()
+        if not isinstance(embedding, CompressedLookup) and not isinstance(head, TABLE_MODULES):
             return super()._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         num_tokens = embedding.num_embeddings if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of is not None:
             num_tokens = -(-num_tokens // pad_to_multiple_of) * pad_to_multiple_of
-        resize_rows(embedding, num_tokens)
-        head = self.get_output_embeddings()
-        if isinstance(head, CompressedLMHead):
-            head.spec = embedding.spec
+
+        resized = self._get_resized_embeddings(embedding, num_tokens, mean_resizing=mean_resizing)
+        if resized is not embedding:
+            self.set_input_embeddings(resized)
+        embedding = resized
+
+        if isinstance(head, CompressedLinear) and head.tied:
+            assert isinstance(embedding, CompressedEmbedding)
+            head.layout = embedding.layout
             head.out_features = num_tokens  # its codes and its bias follow when the weights are tied again
+        elif isinstance(head, CompressedLinear):
+            head.resize(num_tokens)
+            self.set_output_embeddings(head)  # where some models make its bias their own, too
+            if head.bias is not None:  # files would have one of the two
+                head.bias = nn.Parameter(head.bias.detach().clone(), requires_grad=head.bias.requires_grad)
+        elif isinstance(head, CompressedLookup):
+            self._get_resized_embeddings(head, num_tokens)
         elif head is not None:
             self.set_output_embeddings(self._get_resized_lm_head(head, num_tokens, mean_resizing=mean_resizing))
         return embedding
+
+
+def _are_one(tensor: Tensor, other: Tensor) -> bool:
+    """Whether tensors share their memory, as far as they are in memory."""
+    known = not any(each.is_meta or hasattr(each, "device_mesh") for each in (tensor, other))
+    return tensor is other or not known or tensor.data_ptr() == other.data_ptr()
+
+
+def _narrow_decoders(table: CompressedTable, names: set[str], state: dict[str, Tensor]) -> Layout:
+    """Puts a table's decoders into a state dict in the dtype that files have them in; the layout that comes of it."""
+    layouts = []
+    for prefix, matrix in table.matrices():
+        keys = [key for name in sorted(names) if (key := f"{name}.{prefix}decoder_weight") in state]
+        decoder = state[keys[0]] if keys else None
+        layouts.append(matrix.current_layout(decoder))
+        state |= dict.fromkeys(keys, matrix.stored_decoder(decoder))  # one tensor, which saving finds tied
+    return BlocksLayout(table.layout.dims, tuple(layouts)) if isinstance(table, CompressedBlocks) else layouts[0]
+
+
+def _current_record(table: CompressedTable) -> TableRecord:
+    """The record of a table with the checksum of the codes that it has now."""
+    table.write_codes()
+    codes = table.codes()
+    known = not any(tensor.is_meta or hasattr(tensor, "device_mesh") for tensor in codes.values())
+    return replace(table.record, checksum=checksum(codes) if known else table.record.checksum)
 
 
 _model_classes: dict[tuple[type, type], type] = {}
@@ -530,7 +623,7 @@ def derive_model_class(base: type[PreTrainedModel], config_class: Any) -> type[P
         attributes = {"__module__": __name__, "config_class": config_class, "base_class": base}
         own = base.config_class is config_class.base_class
         prefix = "DirEmbed" if own else config_class.__name__
-        derived = type(f"{prefix}{base.__name__}", (DirEmbedModelMixin, base), attributes)
+        derived = type(f"{prefix}{base.__name__}", (DirEmbedModelMixin, reading_class(base)), attributes)
         conversions = get_checkpoint_conversion_mapping(base.__name__)
         if conversions is not None:  # renamings of checkpoint keys that go by the name of the class
             register_checkpoint_conversion_mapping(derived.__name__, conversions, overwrite=True)
@@ -550,87 +643,6 @@ def register_model_classes(base_config: type, config_class: type) -> None:
             mapping.register(config_class, derived, exist_ok=True)
         else:
             auto.register(config_class, derive_model_class(bases, config_class), exist_ok=True)
-
-
-def convert(model: PreTrainedModel, spec: CompressionSpec, tensors: dict[str, Tensor]) -> PreTrainedModel:
-    """Turns a dense model, in place, into the compressed one that `spec` and `tensors` describe.
-
-    Args:
-        model: Its class, its config and its embedding change; everything else stays the object it was.
-        spec: The layout of the codes.
-        tensors: Those of `CompressedMatrix.code_tensors`, by name.
-
-    Raises:
-        ModelError: If the model has its own code, or its embedding or head is of a kind that cannot be compressed.
-    """
-    base_config = type(model.config)
-    config_class = derive_config_class(base_config.model_type)
-    if config_class.base_class is not base_config:  # type: ignore[attr-defined]
-        raise ModelError(
-            f"{base_config.__name__} is not the config that transformers has for {base_config.model_type!r}: "
-            "models that bring their own code are not supported"
-        )
-    if base_config.model_type in TABLE_READERS:
-        raise ModelError(f"{type(model).__name__} reads its table's rows past the embedding: it is not supported")
-    device = embedding_of(model).weight.device
-    device = tensors["weight"].device if device.type == "meta" else device
-    for name in swap_modules(model, spec, device="meta"):
-        module = model.get_submodule(name)
-        assert isinstance(module, CompressedMatrix)
-        # The same storage for all: tying then makes them the same parameter, whichever of them is its source.
-        kept = {key: tensors[key].to(device, parameter.dtype) for key, parameter in module.code_tensors().items()}
-        module.load_state_dict(kept, strict=False, assign=True)
-    _give_own_config(model).__class__ = config_class
-    model.config.dirembed = spec.to_dict()
-    model.__class__ = derive_model_class(type(model), config_class)
-    _forget_quantizer(model)
-    model.tie_weights()
-    return model
-
-
-def _give_own_config(model: PreTrainedModel) -> PreTrainedConfig:
-    """Replaces a config, which other models may be made with, by a copy; its parts stay the objects that they are.
-
-    Returns:
-        The copy.
-    """
-    shared, own = model.config, copy.copy(model.config)
-    for attributes in (vars(module) for module in model.modules()):
-        if attributes.get("config") is shared:
-            attributes["config"] = own
-    return own
-
-
-def restore(model: PreTrainedModel) -> PreTrainedModel:
-    """Turns a compressed model, in place, back into a stock dense one; the inverse of [`convert`]."""
-    dense: dict[nn.Module, nn.Module] = {}
-    for name in sorted(compressed_modules(model)):
-        compressed = model.get_submodule(name)
-        assert isinstance(compressed, (CompressedEmbedding, CompressedLMHead))
-        if compressed not in dense:
-            dense[compressed] = compressed.to_dense()
-        model.set_submodule(name, dense[compressed])
-    for submodel in [module for module in model.modules() if isinstance(module, PreTrainedModel)]:
-        if ties := vars(submodel).get("_tied_weights_keys"):
-            kept = {target: source for target, source in ties.items() if not DECODER_TIE.search(target)}
-            submodel._tied_weights_keys = kept
-        if isinstance(submodel, DirEmbedModelMixin):
-            submodel.__class__ = submodel.base_class  # type: ignore[assignment]
-        if isinstance(submodel.config, DirEmbedConfigMixin):
-            del submodel.config.dirembed
-            vars(submodel.config).pop("auto_map", None)  # left there by a save of the compressed model
-            submodel.config.__class__ = submodel.config.base_class
-    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-    model.tie_weights()
-    return model
-
-
-def _forget_quantizer(model: PreTrainedModel) -> None:
-    """Drops what a GGUF file leaves on a model whose weights are dense by now; it would refuse to be saved."""
-    method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
-    if getattr(method, "value", method) == "gguf":
-        del model.config.quantization_config
-        del model.hf_quantizer
 
 
 def __getattr__(name: str) -> type:

@@ -1,514 +1,280 @@
-"""What runs: a matrix held as codes and a decoder, as an embedding and as a linear layer.
+"""What runs: embeddings and linear layers over compressed tables.
 
 This file travels with every compressed model, so it imports nothing of the package but its travelling neighbours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .codes_dirembed import (
-    CODE_TENSORS,
-    CODEBOOK_SHAPE,
-    HALF,
-    NO_STEP,
-    PACKED_CODES,
-    CompressionSpec,
-    ModelError,
-    PackedCodes,
-    refinement_steps,
-    unpack_levels,
-)
-from .kernels_dirembed import ExpandedCodes, packed_linear
-
-
-CACHE_LINE = 64  # bytes; what torch's own allocations are aligned to
-DENSE_CHUNK = 1 << 14  # rows decoded at a time when the whole table is asked for
-DECODER_TENSORS = ("decoder_weight", "decoder_bias_weight")  # of the code tensors, those that learn unless frozen
-
-
-@dataclass
-class Package:
-    """What only the installed package does, with more than these files hold; it fills this in when it is imported.
-
-    Attributes:
-        compress_table: Compresses a table.
-        shadow_latents: The floats that learn in place of a matrix's packed codes.
-        before_upload: Called with model, folder and repo before `push_to_hub` uploads the folder.
-    """
-
-    compress_table: Callable[..., Any] | None = None
-    shadow_latents: Callable[[CompressedMatrix], nn.Module] | None = None
-    before_upload: Callable[[Any, str, str], None] | None = None
-
-
-package = Package()
-
-
-class CompressedMatrix(nn.Module):
-    """A (num_rows, dim) matrix held as codes and an affine decoder: row i is zᵢ D + b.
-
-    The latents zᵢ are the floats of row i of the code matrix or, where it is packed, the integers that it stands for
-    plus ½ (a mid-rise quantiser), times a power of two for each latent: these exponents keep D at the size that
-    optimisers expect of weights and that narrow floats hold well. To some latents of the rows that a refinement names
-    it adds finer ones, times steps of their own; outliers, rows that the codes would lose, are kept as they are.
-    Training changes the decoder alone; latents and outliers too, once they are unfrozen. Packed latents then have
-    floats beside them that learn, a module which is no part of files.
-
-    The code matrix is the parameter named `weight`: native tying of an LM head's `weight` then works unchanged, and a
-    stock class that is given this checkpoint fails on its shape instead of loading it for a table. The float
-    parameters come first, in the model's dtype, so that `next(model.parameters()).dtype` stays what it was; in the
-    narrower dtype that files have the decoder in, optimisers would fail on it. Every tensor's name ends in `weight`,
-    which keeps transformers' tie maps on their fast path.
-
-    Args:
-        num_rows: V.
-        dim: d.
-        spec: The layout of the codes.
-        dtype: Of the rows and of the decoder, and the widest that float codes are held in.
-        device: Where the tensors are made.
-
-    Raises:
-        SpecError: If the layout does not fit the matrix.
-    """
-
-    codebook_weight: nn.Parameter | None
-    exponent_weight: nn.Parameter | None
-    decoder_bias_weight: nn.Parameter | None
-    refinement_weight: nn.Parameter | None
-    refined_rows_weight: nn.Parameter | None
-    refined_latents_weight: nn.Parameter | None
-    refinement_exponent_weight: nn.Parameter | None
-    outlier_weight: nn.Parameter | None
-    outlier_rows_weight: nn.Parameter | None
-    tied = False  # whether other modules of the model share its tensors
-
-    def __init__(
-        self,
-        num_rows: int,
-        dim: int,
-        spec: CompressionSpec,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        spec.check_table(num_rows, dim)
-        super().__init__()
-        dtype = dtype or torch.get_default_dtype()
-        self.spec = spec
-
-        def parameter(*shape: int, dtype: torch.dtype, trained: bool = False) -> nn.Parameter:
-            # Codes are parameters too, not buffers: transformers looks tied tensors up by `get_parameter`.
-            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=trained)
-
-        code_dtype = torch.uint8 if spec.codes == PACKED_CODES else _narrower(spec.codes, dtype)
-        refined = spec.refinement
-        self.decoder_bias_weight = parameter(dim, dtype=dtype, trained=True) if spec.bias else None
-        self.decoder_weight = parameter(spec.rank, dim, dtype=dtype, trained=True)
-        self.weight = parameter(num_rows, spec.code_width, dtype=code_dtype)
-        packed = spec.codes == PACKED_CODES
-        self.codebook_weight = parameter(*CODEBOOK_SHAPE, dtype=torch.int8) if packed else None
-        self.exponent_weight = parameter(spec.rank, dtype=torch.int8) if packed else None
-        self.refinement_weight = parameter(refined.rows, refined.code_width, dtype=torch.uint8) if refined else None
-        self.refined_rows_weight = parameter(refined.rows, dtype=torch.int32) if refined else None
-        self.refined_latents_weight = parameter(refined.rank, dtype=torch.int32) if refined else None
-        self.refinement_exponent_weight = parameter(refined.rank, dtype=torch.int8) if refined else None
-        self.outlier_weight = parameter(spec.outliers, dim, dtype=dtype) if spec.outliers else None
-        self.outlier_rows_weight = parameter(spec.outliers, dtype=torch.int32) if spec.outliers else None
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draws random codes and decoder, as building a model from its config alone does."""
-        if self.weight.is_meta:
-            return
-        nn.init.normal_(self.decoder_weight, std=0.02)
-        if self.decoder_bias_weight is not None:
-            nn.init.zeros_(self.decoder_bias_weight)
-        if self.weight.is_floating_point():
-            nn.init.normal_(self.weight)
-        for codes in (self.weight, self.refinement_weight, self.codebook_weight):
-            if codes is not None and not codes.is_floating_point():
-                codes.random_(torch.iinfo(codes.dtype).min, torch.iinfo(codes.dtype).max + 1)
-        if self.exponent_weight is not None:
-            self.exponent_weight.fill_(-7)  # as levels go up to 127.5
-        if self.refinement_exponent_weight is not None:
-            nn.init.zeros_(self.refinement_exponent_weight)
-        if self.outlier_weight is not None:
-            nn.init.normal_(self.outlier_weight)
-        for numbers in (self.refined_rows_weight, self.refined_latents_weight, self.outlier_rows_weight):
-            if numbers is not None:
-                torch.arange(len(numbers), out=numbers)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the rows."""
-        return self.decoder_weight.dtype
-
-    def latents(self, ids: Tensor) -> Tensor:
-        """The latents of rows, (..., rank); zero where a row has none."""
-        self.check_gradients()
-        if (shadow := self.heeded_shadow) is not None:
-            shadow.refresh(self, ids)
-        codes = F.embedding(ids, self.weight)
-        if self.spec.bit_allocation is None or self.codebook_weight is None:
-            return codes.to(self.dtype)
-        latents = unpack_levels(codes, self.spec.bit_allocation, self.codebook_weight, self.dtype)
-        if (
-            self.refinement_weight is not None
-            and self.refined_rows_weight is not None
-            and self.spec.refinement is not None
-        ):
-            slots, refined = find_slots(self.refined_rows_weight, ids, len(self.weight))
-            codes = F.embedding(slots, self.refinement_weight)
-            further = unpack_levels(codes, self.spec.refinement.bit_allocation, self.codebook_weight, self.dtype)
-            latents = self.refine(latents, further * self.refinement_steps(self.dtype) * refined.unsqueeze(-1))
-        latents = self.scaled(latents)
-        return latents if shadow is None else shadow.lend_to_rows(latents, ids, self)
-
-    def refine(self, latents: Tensor, further: Tensor) -> Tensor:
-        """Latents of the first layer, (..., base rank), and those of the second in their unit: (..., rank)."""
-        assert self.refined_latents_weight is not None
-        every = F.pad(latents, (0, self.spec.rank - self.spec.base_rank))
-        return every.index_add(-1, self.refined_latents_weight.long(), further)
-
-    def refinement_steps(self, dtype: torch.dtype) -> Tensor:
-        """What the second layer's half-integers are multiplied by to be in the first layer's unit, (its rank,)."""
-        assert self.refinement_exponent_weight is not None
-        return refinement_steps(self.refinement_exponent_weight, dtype)
-
-    @property
-    def shadow(self) -> Any:
-        """The floats that learn for packed codes, a `LatentShadow`, once these are unfrozen; None before."""
-        return self._modules.get("shadow")  # not there at all while it is None: `print(model)` would show it
-
-    @property
-    def heeded_shadow(self) -> Any:
-        """`shadow`; None for what is compiled or exported in evaluation, when codes are up to date."""
-        return None if torch.compiler.is_compiling() and not self.training else self.shadow
-
-    def scaled(self, latents: Tensor) -> Tensor:
-        """Half-integers, (..., rank), times the powers of two that belong to them; floats as they are."""
-        if self.exponent_weight is None:
-            return latents
-        return latents * torch.exp2(self.exponent_weight.to(latents.dtype))
-
-    def decode(self, ids: Tensor) -> Tensor:
-        """Rows of the matrix: (...,) row numbers to (..., dim)."""
-        rows = self.latents(ids) @ self.decoder_weight
-        if self.decoder_bias_weight is not None:
-            rows = rows + self.decoder_bias_weight
-        if self.outlier_rows_weight is not None and self.outlier_weight is not None:
-            slots, is_outlier = find_slots(self.outlier_rows_weight, ids, len(self.weight))
-            kept = F.embedding(slots, self.outlier_weight).to(rows.dtype)
-            rows = torch.where(is_outlier.unsqueeze(-1), kept, rows)
-        if self.spec.zero_row is not None:
-            rows = rows.masked_fill((ids == self.spec.zero_row).unsqueeze(-1), 0)
-        return rows
-
-    @torch.no_grad()
-    def dense_weight(self) -> Tensor:
-        """The whole matrix, (num_rows, dim)."""
-        ids = torch.arange(len(self.weight), device=self.weight.device)
-        return torch.cat([self.decode(chunk) for chunk in ids.split(DENSE_CHUNK)])
-
-    def code_tensors(self) -> dict[str, Tensor]:
-        """The tensors that stand for the matrix, by name: what a tied module shares."""
-        return {name: tensor for name in CODE_TENSORS if (tensor := getattr(self, name)) is not None}
-
-    def codes(self) -> dict[str, Tensor]:
-        """The same without the decoder."""
-        return {name: tensor for name, tensor in self.code_tensors().items() if name not in DECODER_TENSORS}
-
-    @torch.no_grad()
-    def stored_decoder(self, decoder: Tensor | None = None) -> Tensor:
-        """The decoder as files have it: in the dtype that the spec names, where that loses nothing.
-
-        Args:
-            decoder: The decoder's values where they are no longer the module's, as of a model that is sharded.
-        """
-        decoder = self.decoder_weight.detach() if decoder is None else decoder
-        if decoder.is_meta or hasattr(decoder, "device_mesh"):  # a comparison would wait for the other processes
-            return decoder
-        narrow = decoder.to(_narrower(self.spec.decoder, decoder.dtype))
-        if narrow.dtype == decoder.dtype:  # not all of which have an `equal`
-            return decoder
-        return narrow if torch.equal(narrow.to(decoder.dtype), decoder) else decoder
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all that stands for the matrix in a file."""
-        stored = {**self.code_tensors(), "decoder_weight": self.stored_decoder()}
-        return sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
-
-    @property
-    def bits_per_weight(self) -> float:
-        """8 x `num_bytes` / (num_rows x dim)."""
-        return 8 * self.num_bytes / (self.weight.shape[0] * self.decoder_weight.shape[1])
-
-    def current_spec(self, decoder: Tensor | None = None) -> CompressionSpec:
-        """The spec with the dtypes and the numbers of rows as training, casts and resizing left them.
-
-        Args:
-            decoder: As for [`stored_decoder`].
-        """
-        changes: dict[str, Any] = {"decoder": str(self.stored_decoder(decoder).dtype).removeprefix("torch.")}
-        if self.spec.bit_allocation is None:
-            changes["codes"] = str(self.weight.dtype).removeprefix("torch.")
-        if self.spec.refinement is not None and self.refined_rows_weight is not None:
-            changes["refinement"] = replace(self.spec.refinement, rows=len(self.refined_rows_weight))
-        if self.outlier_rows_weight is not None:
-            changes["outliers"] = len(self.outlier_rows_weight)
-        return replace(self.spec, **changes)
-
-    def align(self) -> None:
-        """Moves float tensors that a file's memory map placed off a cache line.
-
-        With a rank that is no multiple of a vector register, BLAS rounds differently there, and a reloaded model's
-        logits would differ in the last bit from those of the model that was saved.
-        """
-        for tensor in self.code_tensors().values():
-            if tensor.device.type == "cpu" and tensor.is_floating_point() and tensor.data_ptr() % CACHE_LINE:
-                tensor.data = tensor.data.clone()
-
-    def requires_grad_(self, requires_grad: bool = True) -> CompressedMatrix:
-        """Like torch's, but does not unfreeze the codes; see [`unfreeze_codes`]."""
-        frozen = self.frozen_tensors()
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(requires_grad and name not in frozen)
-        return self
-
-    def frozen_tensors(self) -> dict[str, Tensor]:
-        """The codes, by name, and the floats that learn for them, as far as training leaves them alone."""
-        codes = self.codes()
-        if self.shadow is not None:
-            codes |= {f"shadow.{name}": tensor for name, tensor in self.shadow.named_parameters()}
-        return {name: tensor for name, tensor in codes.items() if not tensor.requires_grad}
-
-    def unfreeze_codes(self) -> CompressedMatrix:
-        """Makes latents and outliers learn, as the decoder does; nothing that the matrix stands for changes by that.
-
-        Float latents widen to the decoder's dtype, which optimisers need, and modules that are tied to this one
-        follow. Saving keeps the wider dtype, until `freeze_codes` narrows it. Packed latents get floats beside them,
-        which optimisers train; passes and files have the codes that these are quantised to: straight-through training.
-
-        Raises:
-            ModelError: If the codes are packed and a tied head shares them, which the model's `unfreeze_codes` sees
-                to; if they are sharded or not in memory; if they are packed and the package is not installed.
-
-        Example:
-            >>> import torch, hf_dirembed
-            >>> table = torch.nn.Embedding(1000, 64)
-            >>> embedding = hf_dirembed.CompressedEmbedding.from_embedding(table, method="direction", rank=16)
-            >>> embedding.weight.requires_grad, embedding.unfreeze_codes().weight.requires_grad
-            (False, True)
-        """
-        self._refuse_tied("unfreeze_codes")
-        unfreeze([self])
-        return self
-
-    def _refuse_tied(self, call: str) -> None:
-        if self.tied and self.spec.bit_allocation is not None:
-            raise ModelError(f"these packed codes are shared with a tied module: call {call}() of the model itself")
-
-    def check_gradients(self) -> None:
-        """Refuses to train latents in a dtype that is narrower than the decoder's.
-
-        Raises:
-            ModelError: If they were unfrozen by other means than `unfreeze_codes`.
-        """
-        if self.weight.requires_grad and self.weight.dtype != self.dtype:
-            raise ModelError(
-                f"latents in {self.weight.dtype} cannot be trained, optimisers make NaNs of them: call "
-                "unfreeze_codes() on the model's input embedding first, or freeze_codes() to leave them as they are"
-            )
-
-    def freeze_codes(self) -> CompressedMatrix:
-        """Undoes `unfreeze_codes`: latents are rounded to the dtype that they were compressed to, or quantised.
-
-        Raises:
-            ModelError: If the codes are packed and learn in a tied head too: call the model's.
-        """
-        if self.shadow is not None:
-            self._refuse_tied("freeze_codes")
-        freeze([self])
-        return self
-
-    def write_codes(self) -> None:
-        """Brings packed codes up to date, if there are floats that learn for them."""
-        if self.shadow is not None:
-            self.shadow.refresh(self)
-
-    def train(self, mode: bool = True) -> CompressedMatrix:
-        """Like torch's; evaluation begins with codes that are up to date."""
-        if not mode:
-            self.write_codes()
-        return super().train(mode)
-
-    def _save_to_state_dict(self, *args: Any) -> None:
-        self.write_codes()
-        super()._save_to_state_dict(*args)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        if self.shadow is not None:
-            self.shadow.follow(self)
-
-    def extra_repr(self) -> str:
-        """What `print(model)` shows of it."""
-        shape = f"{self.weight.shape[0]}, {self.decoder_weight.shape[1]}"
-        rank = f"rank={self.spec.base_rank}"
-        if self.refined_rows_weight is not None and self.spec.refinement is not None:
-            rank += f"+{self.spec.refinement.rank} for {len(self.refined_rows_weight)} rows"
-        if self.outlier_rows_weight is not None:
-            rank += f", outliers={len(self.outlier_rows_weight)}"
-        return f"{shape}, method={self.spec.method}, {rank}, bits_per_weight={self.bits_per_weight:.3g}"
-
-
-def unfreeze(matrices: Sequence[CompressedMatrix]) -> None:
-    """Makes the codes learn that matrices share.
-
-    Raises:
-        ModelError: If they are packed, and sharded or not in memory, or the package is not installed.
-    """
-    first = matrices[0]
-    if first.spec.bit_allocation is None:
-        first.weight.data = first.weight.data.to(first.dtype)
-        first.weight.requires_grad_(True)
-        return
-    if first.shadow is None:
-        if package.shadow_latents is None:
-            raise ModelError(
-                "training packed codes needs the package itself: pip install hf_dirembed, and import it before the "
-                "model is loaded"
-            )
-        shadow = package.shadow_latents(first)
-        for matrix in matrices:
-            matrix._modules["shadow"] = shadow
-    for matrix in matrices:
-        matrix.shadow.requires_grad_(True)
-        if matrix.outlier_weight is not None:
-            matrix.outlier_weight.requires_grad_(True)
-
-
-def freeze(matrices: Sequence[CompressedMatrix]) -> None:
-    """Undoes [`unfreeze`]."""
-    for matrix in matrices:
-        matrix.write_codes()
-    for matrix in matrices:
-        for tensor in matrix.codes().values():
-            tensor.requires_grad_(False)
-        if matrix.spec.bit_allocation is None:
-            matrix.weight.data = matrix.weight.data.to(_narrower(matrix.spec.codes, matrix.dtype))
-        matrix._modules.pop("shadow", None)
-
-
-def find_slots(some_rows: Tensor, ids: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Where among some rows, in ascending order, `ids` are, any slot for those that are not; and which of them are."""
-    if torch.compiler.is_compiling():  # exporters to ONNX know no searchsorted
-        numbers = torch.arange(len(some_rows), dtype=torch.int32, device=ids.device)
-        slots = numbers.new_zeros(num_rows).scatter(0, some_rows.long(), numbers)[ids].long()
-    else:
-        slots = torch.searchsorted(some_rows, ids.to(some_rows.dtype)).clamp(max=len(some_rows) - 1)
-    return slots, some_rows[slots] == ids
-
-
-def _narrower(name: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of that name, or `dtype` where that takes less room."""
-    named: torch.dtype = getattr(torch, name)
-    return named if named.itemsize <= dtype.itemsize else dtype
+from .codes_dirembed import CODE_TENSORS, BlocksLayout, ModelError, TableLayout, TableRecord
+from .kernels_dirembed import HALF, ExpandedCodes, PackedCodes, packed_linear
+from .matrix_dirembed import DENSE_CHUNK, CompressedMatrix, package, resize_rows
+from .stock_dirembed import DecodedWeight, StockEmbedding, shell_of
 
 
 UNIQUE_FROM = 64  # ids in a batch from which decoding each distinct row once is worth finding the distinct rows
 
 
-class CompressedEmbedding(CompressedMatrix):
+class View:
+    """A module as code sees it that is to find other parts there.
+
+    Args:
+        module: What everything else is asked of, and called.
+        parts: What is found instead, by name.
+    """
+
+    def __init__(self, module: nn.Module, parts: Mapping[str, Any]) -> None:
+        vars(self).update(parts, _module=module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_module"], name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module gives."""
+        return self._module(*args, **kwargs)
+
+
+def view_of(module: nn.Module, paths: Sequence[str]) -> Any:
+    """A module, seen with dense weights at the paths where compressed tables are.
+
+    Args:
+        module: What the code that reads tables gets for itself.
+        paths: The paths of the tables, as that code names them.
+    """
+    parts: dict[str, Any] = {}
+    for path in paths:
+        name, _, rest = path.partition(".")
+        part = getattr(module, name)
+        if rest:
+            parts[name] = view_of(part, [rest])
+        elif isinstance(part, (CompressedLookup, CompressedMatrix)):
+            parts[name] = View(part, {"weight": DecodedWeight(part), **_dense_scale(part)})
+    return View(module, parts) if parts else module
+
+
+def _dense_scale(table: nn.Module) -> dict[str, Any]:
+    """The scale of a lookup as the stock module has it."""
+    if not isinstance(table, CompressedLookup):
+        return {}
+    stock = table.stock
+    scale = torch.tensor(stock.embed_scale, device=table.weight.device) if stock.round_scale else stock.embed_scale
+    return {"embed_scale": scale}
+
+
+@torch.no_grad()
+def ids_of(embedding: CompressedLookup, rows: Tensor) -> Tensor:
+    """The token ids of embeddings, the inverse of the lookup: (..., d) to (...,).
+
+    How a row is decoded depends in the last bits on what is decoded with it, so it is the nearest row that is found.
+
+    Args:
+        embedding: What they were looked up in.
+        rows: What it gave.
+
+    Raises:
+        ModelError: If one of them is not what any token id gives.
+    """
+    flat = rows.reshape(-1, rows.shape[-1])
+    best = flat.new_full(flat.shape[:1], torch.inf, dtype=torch.float32)
+    nearest = torch.zeros(len(flat), dtype=torch.int64, device=flat.device)
+    for ids in torch.arange(embedding.num_rows, device=flat.device).split(DENSE_CHUNK):
+        distances = torch.cdist(flat.float(), embedding(ids).float(), compute_mode="donot_use_mm_for_euclid_dist")
+        closest, slots = distances.min(dim=1)
+        nearest = torch.where(closest < best, ids[slots], nearest)
+        best = torch.minimum(best, closest)
+
+    allowed = 8 * torch.finfo(rows.dtype).eps * flat.float().norm(dim=1)
+    if (strange := (best > allowed).nonzero()).numel():
+        raise ModelError(
+            f"row {int(strange[0])} of inputs_embeds is that of no token, and this model looks tokens up in other "
+            "tables, too: give it input_ids"
+        )
+    return nearest.view(rows.shape[:-1])
+
+
+class CompressedLookup(nn.Module):
+    """What drop-ins for `nn.Embedding` have in common, whatever their rows are decoded from.
+
+    Of a stock embedding that computes more than a scaled lookup, they hold the further tensors and submodules under
+    the names that these have there, and run its forward pass around their own lookup.
+    """
+
+    weight: nn.Parameter
+    stock: StockEmbedding
+    embedding_dim: int
+    num_embeddings: int
+
+    @property
+    def padding_idx(self) -> int | None:
+        """The `padding_idx` of the stock embedding."""
+        return self.stock.padding_idx
+
+    @property
+    def num_rows(self) -> int:
+        """V, the number of rows."""
+        return self.num_embeddings
+
+    @property
+    def dim(self) -> int:
+        """The length of a row."""
+        return self.embedding_dim
+
+    def decode(self, ids: Tensor) -> Tensor:
+        """Rows of the table: (...,) row numbers to (..., dim)."""
+        raise NotImplementedError
+
+    def lookup(self, input_ids: Tensor) -> Tensor:
+        """Rows of the table, each distinct one decoded once: (...,) token ids to (..., dim)."""
+        # Compilers are asked first: their shapes stay dynamic where nothing compares them.
+        if not torch.compiler.is_compiling() and input_ids.numel() >= UNIQUE_FROM:
+            distinct, inverse = torch.unique(input_ids, return_inverse=True)
+            return F.embedding(inverse, self.decode(distinct))
+        return self.decode(input_ids)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """What the stock embedding gives: (...,) token ids to (..., dim)."""
+        if self.stock.attributes is not None:
+            return vars(self)["shell"].forward(input_ids)
+        return self.stock.scaled(self.lookup(input_ids))
+
+    def take_from(self, dense: nn.Module) -> None:
+        """Takes what a stock embedding holds beside its table, the objects that they are, and makes the shell."""
+        if self.stock.attributes is None:
+            return
+        for name, module in dense._modules.items():
+            self.add_module(name, module)
+        for name, parameter in dense._parameters.items():
+            if name != "weight":
+                self.register_parameter(name, parameter)
+        for name, buffer in dense._buffers.items():
+            if name not in dense._non_persistent_buffers_set:
+                self.register_buffer(name, buffer)
+        vars(self)["shell"] = shell_of(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "shell"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.stock.attributes is not None:
+            vars(self)["shell"] = shell_of(self)
+
+    @torch.no_grad()
+    def dense_weight(self) -> Tensor:
+        """The whole table, (num_rows, dim)."""
+        ids = torch.arange(self.num_embeddings, device=self.weight.device)
+        return torch.cat([self.decode(chunk) for chunk in ids.split(DENSE_CHUNK)])
+
+    def to_dense(self) -> nn.Embedding:
+        """The stock embedding that this one stands for."""
+        dense = self.stock.make(self.dense_weight())
+        if self.stock.attributes is not None:
+            own = self._own_names()
+            dense._modules |= {name: module for name, module in self._modules.items() if name not in own}
+            for name, parameter in self._parameters.items():
+                if name not in own:
+                    dense.register_parameter(name, parameter)
+            for name, buffer in self._buffers.items():
+                dense.register_buffer(name, buffer)
+        return dense
+
+    def _own_names(self) -> set[str]:
+        """Names of the parts that stand for the table."""
+        return {*CODE_TENSORS, "blocks", "shadow"}
+
+
+class CompressedEmbedding(CompressedLookup, CompressedMatrix):
     """Drop-in for `nn.Embedding` over a compressed table.
 
     Args:
         num_embeddings: V.
         embedding_dim: d.
-        spec: The layout of the codes.
-        padding_idx: Kept for those who read it; lookups depend on the spec's `zero_row` alone.
-        embed_scale: What looked-up rows are multiplied by, as Gemma's and BART's embeddings do.
-        round_scale: Whether the scale is first rounded to the dtype of the rows, as Gemma's is.
-        dense_class: The class of `nn.Embedding` that this module stands for.
-        dtype: Of the decoder.
+        layout: The layout of the codes.
+        stock: What the stock embedding computes beside the lookup.
+        dtype: The dtype of the decoder.
         device: Where the tensors are made.
+
+    Raises:
+        SpecError: If the layout does not fit the table.
     """
 
     def __init__(
         self,
         num_embeddings: int,
         embedding_dim: int,
-        spec: CompressionSpec,
+        layout: TableLayout,
         *,
-        padding_idx: int | None = None,
-        embed_scale: float = 1.0,
-        round_scale: bool = False,
-        dense_class: type[nn.Embedding] = nn.Embedding,
+        stock: StockEmbedding | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(num_embeddings, embedding_dim, spec, dtype=dtype, device=device)
+        CompressedMatrix.__init__(self, num_embeddings, embedding_dim, layout, dtype=dtype, device=device)
         self.embedding_dim = embedding_dim
-        self.padding_idx = padding_idx
-        self.embed_scale = embed_scale  # a float: a non-persistent buffer would come back from meta as garbage
-        self.round_scale = round_scale
-        self.dense_class = dense_class
+        self.stock = stock or StockEmbedding()
 
     @property
-    def num_embeddings(self) -> int:
+    def num_embeddings(self) -> int:  # type: ignore[override]
         """V, the number of rows."""
         return self.weight.shape[0]
 
+    def decode(self, ids: Tensor) -> Tensor:
+        """Rows of the table: (...,) row numbers to (..., dim)."""
+        return CompressedMatrix.decode(self, ids)
+
     @classmethod
     def like(
-        cls, dense: nn.Embedding, spec: CompressionSpec, device: torch.device | str | None = None
+        cls, dense: nn.Embedding, layout: TableLayout, device: torch.device | str | None = None
     ) -> CompressedEmbedding:
         """An embedding of the same shape, scale, dtype and device; its codes are still to be set.
 
         Raises:
-            ModelError: If `dense` computes something else than a scaled lookup.
+            ModelError: If `dense` is an embedding that no lookup can stand for.
+            SpecError: If the layout does not fit the table.
         """
-        scale = getattr(dense, "embed_scale", 1.0)
-        round_scale = isinstance(scale, Tensor)
-        if round_scale:
-            scale = dense.scalar_embed_scale
-        lookup = type(dense).forward is nn.Embedding.forward or hasattr(dense, "embed_scale")
-        if not lookup or len(list(dense.parameters())) > 1:
-            raise ModelError(f"{type(dense).__name__} is more than a scaled lookup: it is not supported")
-        if dense.max_norm is not None:
-            raise ModelError("an embedding with max_norm changes its own table: set max_norm to None first")
-        return cls(
-            dense.num_embeddings,
-            dense.embedding_dim,
-            spec,
-            padding_idx=dense.padding_idx,
-            embed_scale=float(1.0 if scale is None else scale),
-            round_scale=round_scale,
-            dense_class=type(dense),
-            dtype=dense.weight.dtype,
-            device=device or dense.weight.device,
-        )
+        (num_rows, dim), stock = dense.weight.shape, StockEmbedding.of(dense)
+        device = device or dense.weight.device
+        module = cls(num_rows, dim, layout, stock=stock, dtype=dense.weight.dtype, device=device)
+        module.take_from(dense)
+        return module
 
     @classmethod
-    def from_embedding(cls, embedding: nn.Embedding, **options: Any) -> CompressedEmbedding:
+    def from_embedding(
+        cls,
+        embedding: nn.Embedding,
+        *,
+        bits: float | None = None,
+        ratio: float | None = None,
+        rank: int | None = None,
+        method: str = "transform",
+        token_weights: Tensor | None = None,
+        hessian: Tensor | None = None,
+        latent_dtype: str | None = None,
+        settings: Any = None,
+        device: torch.device | str | None = None,
+    ) -> CompressedEmbedding:
         """Compresses an `nn.Embedding` of any torch model.
 
         Args:
             embedding: Left as it is.
-            **options: Those of [`hf_dirembed.compress`] that concern a table: `method`, one of `bits`, `ratio` and
-                `rank`, `weights`, `settings`, ...
+            bits: Budget in bits per weight.
+            ratio: Budget as the table's bytes over the bytes that replace it.
+            rank: Budget as the number of float latents. Exactly one of the three is given.
+            method: The method, as [`hf_dirembed.compress`] takes it.
+            token_weights: (V,) non-negative: how much each row counts.
+            hessian: (d, d) symmetric positive definite: what errors of the rows are measured in.
+            latent_dtype: The dtype of float latents: `float32`, `float16` or `bfloat16`.
+            settings: `TransformSettings` or `AutoencoderSettings`.
+            device: Where to fit.
 
         Raises:
-            DirEmbedError: As [`hf_dirembed.compress`] does.
+            DirEmbedError: Where [`hf_dirembed.compress`] raises one.
 
         Example:
             >>> import torch, hf_dirembed
@@ -518,47 +284,147 @@ class CompressedEmbedding(CompressedMatrix):
         """
         if package.compress_table is None:
             raise ModelError("compressing needs the package itself: pip install hf_dirembed, and import it first")
-        coded = package.compress_table(embedding.weight, padding_idx=embedding.padding_idx, **options)
-        module = cls.like(embedding, coded.spec)
-        module.load_state_dict(coded.tensors)
+        coded = package.compress_table(
+            embedding.weight, bits=bits, ratio=ratio, rank=rank, method=method, token_weights=token_weights,
+            hessian=hessian, latent_dtype=latent_dtype, settings=settings, device=device,
+            padding_idx=embedding.padding_idx,
+        )  # fmt: skip
+        module = cls.like(embedding, coded.layout)
+        if module.stock.attributes is not None:
+            module.take_from(copy.deepcopy(embedding))
+        module.load_state_dict(coded.tensors, strict=False)  # which leaves what the embedding holds beside its table
+        module.record = coded.record
         return module
 
-    def to_dense(self) -> nn.Embedding:
-        """The stock embedding that this one stands for."""
-        scale: dict[str, Any] = {} if self.dense_class is nn.Embedding else {"embed_scale": self.embed_scale}
-        with torch.device("meta"):
-            dense = self.dense_class(self.num_embeddings, self.embedding_dim, self.padding_idx, **scale)
-        dense.weight = nn.Parameter(self.dense_weight(), requires_grad=True)
-        if self.round_scale:
-            dense.embed_scale = torch.tensor(self.embed_scale, device=self.weight.device)
-        return dense
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Looks up rows: (...,) token ids to (..., dim)."""
-        # Compilers are asked first: their shapes stay dynamic where nothing compares them.
-        if not torch.compiler.is_compiling() and input_ids.numel() >= UNIQUE_FROM:
-            distinct, inverse = torch.unique(input_ids, return_inverse=True)
-            rows = F.embedding(inverse, self.decode(distinct))
-        else:
-            rows = self.decode(input_ids)
-        if self.embed_scale == 1.0:
-            return rows
-        return rows * (rows.new_full((), self.embed_scale) if self.round_scale else self.embed_scale)
+class CompressedBlocks(CompressedLookup):
+    """Drop-in for `nn.Embedding` over a table of several blocks of columns, each compressed by itself.
+
+    A per-layer table is such: it is one small table for each layer, side by side. What stands in its parameter
+    `weight` is the number of columns of each block, so that a stock class that is given this checkpoint fails on the
+    shape instead of coming up with a random table.
+
+    Args:
+        num_embeddings: V.
+        embedding_dim: d, of all blocks.
+        layout: The layout of the blocks.
+        stock: What the stock embedding computes beside the lookup.
+        dtype: The dtype of the decoders.
+        device: Where the tensors are made.
+
+    Raises:
+        SpecError: If the layout does not fit the table.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        layout: BlocksLayout,
+        *,
+        stock: StockEmbedding | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        layout.check_table(num_embeddings, embedding_dim)
+        super().__init__()
+        self.embedding_dim = embedding_dim
+        self.stock = stock or StockEmbedding()
+        self.record = TableRecord()
+        self.blocks = nn.ModuleList(
+            CompressedMatrix(num_embeddings, dim, block, dtype=dtype, device=device)
+            for _, dim, block in layout.named_blocks()
+        )
+        self.weight = nn.Parameter(torch.tensor(layout.dims, dtype=torch.int32, device=device), requires_grad=False)
+
+    @property
+    def num_embeddings(self) -> int:  # type: ignore[override]
+        """V, the number of rows."""
+        return len(self.matrices()[0][1].weight)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the rows."""
+        return self.matrices()[0][1].dtype
+
+    @property
+    def layout(self) -> BlocksLayout:
+        """The layout of the blocks."""
+        blocks = [block for _, block in self.matrices()]
+        dims = tuple(block.decoder_weight.shape[1] for block in blocks)
+        return BlocksLayout(dims, tuple(block.layout for block in blocks))
+
+    def decode(self, ids: Tensor) -> Tensor:
+        """Rows of the table: (...,) row numbers to (..., dim)."""
+        return torch.cat([block.decode(ids) for _, block in self.matrices()], dim=-1)
+
+    @classmethod
+    def like(
+        cls, dense: nn.Embedding, layout: BlocksLayout, device: torch.device | str | None = None
+    ) -> CompressedBlocks:
+        """An embedding of the same shape, scale, dtype and device; its codes are still to be set.
+
+        Raises:
+            ModelError: If `dense` is an embedding that no lookup can stand for.
+            SpecError: If the layout does not fit the table.
+        """
+        (num_rows, dim), stock = dense.weight.shape, StockEmbedding.of(dense)
+        device = device or dense.weight.device
+        module = cls(num_rows, dim, layout, stock=stock, dtype=dense.weight.dtype, device=device)
+        module.take_from(dense)
+        return module
+
+    def matrices(self) -> list[tuple[str, CompressedMatrix]]:
+        """The blocks, with what the names of their tensors start with."""
+        return [(f"blocks.{number}.", block) for number, block in enumerate(self.blocks)]  # type: ignore[misc]
+
+    def write_codes(self) -> None:
+        """Brings packed codes up to date, if there are floats that learn for them."""
+        for _, block in self.matrices():
+            block.write_codes()
+
+    def code_tensors(self) -> dict[str, Tensor]:
+        """The tensors that stand for the table, by name."""
+        return {"weight": self.weight} | self._of_blocks(CompressedMatrix.code_tensors)
+
+    def codes(self) -> dict[str, Tensor]:
+        """The tensors that stand for the table, by name, without the decoders': its codes."""
+        return {"weight": self.weight} | self._of_blocks(CompressedMatrix.codes)
+
+    def frozen_tensors(self) -> dict[str, Tensor]:
+        """The codes, by name, as far as training leaves them alone."""
+        return {"weight": self.weight} | self._of_blocks(CompressedMatrix.frozen_tensors)
+
+    def _of_blocks(self, tensors: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {prefix + name: tensor for prefix, block in self.matrices() for name, tensor in tensors(block).items()}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all that stands for the table in a file."""
+        return self.weight.nbytes + sum(block.num_bytes for _, block in self.matrices())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8 x `num_bytes` / (num_rows x dim)."""
+        return 8 * self.num_bytes / (self.num_embeddings * self.embedding_dim)
+
+    def requires_grad_(self, requires_grad: bool = True) -> CompressedBlocks:
+        """Like torch's, but does not unfreeze the codes; see [`CompressedMatrix.unfreeze_codes`]."""
+        for name, part in self.named_children():
+            if name != "blocks":
+                part.requires_grad_(requires_grad)
+        for name, parameter in self.named_parameters(recurse=False):
+            parameter.requires_grad_(requires_grad and name != "weight")
+        for block in self.blocks:
+            block.requires_grad_(requires_grad)
+        return self
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows of it."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, bits_per_weight={self.bits_per_weight:.3g}"
 
 
-def compression_line(embedding: nn.Embedding | CompressedEmbedding) -> str:
-    """How large an embedding is, and how large it would be dense, in a line."""
-    rows, dim = embedding.num_embeddings, embedding.embedding_dim
-    dense_bytes = rows * dim * embedding.weight.element_size()
-    if not isinstance(embedding, CompressedEmbedding):  # replaced by hand, with set_input_embeddings
-        return f"token embeddings {rows:,} x {dim:,}: {dense_bytes:,} bytes, dense"
-    dense_bytes = int(embedding.spec.figure("dense_bytes") or rows * dim * embedding.dtype.itemsize)
-    smaller = f"{dense_bytes / embedding.num_bytes:.1f}x smaller than dense"
-    size = f"token embeddings {rows:,} x {dim:,}: {embedding.num_bytes:,} bytes, {smaller}"
-    return f"{size}, {embedding.bits_per_weight:.2f} bits per weight ({embedding.spec.method})"
-
-
-class CompressedLMHead(CompressedMatrix):
+class CompressedLinear(CompressedMatrix):
     """Drop-in for the `nn.Linear` of a language-model head over a compressed table: logits = (h Dᵀ) Zᵀ + h·b.
 
     Packed codes are kept expanded to int8 on CPU, from the first forward pass on, in training and in evaluation: V
@@ -568,9 +434,9 @@ class CompressedLMHead(CompressedMatrix):
     Args:
         in_features: d.
         out_features: V.
-        spec: The layout of the codes.
+        layout: The layout of the codes.
         bias: The bias of the logits, (V,), kept as the parameter it is; or None.
-        dtype: Of the decoder.
+        dtype: The dtype of the decoder.
         device: Where the tensors are made.
     """
 
@@ -580,13 +446,13 @@ class CompressedLMHead(CompressedMatrix):
         self,
         in_features: int,
         out_features: int,
-        spec: CompressionSpec,
+        layout: TableLayout,
         *,
         bias: nn.Parameter | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(out_features, in_features, spec, dtype=dtype, device=device)
+        super().__init__(out_features, in_features, layout, dtype=dtype, device=device)
         self.in_features = in_features
         self.out_features = out_features
         self.register_parameter("bias", bias)
@@ -594,9 +460,7 @@ class CompressedLMHead(CompressedMatrix):
         self._expanded_refinement = ExpandedCodes()
 
     @classmethod
-    def like(
-        cls, dense: nn.Linear, spec: CompressionSpec, device: torch.device | str | None = None
-    ) -> CompressedLMHead:
+    def like(cls, dense: nn.Linear, layout: TableLayout, device: torch.device | str | None = None) -> CompressedLinear:
         """A head of the same shape, bias, dtype and device; its codes are still to be set.
 
         Raises:
@@ -607,7 +471,7 @@ class CompressedLMHead(CompressedMatrix):
         return cls(
             dense.in_features,
             dense.out_features,
-            spec,
+            layout,
             bias=dense.bias,
             dtype=dense.weight.dtype,
             device=device or dense.weight.device,
@@ -618,10 +482,67 @@ class CompressedLMHead(CompressedMatrix):
         """Memory that the expanded codes take now, beyond the parameters'."""
         return self._expanded.num_bytes + self._expanded_refinement.num_bytes
 
-    def _apply(self, fn: Any, recurse: bool = True) -> CompressedLMHead:
+    @torch.no_grad()
+    def resize(self, num_rows: int) -> None:
+        """Drops rows from the end, or adds rows, as [`resize_rows`] does; those of the bias that are new are zero."""
+        resize_rows(self, num_rows)
+        self.out_features = num_rows
+        if self.bias is not None:
+            bias = F.pad(self.bias[:num_rows], (0, max(0, num_rows - len(self.bias))))
+            self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CompressedLinear:
         self._expanded.clear()
         self._expanded_refinement.clear()
         return super()._apply(fn, recurse)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        bits: float | None = None,
+        ratio: float | None = None,
+        rank: int | None = None,
+        method: str = "transform",
+        token_weights: Tensor | None = None,
+        hessian: Tensor | None = None,
+        latent_dtype: str | None = None,
+        settings: Any = None,
+        device: torch.device | str | None = None,
+    ) -> CompressedLinear:
+        """Compresses an `nn.Linear` of any torch model, such as an LM head, row by row; its bias stays as it is.
+
+        Args:
+            linear: Left as it is.
+            bits: Budget in bits per weight.
+            ratio: Budget as the table's bytes over the bytes that replace it.
+            rank: Budget as the number of float latents. Exactly one of the three is given.
+            method: The method, as [`hf_dirembed.compress`] takes it.
+            token_weights: (V,) non-negative: how much each row counts.
+            hessian: (d, d) symmetric positive definite: what errors of the rows are measured in.
+            latent_dtype: The dtype of float latents: `float32`, `float16` or `bfloat16`.
+            settings: `TransformSettings` or `AutoencoderSettings`.
+            device: Where to fit.
+
+        Raises:
+            DirEmbedError: Where [`hf_dirembed.compress`] raises one.
+
+        Example:
+            >>> import torch, hf_dirembed
+            >>> hf_dirembed.CompressedLinear.from_linear(torch.nn.Linear(64, 1000), method="svd", rank=16)
+            CompressedLinear(1000, 64, method=svd, rank=16, bits_per_weight=8.51)
+        """
+        if package.compress_table is None:
+            raise ModelError("compressing needs the package itself: pip install hf_dirembed, and import it first")
+        coded = package.compress_table(
+            linear.weight, bits=bits, ratio=ratio, rank=rank, method=method, token_weights=token_weights,
+            hessian=hessian, latent_dtype=latent_dtype, settings=settings, device=device,
+        )  # fmt: skip
+        module = cls.like(linear, coded.layout)
+        module.load_state_dict(coded.tensors, strict=False)  # which leaves the bias
+        module.record = coded.record
+        return module
 
     def to_dense(self) -> nn.Linear:
         """The stock linear layer that this head stands for."""
@@ -643,37 +564,47 @@ class CompressedLMHead(CompressedMatrix):
                 "integers: compress it with method='direction', whose codes are floats"
             )
         self.check_gradients()
-        if (shadow := self.heeded_shadow) is not None:
+        if (shadow := self.active_shadow) is not None:
             shadow.refresh(self)
+
+        # the logits of the codes that every row has
         states = F.linear(hidden_states, self.decoder_weight)
-        latents, rank = self.scaled(states), self.spec.base_rank
-        logits = self._code_product(latents[..., :rank], self.weight, self.spec.bit_allocation, self._expanded)
+        latents, rank = self.scaled(states), self.layout.base_rank
+        logits = self._code_product(latents[..., :rank], self.weight, self.layout.bit_allocation, self._expanded)
         if shadow is not None:
-            logits = shadow.lend_to_product(logits, states[..., :rank], "weight")
+            logits = shadow.carry_product_gradients(logits, states[..., :rank], "weight")
+
+        # what the second stage adds for the rows that have one
         if (
             self.refinement_weight is not None
             and self.refined_rows_weight is not None
             and self.refined_latents_weight is not None
-            and self.spec.refinement is not None
+            and self.layout.refinement is not None
         ):
             refined_latents = self.refined_latents_weight.long()
             refinement = self._code_product(
                 latents[..., refined_latents] * self.refinement_steps(latents.dtype),
                 self.refinement_weight,
-                self.spec.refinement.bit_allocation,
+                self.layout.refinement.bit_allocation,
                 self._expanded_refinement,
             )
+
             if shadow is not None:
-                refinement = shadow.lend_to_product(refinement, states[..., refined_latents], "refinement_weight")
+                refinement = shadow.carry_product_gradients(
+                    refinement, states[..., refined_latents], "refinement_weight"
+                )
             logits = logits.index_add(-1, self.refined_rows_weight.long(), refinement)  # int64 is what ONNX has
+
+        # what is beside the codes: the decoder's bias, rows kept as they are, the row of zeros
         if self.decoder_bias_weight is not None:
             logits = logits + (hidden_states @ self.decoder_bias_weight).unsqueeze(-1)
         if self.outlier_rows_weight is not None and self.outlier_weight is not None:
             exact = F.linear(hidden_states, self.outlier_weight).to(logits.dtype)
             logits = logits.index_copy(-1, self.outlier_rows_weight.long(), exact)
-        if self.spec.zero_row is not None:
-            zero = torch.tensor([self.spec.zero_row], device=logits.device)
+        if self.layout.zero_row is not None:
+            zero = torch.tensor([self.layout.zero_row], device=logits.device)
             logits = logits.index_fill(-1, zero, 0)
+
         return logits if self.bias is None else logits + self.bias.to(logits.dtype)
 
     def _code_product(
@@ -688,64 +619,14 @@ class CompressedLMHead(CompressedMatrix):
         return integers + halves.to(integers.dtype)  # autocast sums in float32
 
 
-@torch.no_grad()
-def resize_rows(matrix: CompressedMatrix, num_rows: int) -> None:
-    """Drops rows from the end, or adds rows: the mean latents or, packed, the codes of the row nearest to it.
-
-    Args:
-        matrix: Changed in place.
-        num_rows: How many it shall have.
-    """
-    matrix.write_codes()
-    _resize_outliers(matrix, num_rows)
-    _resize_refinement(matrix, num_rows)
-    kept = matrix.weight[:num_rows]
-    if (added := num_rows - len(kept)) > 0:
-        kept = torch.cat([kept, _mean_codes(matrix).expand(added, -1)])
-    matrix.weight = nn.Parameter(kept.clone(), requires_grad=matrix.weight.requires_grad)
-    if matrix.spec.zero_row is not None and matrix.spec.zero_row >= num_rows:
-        matrix.spec = replace(matrix.spec, zero_row=None)
-    if matrix.shadow is not None:
-        matrix.shadow.follow(matrix)
+CompressedTable: TypeAlias = CompressedEmbedding | CompressedBlocks | CompressedLinear
 
 
-def _resize_refinement(matrix: CompressedMatrix, num_rows: int) -> None:
-    if matrix.refined_rows_weight is None or matrix.refinement_weight is None:
-        return
-    inside = matrix.refined_rows_weight < num_rows
-    rows, codes = matrix.refined_rows_weight[inside], matrix.refinement_weight[inside]
-    if not len(rows):  # none at all would be another layout: the first row becomes one, to which codes add nothing
-        rows, codes = matrix.refined_rows_weight.new_zeros(1), matrix.refinement_weight[:1].clone()
-        assert matrix.refinement_exponent_weight is not None
-        matrix.refinement_exponent_weight.fill_(NO_STEP)
-    matrix.refined_rows_weight = nn.Parameter(rows, requires_grad=False)
-    matrix.refinement_weight = nn.Parameter(codes, requires_grad=False)
-
-
-def _resize_outliers(matrix: CompressedMatrix, num_rows: int) -> None:
-    if matrix.outlier_rows_weight is None or matrix.outlier_weight is None:
-        return
-    inside = matrix.outlier_rows_weight < num_rows
-    rows, kept = matrix.outlier_rows_weight[inside], matrix.outlier_weight[inside]
-    if not len(rows):  # none at all would be another layout: the first row becomes one
-        rows = matrix.outlier_rows_weight.new_zeros(1)
-        kept = matrix.decode(rows)
-    matrix.outlier_rows_weight = nn.Parameter(rows, requires_grad=False)
-    matrix.outlier_weight = nn.Parameter(kept, requires_grad=matrix.outlier_weight.requires_grad)
-
-
-def _mean_codes(matrix: CompressedMatrix) -> Tensor:
-    """The code row that stands for the mean row, or for the row nearest to it, (1, code width)."""
-    if matrix.weight.is_floating_point():
-        return matrix.weight.float().mean(dim=0, keepdim=True).to(matrix.weight.dtype)
-    chunks = torch.arange(len(matrix.weight), device=matrix.weight.device).split(DENSE_CHUNK)
-    mean = torch.stack([matrix.decode(ids).double().sum(dim=0) for ids in chunks]).sum(dim=0) / len(matrix.weight)
-    distances = torch.cat([(matrix.decode(ids) - mean).square().sum(dim=1) for ids in chunks])
-    # Not those whose codes alone stand for another row: zero, refined or an outlier, which no added row is.
-    if matrix.refined_rows_weight is not None:
-        distances[matrix.refined_rows_weight.long()] += distances.max()
-    if matrix.outlier_rows_weight is not None:
-        distances[matrix.outlier_rows_weight.long()] = torch.inf
-    if matrix.spec.zero_row is not None:
-        distances[matrix.spec.zero_row] = torch.inf
-    return matrix.weight[distances.argmin()].unsqueeze(0)
+def compression_line(table: CompressedTable) -> str:
+    """How large a compressed table is, and how large it would be dense, in a line."""
+    dim = sum(matrix.decoder_weight.shape[1] for _, matrix in table.matrices())
+    rows = len(table.matrices()[0][1].weight)
+    dense_bytes = int(table.record.figure("dense_bytes") or rows * dim * table.dtype.itemsize)
+    smaller = f"{dense_bytes / table.num_bytes:.1f}x smaller than dense"
+    size = f"{rows:,} x {dim:,}, {table.num_bytes:,} bytes, {smaller}"
+    return f"{size}, {table.bits_per_weight:.2f} bits per weight ({table.layout.method})"

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from ..compression.transform.trellis import quantise
 from ..errors import ModelError
-from ..remote.codes_dirembed import BIT_WIDTHS, HALF, pack, unpack_levels
-from ..remote.modules_dirembed import DENSE_CHUNK, find_slots
+from ..remote.codes_dirembed import BIT_WIDTHS
+from ..remote.kernels_dirembed import HALF, pack, unpack_levels
+from ..remote.matrix_dirembed import DENSE_CHUNK, find_slots
 
 
 if TYPE_CHECKING:
-    from ..remote.modules_dirembed import CompressedMatrix
+    from ..remote.matrix_dirembed import CompressedMatrix
 
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -63,10 +64,10 @@ class LatentShadow(nn.Module):
     @torch.no_grad()
     def follow(self, matrix: CompressedMatrix) -> None:
         """Takes over what the codes stand for, in place where the shapes are still the same."""
-        for layer in _layers(matrix):
-            parts = torch.arange(len(layer.codes), device=layer.codes.device).split(DENSE_CHUNK)
-            latents = torch.cat([layer.read(layer.codes[rows], matrix.dtype) for rows in parts])
-            mine = getattr(self, layer.name, None)
+        for stage in _stages(matrix):
+            parts = torch.arange(len(stage.codes), device=stage.codes.device).split(DENSE_CHUNK)
+            latents = torch.cat([stage.read(stage.codes[rows], matrix.dtype) for rows in parts])
+            mine = getattr(self, stage.name, None)
             if mine is not None and (mine.shape, mine.dtype, mine.device) == (
                 latents.shape,
                 latents.dtype,
@@ -74,7 +75,7 @@ class LatentShadow(nn.Module):
             ):
                 mine.copy_(latents)
             else:
-                setattr(self, layer.name, nn.Parameter(latents, requires_grad=mine is None or mine.requires_grad))
+                setattr(self, stage.name, nn.Parameter(latents, requires_grad=mine is None or mine.requires_grad))
         self._written = self._versions()
 
     @torch.compiler.disable
@@ -91,9 +92,9 @@ class LatentShadow(nn.Module):
         """
         if self._written == self._versions():
             return
-        for layer in _layers(matrix):
-            for part in layer.slots(ids).split(DENSE_CHUNK):
-                layer.write(part, getattr(self, layer.name)[part])
+        for stage in _stages(matrix):
+            for part in stage.slots(ids).split(DENSE_CHUNK):
+                stage.write(part, getattr(self, stage.name)[part])
         if ids is None:
             self._written = self._versions()
 
@@ -105,8 +106,8 @@ class LatentShadow(nn.Module):
         self._written = None
 
     @torch.compiler.disable
-    def lend_to_rows(self, latents: Tensor, ids: Tensor, matrix: CompressedMatrix) -> Tensor:
-        """The same latents of rows, whose gradient reaches the floats.
+    def carry_row_gradients(self, latents: Tensor, ids: Tensor, matrix: CompressedMatrix) -> Tensor:
+        """Gives the latents of rows back, but so that their gradient reaches the floats.
 
         Args:
             latents: (..., rank), of the codes.
@@ -121,16 +122,16 @@ class LatentShadow(nn.Module):
         return rows
 
     @torch.compiler.disable
-    def lend_to_product(self, product: Tensor, states: Tensor, name: str) -> Tensor:
-        """The same product of states with the latents of all rows, whose gradient reaches the floats.
+    def carry_product_gradients(self, product: Tensor, states: Tensor, name: str) -> Tensor:
+        """Gives a product of states with the latents of all rows back, but so that its gradient reaches the floats.
 
         Args:
             product: (..., V), or of the refined rows alone.
             states: (..., rank) what was multiplied.
-            name: Of the codes.
+            name: What the codes are called in their matrix.
         """
-        lent: Tensor = _Product.apply(product, states, getattr(self, name), self)
-        return lent
+        carried: Tensor = _Product.apply(product, states, getattr(self, name), self)
+        return carried
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of it."""
@@ -144,11 +145,11 @@ class LatentShadow(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """The codes of one of a matrix's layers.
+class _Stage:
+    """The codes of one of a matrix's stages.
 
     Attributes:
-        name: Of the codes in the matrix, and of their floats.
+        name: What the codes are called in the matrix, and their floats here.
         codes: (slots, bytes per row) uint8.
         rows: (slots,) which rows of the matrix have them, ascending; None if all do.
         bit_allocation: How many latents have 8, 4, 2 and 1 bits.
@@ -166,7 +167,7 @@ class _Layer:
     gains: Tensor
 
     def slots(self, ids: Tensor | None) -> Tensor:
-        """Where the codes of rows of the matrix are, of each once; by default all."""
+        """Where the codes of rows of the matrix are, each row once; by default those of all rows."""
         if ids is None:
             return torch.arange(len(self.codes), device=self.codes.device)
         if self.rows is None:
@@ -184,37 +185,42 @@ class _Layer:
                 "the latents that learn are no longer finite, their training diverged: lower the learning rate and "
                 "take it up from the last checkpoint"
             )
+
         moved = (latents != self.read(self.codes[slots], latents.dtype)).any(dim=1)
         slots, targets = slots[moved], latents[moved].float() / self.steps.clamp_min(_TINY)
         if not len(slots):
             return
+
         symbols, first, book = [], 0, self.codebook.float() + HALF
         for count, width in zip(self.bit_allocation, BIT_WIDTHS, strict=True):
             section, first = slice(first, first + count), first + count
             if count:
                 symbols.append(quantise(targets[:, section], self.gains[section], book, width)[0])
+
         packed = pack(torch.cat(symbols, dim=1), self.bit_allocation)
         changed = (packed != self.codes[slots]).any(dim=1)
         if changed.any():  # a write makes a head expand the codes anew
             self.codes[slots[changed]] = packed[changed]
 
 
-def _layers(matrix: CompressedMatrix) -> Iterator[_Layer]:
-    """The layers of a matrix of packed codes."""
-    spec, codebook, exponents = matrix.spec, matrix.codebook_weight, matrix.exponent_weight
-    assert spec.bit_allocation is not None
+def _stages(matrix: CompressedMatrix) -> Iterator[_Stage]:
+    """The stages of a matrix of packed codes."""
+    layout, codebook, exponents = matrix.layout, matrix.codebook_weight, matrix.exponent_weight
+    assert layout.bit_allocation is not None
     assert codebook is not None
     assert exponents is not None
+
     steps = torch.exp2(exponents.float())
-    gains, base = (matrix.decoder_weight.float() * steps.unsqueeze(1)).square().sum(dim=1), slice(spec.base_rank)
-    yield _Layer(
-        "weight", matrix.weight, None, spec.bit_allocation, codebook, steps[base], gains[base].clamp_min(_TINY)
+    gains, base = (matrix.decoder_weight.float() * steps.unsqueeze(1)).square().sum(dim=1), slice(layout.base_rank)
+    yield _Stage(
+        "weight", matrix.weight, None, layout.bit_allocation, codebook, steps[base], gains[base].clamp_min(_TINY)
     )
-    if spec.refinement is not None and (codes := matrix.refinement_weight) is not None:
+
+    if layout.refinement is not None and (codes := matrix.refinement_weight) is not None:
         assert matrix.refined_latents_weight is not None
-        rows, allocation = matrix.refined_rows_weight, spec.refinement.bit_allocation
+        rows, allocation = matrix.refined_rows_weight, layout.refinement.bit_allocation
         named, further = matrix.refined_latents_weight.long(), matrix.refinement_steps(torch.float32)
-        yield _Layer(
+        yield _Stage(
             "refinement_weight",
             codes,
             rows,

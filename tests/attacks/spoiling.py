@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packed import convert_input
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
-from hf_dirembed import CompressionSpec
+from hf_dirembed import TableLayout
 from hf_dirembed.remote.codes_dirembed import CODE_TENSORS, Refinement
-from hf_dirembed.remote.modeling_dirembed import convert
-from hf_dirembed.remote.modules_dirembed import CompressedMatrix
+from hf_dirembed.remote.matrix_dirembed import CompressedMatrix
 
 
-TABLE = "bert.embeddings.word_embeddings."
+PATH = "bert.embeddings.word_embeddings"
+TABLE = f"{PATH}."
 SHARD = "model-00002-of-00003.safetensors"
 HUGE = 10**12
 LEAST_BYTES = 1 << 22  # what memory is measured against where a file has fewer, or is gone
@@ -26,11 +27,14 @@ Spoil = Callable[[Path], Any]
 
 
 def save_intact(folder: Path) -> None:
-    """Saves a small compressed BERT with every kind of tensor, its body large enough to measure against: 9 MB."""
+    """Saves a small compressed BERT with every kind of tensor, its body large enough to measure against: 9 MB.
+
+    Its config has no checksum of the codes.
+    """
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 1 << 15}
     model = BertForMaskedLM(BertConfig(vocab_size=3000, **shape))
-    spec = CompressionSpec(
+    layout = TableLayout(
         method="transform",
         rank=16,
         codes="packed",
@@ -40,7 +44,8 @@ def save_intact(folder: Path) -> None:
         refinement=Refinement(rows=100, bit_allocation=(0, 4, 4, 0)),
         outliers=3,
     )
-    convert(model, spec, CompressedMatrix(3000, 32, spec).code_tensors()).save_pretrained(folder)
+    convert_input(model, layout, CompressedMatrix(3000, 32, layout).code_tensors()).save_pretrained(folder)
+    record(lambda r: r.pop("checksum"))(folder)  # so that what has changed is found by what it breaks
 
 
 def weight_bytes(folder: Path) -> int:
@@ -64,11 +69,33 @@ def base(**values: Any) -> Spoil:
 
 
 def spec(**values: Any) -> Spoil:
+    """Changes the whole `dirembed` object."""
     return config(lambda c: c["dirembed"].update(values))
 
 
+def table(change: Callable[[dict[str, Any]], Any]) -> Spoil:
+    """Changes the layout of the one table."""
+    return config(lambda c: change(c["dirembed"]["tables"][PATH]))
+
+
+def record(change: Callable[[dict[str, Any]], Any]) -> Spoil:
+    """Changes the record of the one table."""
+    return config(lambda c: change(c["dirembed"]["record"]["tables"][PATH]))
+
+
+def layout(**values: Any) -> Spoil:
+    return table(lambda t: t.update(values))
+
+
+def blocks(count: int, **values: Any) -> Spoil:
+    """Takes the one table for several blocks of columns."""
+    return config(
+        lambda c: c["dirembed"]["tables"].update({PATH: {"blocks": [c["dirembed"]["tables"][PATH]] * count, **values}})
+    )
+
+
 def refinement(**values: Any) -> Spoil:
-    return config(lambda c: c["dirembed"]["refinement"].update(values))
+    return table(lambda t: t["refinement"].update(values))
 
 
 def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Spoil:
@@ -168,42 +195,81 @@ SPECS: dict[str, Spoil] = {
     "no spec": config(lambda c: c.pop("dirembed")),
     "a list for a spec": base(dirembed=[]),
     "a string for a spec": base(dirembed="svd"),
-    "unknown key": spec(extra=1),
-    "missing key": config(lambda c: c["dirembed"].pop("codes")),
-    "newer format": spec(format=2),
-    "rank 0": spec(rank=0),
-    "negative rank": spec(rank=-4),
-    "huge rank": spec(rank=HUGE),
-    "rank true": spec(rank=True),
-    "rank as text": spec(rank="16"),
-    "NaN rank": spec(rank=float("nan")),
-    "another rank": spec(rank=7),
-    "method of another shape": spec(method="../../x"),
-    "no codes": spec(codes=None),
-    "codes of no dtype": spec(codes="int8"),
-    "decoder of no dtype": spec(decoder="float8"),
-    "packed codes without a bias": spec(bias=False),
-    "allocation of three widths": spec(bit_allocation=[8, 8, 0]),
-    "negative allocation": spec(bit_allocation=[-8, 24, 0, 0]),
-    "allocation of another sum": spec(bit_allocation=[0, 16, 0, 1]),
-    "huge allocation": spec(bit_allocation=[HUGE, 0, 0, 0], rank=HUGE),
-    "codes as wide as the table": spec(bit_allocation=[32, 0, 0, 0], rank=32),
-    "codes of another width": spec(bit_allocation=[16, 0, 0, 0], rank=16),
+    "unknown key of the spec": spec(extra=1),
+    "the format that was never published": spec(format=1),
+    "newer format": spec(format=3),
+    "a format that is true": spec(format=True),
+    "no format": config(lambda c: c["dirembed"].pop("format")),
+    "no tables": spec(tables={}),
+    "a list for tables": spec(tables=[]),
+    "tables dropped": config(lambda c: c["dirembed"].pop("tables")),
+    "no layout": spec(tables={PATH: None}),
+    "a list for a layout": spec(tables={PATH: []}),
+    "a string for a layout": spec(tables={PATH: "svd"}),
+    "a table that the model lacks": config(
+        lambda c: c["dirembed"].update(tables={"bert.nowhere": c["dirembed"]["tables"][PATH]})
+    ),
+    "a table that is none": config(
+        lambda c: c["dirembed"].update(tables={"bert.encoder": c["dirembed"]["tables"][PATH]})
+    ),
+    "one more table, of positions": config(
+        lambda c: c["dirembed"]["tables"].update(
+            {"bert.embeddings.position_embeddings": c["dirembed"]["tables"][PATH]}
+        )
+    ),
+    "the tied head once more": config(
+        lambda c: c["dirembed"]["tables"].update({"cls.predictions.decoder": c["dirembed"]["tables"][PATH]})
+    ),
+    "blocks of other columns": blocks(2, dims=[16, 8]),
+    "blocks without dims": blocks(1),
+    "blocks for a table of one": blocks(1, dims=[32]),
+    "fewer blocks than dims": blocks(1, dims=[16, 16]),
+    "more blocks than there may be": blocks(5000, dims=[1] * 5000),
+    "blocks of fractions": blocks(2, dims=[16.0, 16.0]),
+    "no blocks": spec(tables={PATH: {"dims": [], "blocks": []}}),
+    "a list for a record": spec(record=[]),
+    "a list for records": spec(record={"tables": []}),
+    "a list for a table's record": spec(record={"tables": {PATH: []}}),
+    "unknown key of a record": record(lambda r: r.update(extra=1)),
+    "settings that are no object": record(lambda r: r.update(settings=[1])),
+    "quality that is no object": record(lambda r: r.update(quality="good")),
+    "a checksum that is a number": record(lambda r: r.update(checksum=7)),
+    "another checksum": record(lambda r: r.update(checksum="crc32:00000000")),
+    "unknown key": layout(extra=1),
+    "missing key": table(lambda t: t.pop("codes")),
+    "rank 0": layout(rank=0),
+    "negative rank": layout(rank=-4),
+    "huge rank": layout(rank=HUGE),
+    "rank true": layout(rank=True),
+    "rank as text": layout(rank="16"),
+    "NaN rank": layout(rank=float("nan")),
+    "another rank": layout(rank=7),
+    "method of another shape": layout(method="../../x"),
+    "no codes": layout(codes=None),
+    "codes of no dtype": layout(codes="int8"),
+    "decoder of no dtype": layout(decoder="float8"),
+    "packed codes without a bias": layout(bias=False),
+    "allocation of three widths": layout(bit_allocation=[8, 8, 0]),
+    "negative allocation": layout(bit_allocation=[-8, 24, 0, 0]),
+    "allocation of another sum": layout(bit_allocation=[0, 16, 0, 1]),
+    "huge allocation": layout(bit_allocation=[HUGE, 0, 0, 0], rank=HUGE),
+    "codes as wide as the table": layout(bit_allocation=[32, 0, 0, 0], rank=32),
+    "codes of another width": layout(bit_allocation=[16, 0, 0, 0], rank=16),
     "refinement of no rows": refinement(rows=0),
     "refinement of more rows than the table": refinement(rows=HUGE),
     "refinement of other rows": refinement(rows=3),
     "refinement of unknown keys": refinement(extra=1),
     "refinement of more latents than there are": refinement(bit_allocation=[0, 8, 16, 0]),
-    "refinement as text": spec(refinement="all"),
-    "refinement dropped": config(lambda c: c["dirembed"].pop("refinement")),
-    "no outliers": spec(outliers=0),
-    "more outliers than rows": spec(outliers=HUGE),
-    "another number of outliers": spec(outliers=4),
-    "a fraction of an outlier": spec(outliers=2.5),
-    "outliers dropped": config(lambda c: c["dirembed"].pop("outliers")),
-    "a zero row beyond the table": spec(zero_row=3000),
-    "a negative zero row": spec(zero_row=-1),
-    "a list of zero rows": spec(zero_row=[0]),
+    "refinement as text": layout(refinement="all"),
+    "refinement dropped": table(lambda t: t.pop("refinement")),
+    "no outliers": layout(outliers=0),
+    "more outliers than rows": layout(outliers=HUGE),
+    "another number of outliers": layout(outliers=4),
+    "a fraction of an outlier": layout(outliers=2.5),
+    "outliers dropped": table(lambda t: t.pop("outliers")),
+    "a zero row beyond the table": layout(zero_row=3000),
+    "a negative zero row": layout(zero_row=-1),
+    "a list of zero rows": layout(zero_row=[0]),
     "no base": config(lambda c: c["dirembed"].pop("base_model_type")),
     "unknown base": spec(base_model_type="../x"),
     "a base with a path": spec(base_model_type="bert/../../etc"),
@@ -303,6 +369,6 @@ TENSORS: dict[str, Spoil] = {
 
 ATTACKS = {
     f"{kind}: {name}": spoil
-    for kind, attacks in {"spec": SPECS, "base": BASES, "file": FILES, "tensor": TENSORS}.items()
+    for kind, attacks in {"layout": SPECS, "base": BASES, "file": FILES, "tensor": TENSORS}.items()
     for name, spoil in attacks.items()
 }

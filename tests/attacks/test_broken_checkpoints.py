@@ -34,8 +34,8 @@ def test_loading_refuses(name: str, folder: Path, record_property: Any) -> None:
 
 # Whose own ValueError says it well enough, before or while this package looks.
 TRANSFORMERS_REFUSES = {
-    "spec: another base",
-    "spec: a base without text",
+    "layout: another base",
+    "layout: a base without text",
     "base: an integer dtype",
     "base: weights outside of the folder",
     "base: weights in a pickle",
@@ -56,7 +56,7 @@ def test_the_command_line_refuses(name: str, folder: Path, tmp_path: Path) -> No
     assert looked.exit_code in (0, 2), looked.exception
 
 
-@pytest.mark.parametrize("name", [name for name in ATTACKS if name.startswith(("spec: ", "tensor: "))])
+@pytest.mark.parametrize("name", [name for name in ATTACKS if name.startswith(("layout: ", "tensor: "))])
 def test_a_stock_class_refuses(name: str, folder: Path) -> None:
     """By the quantiser that answers for it; what has the wrong shape is refused by transformers itself."""
     ATTACKS[name](folder)

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from transformers import AutoModelForMaskedLM
 
 import hf_dirembed
-from attacks.spoiling import base, spec
+from attacks.spoiling import base, record
 from hf_dirembed.cli.commands import main
 
 
@@ -32,7 +32,9 @@ SMUGGLED = {
     "a module for an architecture": base(architectures=["transformers"]),
     "another model's architecture": base(architectures=["DirEmbedGPT2LMHeadModel"]),
     "a number for an architecture": base(architectures=[1]),
-    "figures that are none": spec(figures={"dense_bytes": "many", "mean_cosine": [1], "token_cosine": float("nan")}),
+    "figures that are none": record(
+        lambda r: r.update(quality={"dense_bytes": "many", "mean_cosine": [1], "token_cosine": float("nan")})
+    ),
 }
 EVIL = "import pathlib\npathlib.Path(__file__).with_name('executed').touch()\n"
 

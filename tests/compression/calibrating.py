@@ -71,7 +71,7 @@ def build(name):
 
 def assert_same(ours, others):
     torch.testing.assert_close(ours.counts, others.counts)
-    for name in ("head_moment", "gradient_moment", "probabilities"):
+    for name in ("head_moment", "gradient_moment", "probabilities", "uncertainty"):
         mine, other = getattr(ours, name), getattr(others, name)
         if mine is not None or other is not None:
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)

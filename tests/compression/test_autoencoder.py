@@ -17,7 +17,7 @@ from hf_dirembed.compression.baselines.autoencoder import (
 from hf_dirembed.compression.baselines.training_state import TrainingState
 from hf_dirembed.compression.subspace import mean_cosine, svd
 from hf_dirembed.compression.table import Table
-from hf_dirembed.errors import BudgetError, CheckpointError
+from hf_dirembed.errors import BudgetError, CheckpointError, OptionError
 
 
 QUICK = AutoencoderSettings(epochs=3, alpha_epochs=2, batch_size=64, initialisation="random", seed=5)
@@ -156,7 +156,7 @@ def test_degenerate_tables_stay_finite(rows):
 )
 def test_bad_settings_name_the_value_and_the_mend(bad):
     name, value = next(iter(bad.items()))
-    with pytest.raises(BudgetError, match=f"{name}={value!r}: give "):
+    with pytest.raises(OptionError, match=f"{name}={value!r}: give "):
         AutoencoderSettings(**bad)
 
 

@@ -69,8 +69,7 @@ def brute_force(model, tokenizer, seed=0):
         gradients += [gradient[0] for gradient in torch.autograd.grad(loss, leaves)]
     moment = lambda parts: torch.cat(parts).double().T @ torch.cat(parts).double()  # noqa: E731
     head = moment(hidden) / len(torch.cat(hidden)) if hidden else None
-    mean = torch.cat(probabilities).mean(0) if probabilities else None
-    return counts, head, moment(gradients) / counts.total(), mean
+    return counts, head, moment(gradients) / counts.total(), torch.cat(probabilities) if probabilities else None
 
 
 def test_moments_are_those_of_brute_force(model, tokenizer):
@@ -82,9 +81,12 @@ def test_moments_are_those_of_brute_force(model, tokenizer):
     assert (statistics.head_moment is None) == (head is None)
     if head is not None:
         torch.testing.assert_close(statistics.head_moment, head, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(statistics.probabilities, probabilities, rtol=1e-4, atol=1e-7)
+        uncertainty = (probabilities * (1 - probabilities)).mean(0)
+        torch.testing.assert_close(statistics.probabilities, probabilities.mean(0), rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(statistics.uncertainty, uncertainty, rtol=1e-4, atol=1e-7)
     else:
         assert statistics.probabilities is None
+        assert statistics.uncertainty is None
 
 
 def test_batch_size_and_repetition_change_nothing(model, tokenizer):

@@ -85,5 +85,5 @@ def test_two_processes_equal_one(tokenizer, tmp_path):
     assert ran.returncode == 0, ran.stderr
     one, two = calibrate(model, tokenizer, TEXTS, sequence_length=LENGTH), Statistics.load(file)
     assert_same(one, two)
-    for name in ("counts", "head_moment", "gradient_moment", "probabilities"):  # to the bit
+    for name in ("counts", "head_moment", "gradient_moment", "probabilities", "uncertainty"):  # to the bit
         assert torch.equal(getattr(one, name), getattr(two, name))

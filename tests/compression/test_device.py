@@ -14,7 +14,7 @@ from hf_dirembed.compression.table import Table
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "transform": {"bits": 3},
-    "transform with a metric": {"bits": 3, "metric": torch.linspace(0.1, 1, 48).diag()},
+    "transform with a metric": {"bits": 3, "hessian": torch.linspace(0.1, 1, 48).diag()},
     "direction": {"method": "direction", "rank": 12},
     "autoencoder": {"method": "autoencoder", "rank": 12},
     "svd": {"method": "svd", "rank": 12},
@@ -49,7 +49,7 @@ def test_fitting_asks_for_a_gpu_where_there_is_one(name: str, has_gpu: bool, mon
     found = compress_table(rows(), **OPTIONS[name])
     assert asked == ["cuda" if has_gpu else "cpu"]
     assert set(read_on) == {"cpu"}
-    assert found.spec == expected.spec
+    assert found.layout == expected.layout
     assert all(torch.equal(tensor, expected.tensors[key]) for key, tensor in found.tensors.items())
     compress_table(rows(), device="cpu", **OPTIONS[name])
     assert asked[1:] == ["cpu"]  # whoever names one gets that
@@ -60,6 +60,6 @@ def test_fitting_asks_for_a_gpu_where_there_is_one(name: str, has_gpu: bool, mon
 def test_a_gpu_fits_as_well(name: str) -> None:
     on_gpu = compress_table(rows(), **OPTIONS[name])
     on_cpu = compress_table(rows(), device="cpu", **OPTIONS[name])
-    assert on_gpu.spec.settings["device"] == "cuda"
+    assert on_gpu.record.settings["device"] == "cuda"
     assert {tensor.device.type for tensor in on_gpu.tensors.values()} == {"cpu"}
-    assert on_gpu.spec.figures["mean_cosine"] == pytest.approx(on_cpu.spec.figures["mean_cosine"], abs=2e-3)
+    assert on_gpu.record.quality["mean_cosine"] == pytest.approx(on_cpu.record.quality["mean_cosine"], abs=2e-3)

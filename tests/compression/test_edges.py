@@ -11,7 +11,7 @@ from families import FAMILIES
 from torch import Tensor, nn
 
 import hf_dirembed
-from hf_dirembed import BudgetError, CompressedEmbedding, CompressionSpec, SpecError, TableError
+from hf_dirembed import BudgetError, CompressedEmbedding, SpecError, TableError, TableLayout
 from hf_dirembed.compression import compress_table
 
 
@@ -58,7 +58,7 @@ def test_results_are_finite_and_no_worse_than_the_edge_allows(name: str, method:
     found = coded.reconstruct()
     assert found.isfinite().all()
     assert all(tensor.float().isfinite().all() for tensor in coded.tensors.values())
-    assert coded.spec.figures["mean_cosine"] >= least
+    assert coded.record.quality["mean_cosine"] >= least
     if not rows.any():
         assert not found.any()
 
@@ -95,7 +95,7 @@ def test_a_zero_padding_row_stays_exactly_zero(options: dict[str, Any]) -> None:
     dense = nn.Embedding(V, D, padding_idx=5)
     assert not dense.weight[5].any()
     compressed = CompressedEmbedding.from_embedding(dense, **options)
-    assert compressed.spec.zero_row == 5
+    assert compressed.layout.zero_row == 5
     ids = torch.arange(V)
     looked_up = compressed(ids)
     assert not looked_up[5].any()
@@ -108,7 +108,7 @@ def test_a_zero_padding_row_stays_exactly_zero(options: dict[str, Any]) -> None:
 
 def test_a_padding_row_that_is_not_zero_is_a_row_like_others() -> None:
     dense = nn.Embedding.from_pretrained(gaussian(), padding_idx=5)
-    assert CompressedEmbedding.from_embedding(dense, bits=3).spec.zero_row is None
+    assert CompressedEmbedding.from_embedding(dense, bits=3).layout.zero_row is None
 
 
 @pytest.mark.parametrize("options", [{"bits": 6}, {"method": "direction", "rank": 9}])
@@ -120,7 +120,7 @@ def test_a_tied_head_agrees_about_the_zero_row(family: str, auto: str, options: 
     with torch.no_grad():
         model.get_input_embeddings().weight[0] = 0
     hf_dirembed.compress(model, **options)
-    assert model.get_input_embeddings().spec.zero_row == 0
+    assert model.get_input_embeddings().layout.zero_row == 0
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     inputs = FAMILIES[family].inputs()
@@ -131,22 +131,22 @@ def test_a_tied_head_agrees_about_the_zero_row(family: str, auto: str, options: 
         torch.testing.assert_close(logits, expanded(**inputs).logits, atol=1e-4, rtol=1e-4)
     bias = loaded.get_output_embeddings().bias
     assert torch.equal(logits[..., 0], torch.full_like(logits[..., 0], 0.0 if bias is None else bias[0].item()))
-    assert loaded.get_input_embeddings().spec.zero_row == 0
+    assert loaded.get_input_embeddings().layout.zero_row == 0
 
 
 def test_a_zero_row_that_is_cut_off_is_forgotten() -> None:
     model = FAMILIES["bert"].make("AutoModelForMaskedLM")
     hf_dirembed.compress(model, bits=6)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    embedding.spec = head.spec = CompressionSpec.from_dict({**embedding.spec.to_dict(), "zero_row": 150})
+    embedding.layout = head.layout = TableLayout.from_dict({**embedding.layout.to_dict(), "zero_row": 150})
     model.resize_token_embeddings(140)
-    assert embedding.spec.zero_row is None
-    embedding.current_spec().check_table(140, 32)
+    assert embedding.layout.zero_row is None
+    embedding.current_layout().check_table(140, 32)
     assert model(torch.arange(9).view(1, -1)).logits.shape == (1, 9, 140)
 
 
 @pytest.mark.parametrize("row", [-1, 1.0, True, "0", 160])
 def test_a_zero_row_must_be_a_row(row: Any) -> None:
-    values = compress_table(gaussian(160), method="svd", rank=4).spec.to_dict()
+    values = compress_table(gaussian(160), method="svd", rank=4).layout.to_dict()
     with pytest.raises(SpecError):
-        CompressionSpec.from_dict({**values, "zero_row": row}).check_table(160, D)
+        TableLayout.from_dict({**values, "zero_row": row}).check_table(160, D)

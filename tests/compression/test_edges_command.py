@@ -152,9 +152,10 @@ def test_the_result_is_what_is_to_be_expected(name: str, method: str, tmp_path: 
     directed = rows.any(dim=1)
     if directed.any():
         cosine = cosine_similarity(rows[directed].double(), found[directed].double()).mean()
-        assert inspect_checkpoint(tmp_path / "out").mean_cosine == pytest.approx(float(cosine), abs=2e-3)
+        (summary,) = inspect_checkpoint(tmp_path / "out").tables
+        assert summary.mean_cosine == pytest.approx(float(cosine), abs=2e-3)
     if name == "half precision" and method.startswith("svd"):
-        assert largest_error(truncated(rows, embedding.spec.rank), found) < 0.02
+        assert largest_error(truncated(rows, embedding.layout.rank), found) < 0.02
     else:
         check(rows, found, method)
 

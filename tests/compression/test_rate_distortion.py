@@ -78,24 +78,24 @@ def gaussian_rows(num_rows: int = 3000, dim: int = 24) -> torch.Tensor:
     return torch.randn(num_rows, dim) * torch.linspace(2, 0.1, dim) + 0.5
 
 
-@pytest.mark.parametrize("with_metric", [False, True])
-def test_figures_are_what_a_dense_computation_gives(with_metric: bool) -> None:
+@pytest.mark.parametrize("with_hessian", [False, True])
+def test_figures_are_what_a_dense_computation_gives(with_hessian: bool) -> None:
     rows, weights = gaussian_rows(), 1 / (torch.arange(3000.0) + 50)
-    metric = torch.diag(torch.linspace(0.2, 3, 24)).double() if with_metric else None
+    hessian = torch.diag(torch.linspace(0.2, 3, 24)).double() if with_hessian else None
     settings = TransformSettings(tempering=0.5)
-    coded = compress_table(rows, bits=3, weights=weights, metric=metric, settings=settings)
+    coded = compress_table(rows, bits=3, token_weights=weights, hessian=hessian, settings=settings)
     lost, exact = rows.double() - coded.reconstruct().double(), rows.double()
-    if metric is not None:
-        lost, exact = lost * metric.diagonal().sqrt(), exact * metric.diagonal().sqrt()
+    if hessian is not None:
+        lost, exact = lost * hessian.diagonal().sqrt(), exact * hessian.diagonal().sqrt()
     omega = weights.double() ** 0.5
-    if metric is None:
+    if hessian is None:
         omega = omega / exact.square().sum(dim=1)
     centred = exact - omega @ exact / omega.sum()
     spectrum = torch.linalg.eigvalsh((centred * omega[:, None]).T @ centred)
     distortion = float(omega @ lost.square().sum(dim=1))
     bound = RateDistortion(omega * centred.square().sum(dim=1) / spectrum.sum(), spectrum)
-    assert coded.spec.figures["distortion"] == pytest.approx(distortion / float(spectrum.sum()), abs=2e-6)
-    assert coded.spec.figures["bound_bits"] == pytest.approx(bound.rate(distortion), abs=1e-4)
+    assert coded.record.quality["distortion"] == pytest.approx(distortion / float(spectrum.sum()), abs=2e-6)
+    assert coded.record.quality["bound_bits"] == pytest.approx(bound.rate(distortion), abs=1e-4)
 
 
 @pytest.mark.parametrize("deviation", [0.0, 1e-6, 1e-4, 1e-2])
@@ -106,14 +106,14 @@ def test_rows_that_are_nearly_alike(scale: float, deviation: float) -> None:
     rows = scale * torch.randn(1, 16, generator=seeded) * (1 + deviation * torch.randn(2000, 16, generator=seeded))
     coded = compress_table(rows, method="svd", rank=1)
     if deviation < 1e-5:
-        assert coded.spec.figures.keys().isdisjoint({"distortion", "bound_bits"})
+        assert coded.record.quality.keys().isdisjoint({"distortion", "bound_bits"})
         return
     exact = rows.double() / scale
     omega = 1 / exact.square().sum(dim=1)
     centred = exact - omega @ exact / omega.sum()
     variance = float(omega @ centred.square().sum(dim=1))
     lost = float(omega @ (exact - coded.reconstruct().double() / scale).square().sum(dim=1))
-    assert coded.spec.figures["distortion"] == pytest.approx(lost / variance, rel=1e-3)
+    assert coded.record.quality["distortion"] == pytest.approx(lost / variance, rel=1e-3)
 
 
 @pytest.mark.parametrize(("bits", "scalar"), [(1, 0.27), (2, 0.46), (4, 0.78)])
@@ -122,11 +122,11 @@ def test_a_gaussian_table_is_nearer_to_its_bound_than_scalar_quantisers_are(bits
     rows = torch.randn(5000, 64, generator=torch.Generator().manual_seed(0))
     overhead = 8 * (64 * 129 + 64 * 4 + 768) / rows.numel()  # decoder, bias and codebook
     coded = compress_table(rows, bits=bits + overhead + 0.01)
-    distance = coded.to_matrix().bits_per_weight - overhead - coded.spec.figures["bound_bits"]
+    distance = coded.to_matrix().bits_per_weight - overhead - coded.record.quality["bound_bits"]
     assert 0 < distance < 0.55 * scalar
 
 
 def test_a_constant_table_has_no_bound() -> None:
-    figures = compress_table(torch.ones(300, 16), method="svd", rank=2).spec.figures
+    figures = compress_table(torch.ones(300, 16), method="svd", rank=2).record.quality
     assert figures["mean_cosine"] == pytest.approx(1)
     assert "bound_bits" not in figures

@@ -36,7 +36,7 @@ def figures(table: Tensor, **options: Any) -> tuple[float, float]:
     """Mean cosine, and root mean square error over that of the rows."""
     coded: CodedTable = compress_table(table, rank=8, **options)
     error = (coded.reconstruct().double() - table.double()).norm() / table.double().norm()
-    return coded.spec.figures["mean_cosine"], float(error)
+    return coded.record.quality["mean_cosine"], float(error)
 
 
 @functools.cache
@@ -55,8 +55,8 @@ def test_any_scale_is_as_good(name: str, power: float) -> None:
 @given(st.integers(-100, 60))
 def test_figures_of_any_scale_are_the_same(exponent: int) -> None:
     """By a power of two, so that the table has the same digits; its squares need not be float32's."""
-    found = compress_table(rows() * 2.0**exponent, method="svd", rank=8).spec.figures
-    expected = compress_table(rows(), method="svd", rank=8).spec.figures
+    found = compress_table(rows() * 2.0**exponent, method="svd", rank=8).record.quality
+    expected = compress_table(rows(), method="svd", rank=8).record.quality
     assert expected.keys() > {"distortion", "bound_bits"}
     assert found == pytest.approx(expected, abs=2e-6)
 
@@ -78,10 +78,10 @@ def test_narrow_tables_are_as_good(name: str, dtype: torch.dtype, power: int, mo
 @pytest.mark.parametrize("method", ["svd", "direction", "autoencoder"])
 def test_latents_that_float16_cannot_hold_are_refused(method: str, scale: float) -> None:
     embedding = nn.Embedding.from_pretrained(rows() * scale)
-    options = {"method": method, "rank": 8, "codes": "float16"}
+    options = {"method": method, "rank": 8, "latent_dtype": "float16"}
     if method == "autoencoder":  # whose decoder has the scale, in float32
         compressed = CompressedEmbedding.from_embedding(embedding, **options)
-        assert compressed.spec.figures["mean_cosine"] == pytest.approx(at_scale_1(method)[0], abs=5e-3)
+        assert compressed.record.quality["mean_cosine"] == pytest.approx(at_scale_1(method)[0], abs=5e-3)
     else:
         with pytest.raises(TableError, match="exceeds the range of float16: give the model"):
             CompressedEmbedding.from_embedding(embedding, **options)

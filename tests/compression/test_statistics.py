@@ -1,4 +1,6 @@
-"""What calibration found -> metric and weights; and its file."""
+"""What calibration found -> hessian and weights; and its file."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ from calibrating import DIM, LENGTH, TEXTS, assert_same, build, make_tokenizer
 from safetensors.torch import save_file
 
 from hf_dirembed.calibration.calibrate import calibrate
-from hf_dirembed.calibration.statistics import Statistics, metric, usage
+from hf_dirembed.calibration.statistics import Statistics, hessian, usage
 from hf_dirembed.errors import CalibrationError
 
 
@@ -17,17 +19,17 @@ def tokenizer():
 
 def test_metric_is_normalised_and_positive_definite(tokenizer):
     statistics = calibrate(build("causal"), tokenizer, TEXTS, sequence_length=LENGTH)
-    c = metric(statistics)
+    c = hessian(statistics)
     assert torch.equal(c, c.T)
     assert c.diagonal().mean() == pytest.approx(1.1)
     assert torch.linalg.eigvalsh(c).min() >= 0.1 - 1e-9
     head, gradient = statistics.head_moment, statistics.gradient_moment
     assert head.trace() > 2 * gradient.trace()  # so different that scaling each side would show
     natural = (head + gradient) * DIM / (head.trace() + gradient.trace())
-    torch.testing.assert_close(metric(statistics, damping=0), natural)
+    torch.testing.assert_close(hessian(statistics, damping=0), natural)
     torch.testing.assert_close(c, natural + 0.1 * torch.eye(DIM).double())
-    torch.testing.assert_close(metric(statistics, damping=0, use_head=False), gradient * DIM / gradient.trace())
-    torch.testing.assert_close(metric(statistics, damping=0, use_gradient=False), head * DIM / head.trace())
+    torch.testing.assert_close(hessian(statistics, damping=0, use_head=False), gradient * DIM / gradient.trace())
+    torch.testing.assert_close(hessian(statistics, damping=0, use_gradient=False), head * DIM / head.trace())
 
 
 def test_usage_is_half_read_and_half_predicted(tokenizer):
@@ -41,7 +43,7 @@ def test_usage_is_half_read_and_half_predicted(tokenizer):
     assert unseen.num_predictions == 0  # its one word was not masked
     assert torch.equal(usage(unseen, tied=True), unseen.counts)
     with pytest.raises(CalibrationError, match="zero or not finite"):
-        metric(unseen)
+        hessian(unseen)
     with pytest.raises(CalibrationError, match="give tied=False"):
         usage(Statistics(torch.ones(3), None, None, 3, 3, probabilities=torch.ones(2) / 2), tied=True)
 
@@ -55,6 +57,9 @@ def test_statistics_are_saved_whole_and_merged(tokenizer, tmp_path):
     expected = sum(s.probabilities * s.num_predictions for s in halves) / merged.num_predictions
     torch.testing.assert_close(merged.probabilities, expected)
     assert merged.probabilities.sum() == pytest.approx(1)
+    expected = sum(s.uncertainty * s.num_predictions for s in halves) / merged.num_predictions
+    torch.testing.assert_close(merged.uncertainty, expected)
+    assert (replace(halves[0], uncertainty=None) + halves[1]).uncertainty is None  # of a file without it
     torch.testing.assert_close(merged.counts, halves[0].counts + halves[1].counts)
     merged.save(tmp_path / "s.safetensors")
     assert_same(Statistics.load(tmp_path / "s.safetensors"), merged)
@@ -64,9 +69,9 @@ def test_statistics_are_saved_whole_and_merged(tokenizer, tmp_path):
 
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(CalibrationError, match="damping"):
-        metric(Statistics(torch.ones(2), None, torch.eye(2), 2), damping=-1)
+        hessian(Statistics(torch.ones(2), None, torch.eye(2), 2), damping=-1)
     with pytest.raises(CalibrationError, match="no moment"):
-        metric(Statistics(torch.ones(2), None, None, 2))
+        hessian(Statistics(torch.ones(2), None, None, 2))
     for name, tensors in (("other", {"x": torch.ones(2)}), ("none", {})):
         save_file(tensors, tmp_path / name)
         with pytest.raises(CalibrationError, match="holds no"):

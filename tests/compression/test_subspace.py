@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hf_dirembed.compression.subspace import direction, direction_weights, eigenbasis, mean_cosine, second_moment, svd
 from hf_dirembed.compression.table import Table
-from hf_dirembed.errors import BudgetError, TableError
+from hf_dirembed.errors import BudgetError, OptionError, TableError
 
 
 def random_rows(num_rows: int, dim: int, seed: int = 0, decay: float = 0.3, mean: float = 0.0) -> torch.Tensor:
@@ -192,12 +192,12 @@ def test_bad_rank(rank):
     [torch.ones(2), torch.ones(3, 1), torch.tensor([1.0, -1, 1]), torch.zeros(3), torch.full((3,), torch.nan)],
 )
 def test_bad_weights(weights):
-    with pytest.raises(BudgetError, match="weights"):
+    with pytest.raises(OptionError, match="weights"):
         direction(Table(torch.ones(3, 5)), 1, weights)
 
 
 def test_bad_iterations_and_bad_table():
-    with pytest.raises(BudgetError, match="iterations=0"):
+    with pytest.raises(OptionError, match="iterations=0"):
         direction(Table(torch.ones(3, 5)), 1, iterations=0)
     with pytest.raises(TableError, match="row 1 "):
         direction(Table(torch.tensor([[1.0, 2.0], [torch.nan, 1.0]])), 1)

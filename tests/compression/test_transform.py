@@ -17,18 +17,19 @@ from torch import Tensor
 
 from hf_dirembed.compression.coded import CodedTable
 from hf_dirembed.compression.distortion import Measure
-from hf_dirembed.compression.row_weights import Importance, Sample
+from hf_dirembed.compression.row_weights import RowWeights, Sample
 from hf_dirembed.compression.subspace import mean_cosine
 from hf_dirembed.compression.table import Table
 from hf_dirembed.compression.transform import trellis
-from hf_dirembed.compression.transform.codec import Codec, Layer, PackedTable, Symbols
+from hf_dirembed.compression.transform.codec import Codec, PackedTable, Stage, Symbols
 from hf_dirembed.compression.transform.decoder import DecoderFit, DecoderStorage
 from hf_dirembed.compression.transform.quantisation import Allocation, BitAllocator, Quantisers
 from hf_dirembed.compression.transform.transform import TransformSettings, transform
 from hf_dirembed.compression.transform.trellis import Codebooks, best_states
 from hf_dirembed.compression.transform.viterbi import cheapest_paths
-from hf_dirembed.errors import BudgetError, TableError
-from hf_dirembed.remote.codes_dirembed import BIT_WIDTHS, trellis_states
+from hf_dirembed.errors import BudgetError, OptionError, TableError
+from hf_dirembed.remote.codes_dirembed import BIT_WIDTHS
+from hf_dirembed.remote.kernels_dirembed import trellis_states
 
 
 def table_of(num_rows: int, dim: int, seed: int = 0, decay: float = 1.0) -> Tensor:
@@ -162,7 +163,7 @@ def test_allocation_against_all_allocations(budget: int, rank: int, decay: float
 
 @pytest.mark.parametrize(("base_bytes", "further_bytes"), [(20, 20), (64, 16), (64, 64)])
 def test_successive_refinement_is_estimated(base_bytes: int, further_bytes: int) -> None:
-    """What a second layer leaves is told from the first one's errors, before anything is coded."""
+    """What a second stage leaves is told from the first one's errors, before anything is coded."""
     rows = torch.randn(1000, 256, generator=torch.Generator().manual_seed(0)) * torch.linspace(0, 3, 256).neg().exp()
     quantisers = Quantisers.fit(rows, rows.square().mean(dim=0))
     allocator = BitAllocator(quantisers.errors)
@@ -188,7 +189,7 @@ def test_improving_never_raises_a_row_s_error() -> None:
     axes = (torch.eye(24), torch.zeros(24), DecoderStorage(torch.float16, None))
     codec = Codec.from_quantisers(base, quantisers, *axes)
     named = torch.randperm(28, generator=torch.Generator().manual_seed(2))[: further.rank]
-    layer = Layer.of_steps(further, named, further.steps(quantisers))
+    layer = Stage.of_steps(further, named, further.steps(quantisers))
     codec = codec.refined_by(layer, 0.1 * torch.eye(24)[:5])
     turn = torch.eye(28) + 0.2 * torch.randn(28, 28, generator=torch.Generator().manual_seed(1))
     codec.decoder = turn @ codec.decoder
@@ -260,15 +261,15 @@ def test_storing_a_decoder(dtype: torch.dtype) -> None:
 
 def test_the_decoder_s_storage_follows_its_share_of_the_budget() -> None:
     """Narrow where the decoder takes much of the bytes, wide where the codes are so fine that its rounding shows."""
-    assert code(table_of(2000, 64), 2).spec.decoder == "float8_e4m3fn"
-    assert code(table_of(20_000, 16), 7).spec.decoder == "float16"
+    assert code(table_of(2000, 64), 2).layout.decoder == "float8_e4m3fn"
+    assert code(table_of(20_000, 16), 7).layout.decoder == "float16"
 
 
 def test_a_sample_stands_for_the_table() -> None:
     """Inverse-probability weights: sums over the sample estimate sums over the table."""
     rows = table_of(20_000, 6)
     weights = torch.arange(1, 20_001).double().reciprocal()
-    importance = Importance.of(Table(rows), weights, 1.0, relative=True)
+    importance = RowWeights.of(Table(rows), weights, 1.0, relative=True)
     assert float(importance.share.sum()) == pytest.approx(1)
     sample = Sample.draw(Table(rows), importance, 3000, seed=0)
     assert 2700 < len(sample.numbers) < 3300
@@ -289,11 +290,11 @@ def test_the_budget_is_met(num_rows: int, dim: int, bits: float, seed: int) -> N
     except BudgetError as error:
         assert "at least bits=" in str(error)  # noqa: PT017
         return
-    refinement = coded.spec.refinement
+    refinement = coded.layout.refinement
     assert num_bytes(coded) <= asked
     if refinement is not None and refinement.rows < num_rows:
         assert num_bytes(coded) > asked - max(refinement.code_width + 4, 0.01 * asked)
-    assert coded.spec.code_width != dim
+    assert coded.layout.code_width != dim
     assert coded.reconstruct().isfinite().all()
 
 
@@ -323,23 +324,23 @@ def test_weights_help_the_rows_they_weigh() -> None:
     weights = weights / weights.sum()
     plain, weighed = code(rows, 1.5), code(rows, 1.5, weights=weights)
     assert relative_error(rows, weighed, weights) < 0.75 * relative_error(rows, plain, weights)
-    assert weighed.spec.refinement is not None
+    assert weighed.layout.refinement is not None
     refined = weighed.tensors["refined_rows_weight"].tolist()
     kept = weighed.tensors.get("outlier_rows_weight", torch.tensor([])).tolist()  # heavier rows still
     assert sorted(refined) == refined
     assert sorted(kept + refined) == list(range(len(kept + refined)))  # the heaviest rows
 
 
-def test_a_metric_lowers_the_error_that_it_measures() -> None:
+def test_a_hessian_lowers_the_error_that_it_measures() -> None:
     rows = table_of(3000, 48)
     factor = torch.randn(48, 48, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    metric = factor @ torch.diag(torch.linspace(0, 8, 48).neg().exp().double()) @ factor.T + 1e-3 * torch.eye(48)
+    hessian = factor @ torch.diag(torch.linspace(0, 8, 48).neg().exp().double()) @ factor.T + 1e-3 * torch.eye(48)
 
     def error(coded: CodedTable) -> float:
         difference = (rows - coded.reconstruct()).double()
-        return float(((difference @ metric) * difference).sum())
+        return float(((difference @ hessian) * difference).sum())
 
-    assert error(code(rows, 1.5, metric=metric)) < 0.5 * error(code(rows, 1.5))
+    assert error(code(rows, 1.5, hessian=hessian)) < 0.5 * error(code(rows, 1.5))
 
 
 def test_same_input_same_bytes_and_chunks_do_not_matter() -> None:
@@ -386,10 +387,10 @@ def test_mistakes() -> None:
         code(rows, 0.1)
     least = float(str(refused.value).rsplit("=", 1)[1])
     assert num_bytes(code(rows, least)) <= least * rows.numel() / 8
-    with pytest.raises(BudgetError, match="positive definite"):
-        code(rows, 6, metric=-torch.eye(16))
-    with pytest.raises(BudgetError, match=r"\(16, 16\)"):
-        code(rows, 6, metric=torch.eye(4))
+    with pytest.raises(OptionError, match="positive definite"):
+        code(rows, 6, hessian=-torch.eye(16))
+    with pytest.raises(OptionError, match=r"\(16, 16\)"):
+        code(rows, 6, hessian=torch.eye(4))
     for wrong in ({"tempering": -1}, {"tempering": None}, {"passes": 0}, {"sample_rows": 1.5}, {"seed": -1}):
-        with pytest.raises(BudgetError, match=next(iter(wrong))):
+        with pytest.raises(OptionError, match=next(iter(wrong))):
             TransformSettings(**wrong)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from transformers import BertConfig, BertModel
 
 from hf_dirembed.cli.commands import main
 from hf_dirembed.compression import compress_table
-from hf_dirembed.compression.row_weights import Importance
+from hf_dirembed.compression.row_weights import RowWeights
 from hf_dirembed.compression.subspace import row_cosines
 from hf_dirembed.compression.table import Table
 
@@ -40,32 +40,34 @@ def chosen(number: int) -> Tensor:
 @functools.cache
 def usual_cosines(bits: float, dim: int, metric: bool) -> Tensor:
     rows = gaussian(dim)
-    return row_cosines(rows, compress_table(rows, bits=bits, metric=METRIC if metric else None).reconstruct())
+    return row_cosines(rows, compress_table(rows, bits=bits, hessian=METRIC if metric else None).reconstruct())
 
 
 def stretched(bits: float, dim: int, number: int, factor: float, metric: bool = False) -> tuple[Tensor, Tensor]:
     """The cosines of the rows that stay as they were, and of those that are `factor` as long and had to be coded."""
     rows, picked = gaussian(dim), chosen(number)
     rows[picked] *= factor
-    coded = compress_table(rows, bits=bits, metric=METRIC if metric else None)
+    coded = compress_table(rows, bits=bits, hessian=METRIC if metric else None)
     found = coded.reconstruct()
     cosines = row_cosines(rows, found)
     outliers = torch.zeros(V, dtype=torch.bool)
-    if coded.spec.outliers is not None:
+    if coded.layout.outliers is not None:
         outliers[coded.tensors["outlier_rows_weight"].long()] = True
     assert torch.equal(found[outliers], rows[outliers])
-    assert int(outliers.sum()) == (coded.spec.outliers or 0)
+    assert int(outliers.sum()) == (coded.layout.outliers or 0)
     assert sum(tensor.nbytes for tensor in coded.tensors.values()) <= bits * rows.numel() / 8
     lost = usual_cosines(bits, dim, metric)[~picked].median() - cosines[~picked].median()
     assert lost < TOLERANCE
-    long = Importance.of(Table(rows), None, 1.0, relative=True).long_rows
+    long = RowWeights.of(Table(rows), None, 1.0, relative=True).long_rows
     if not metric and long.any():
         affordable = int(0.1 * bits * rows.numel() / 8) // (dim * rows.itemsize + 4)
         assert int((long & outliers).sum()) >= min(affordable, int(long.sum()))
         shortened = long & ~outliers
-        assert coded.spec.figures.get("shortened_rows", 0) == int(shortened.sum())
+        assert coded.record.quality.get("shortened_rows", 0) == int(shortened.sum())
         if shortened.any():
-            assert coded.spec.figures["shortened_cosine"] == pytest.approx(float(cosines[shortened].mean()), abs=1e-4)
+            assert coded.record.quality["shortened_cosine"] == pytest.approx(
+                float(cosines[shortened].mean()), abs=1e-4
+            )
     return cosines[~picked & ~outliers], cosines[picked & ~outliers]
 
 
@@ -101,8 +103,8 @@ def test_short_rows_cost_the_others_nothing_and_stay_short(factor: float) -> Non
 def test_what_many_rows_have_is_no_outlier() -> None:
     rows = gaussian(64)
     rows[: V // 10] *= 100
-    assert not Importance.of(Table(rows), None, 1.0, relative=True).long_rows.any()
-    assert "shortened_rows" not in compress_table(rows, bits=3).spec.figures
+    assert not RowWeights.of(Table(rows), None, 1.0, relative=True).long_rows.any()
+    assert "shortened_rows" not in compress_table(rows, bits=3).record.quality
 
 
 def test_a_row_that_the_codes_would_lose_is_kept() -> None:
@@ -111,7 +113,7 @@ def test_a_row_that_the_codes_would_lose_is_kept() -> None:
     rows[:, 40:] *= 0.01
     rows[123, 50] = 2
     assert rows[123].norm() < 2 * rows.norm(dim=1).median()
-    coded = compress_table(rows, bits=3, weights=1 / torch.arange(1, V + 1))
+    coded = compress_table(rows, bits=3, token_weights=1 / torch.arange(1, V + 1))
     assert coded.tensors["outlier_rows_weight"].tolist() == [123]
     assert torch.equal(coded.reconstruct()[123], rows[123])
     assert sum(tensor.nbytes for tensor in coded.tensors.values()) <= 3 * rows.numel() / 8
@@ -130,13 +132,15 @@ def test_people_are_told(number: int, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     said = {line.split("  ")[0]: line.split(maxsplit=2)[2] for line in done.stdout.splitlines() if "rows  " in line}
     spec, card = json.loads((out / "config.json").read_text())["dirembed"], (out / "README.md").read_text()
-    outliers, shortened = spec["outliers"], spec["figures"].get("shortened_rows", 0)
+    ((path, layout),) = spec["tables"].items()
+    quality = spec["record"]["tables"][path]["quality"]
+    outliers, shortened = layout["outliers"], quality.get("shortened_rows", 0)
     assert outliers + shortened == number
     assert said["outlier rows"] == f"{outliers} kept as they are"
     assert f"| rows that are kept as they are | {outliers} |" in card
     assert (shortened > 0) == ("long rows" in said) == ("far longer than most" in card) == (number == 90)
     if shortened:
-        cosine = spec["figures"]["shortened_cosine"]
+        cosine = quality["shortened_cosine"]
         assert cosine > 0.85
         assert said["long rows"] == (
             f"{shortened}, far longer than most: their length is cut, their mean cosine {cosine:.4f}"

@@ -6,18 +6,17 @@ from dataclasses import replace
 
 import torch
 from families import FAMILIES
-from packed import DIM, SPEC, draw_tensors
+from packed import DIM, PACKED_LAYOUT, convert_input, draw_tensors
 from tiny import Sentences
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_dirembed.compression.transform.trellis import Codebooks
-from hf_dirembed.remote.modeling_dirembed import convert
 
 
 AUTO = "AutoModelForCausalLM"
 ZERO_ROW = 3
-LAYOUT = replace(SPEC, zero_row=ZERO_ROW)
+LAYOUT = replace(PACKED_LAYOUT, zero_row=ZERO_ROW)
 
 
 def codec_tensors() -> dict[str, Tensor]:
@@ -29,7 +28,7 @@ def codec_tensors() -> dict[str, Tensor]:
 
 def rich_model(name: str = "llama-tied") -> PreTrainedModel:
     """With a refinement, outliers and a zero row, in its table and, where it is tied, in its head."""
-    return convert(FAMILIES[name].make(AUTO), LAYOUT, codec_tensors())
+    return convert_input(FAMILIES[name].make(AUTO), LAYOUT, codec_tensors())
 
 
 def optimiser(model: nn.Module, lr: float = 1e-2) -> torch.optim.Optimizer:

@@ -12,7 +12,7 @@ import torch
 import transformers
 from families import FAMILIES
 from learning import AUTO, learn, logits, optimiser, rich_model, table
-from packed import NUM_ROWS, SPEC
+from packed import NUM_ROWS, PACKED_LAYOUT
 from test_training import LEARNING, in_two_processes, trainer
 from tiny import Sentences, make, outputs
 
@@ -48,8 +48,8 @@ def test_loading_derives_the_floats_anew() -> None:
     embedding = other.get_input_embeddings()
     alone = torch.ones(NUM_ROWS, dtype=torch.bool)
     alone[embedding.refined_rows_weight.long()] = False
-    latents = embedding.latents(torch.arange(NUM_ROWS))
-    assert torch.equal(floats[alone], latents[alone, : SPEC.base_rank])
+    latents = embedding.latents_of(torch.arange(NUM_ROWS))
+    assert torch.equal(floats[alone], latents[alone, : PACKED_LAYOUT.base_rank])
 
 
 def test_copies_learn_on_by_themselves() -> None:
@@ -70,11 +70,11 @@ def test_codes_learn_where_a_resize_left_a_refinement_of_nothing() -> None:
     embedding = model.get_input_embeddings()
     model.resize_token_embeddings(int(embedding.refined_rows_weight[0]))
     assert not embedding.refinement_steps(torch.float32).any()
-    before = embedding.latents(torch.zeros(1, dtype=torch.long))
+    before = embedding.latents_of(torch.zeros(1, dtype=torch.long))
     model.unfreeze_codes()
     with torch.no_grad():
         embedding.shadow.refinement_weight += 1
-    assert torch.equal(embedding.latents(torch.zeros(1, dtype=torch.long)), before)
+    assert torch.equal(embedding.latents_of(torch.zeros(1, dtype=torch.long)), before)
     assert embedding.dense_weight().isfinite().all()
 
 
@@ -85,7 +85,7 @@ def test_new_tokens_while_codes_learn(tmp_path: Path) -> None:
     for size in (NUM_ROWS + 5, NUM_ROWS - 20):
         model.resize_token_embeddings(size)
         embedding = model.get_input_embeddings()
-        assert embedding.shadow.weight.shape == (size, SPEC.base_rank)
+        assert embedding.shadow.weight.shape == (size, PACKED_LAYOUT.base_rank)
         assert len(embedding.shadow.refinement_weight) == len(embedding.refinement_weight)
         assert embedding.shadow.weight.requires_grad
         assert embedding.outlier_weight.requires_grad

@@ -112,7 +112,7 @@ def test_pickles_and_broken_configs_are_refused(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="safetensors only"):
         BertForMaskedLM.from_pretrained(folder, use_safetensors=False)
     config = json.loads((folder / "config.json").read_text())
-    del config["dirembed"]["rank"]
+    del config["dirembed"]["tables"]["bert.embeddings.word_embeddings"]["rank"]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(SpecError, match="rank"):
         BertForMaskedLM.from_pretrained(folder)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import hf_dirembed
-from hf_dirembed import CompressedEmbedding, CompressedLMHead, ModelError
+from hf_dirembed import CompressedEmbedding, CompressedLinear, ModelError
 
 
 peft = pytest.importorskip("peft")
@@ -105,7 +105,7 @@ def test_lora_on_the_decoder_is_lora_on_the_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", BUDGETS)
 def test_what_wants_a_dense_table_is_refused(method: str) -> None:
     """Before anything is trained: LoRA on the table by PEFT, which names the module, the rest by us."""
-    for target, module in (("embed_tokens", CompressedEmbedding), ("lm_head", CompressedLMHead)):
+    for target, module in (("embed_tokens", CompressedEmbedding), ("lm_head", CompressedLinear)):
         config = peft.LoraConfig(target_modules=[target], task_type="CAUSAL_LM")
         with pytest.raises(ValueError, match=rf"Target module {module.__name__}\(.* is not supported"):
             peft.get_peft_model(make("llama-tied", AUTO, method), config)
@@ -153,7 +153,7 @@ except ValueError as error:
     print(type(error).__module__.partition(".")[0], error)
 """
     said = run(WITHOUT_PLUGIN + code, tmp_path / "model", modules=tmp_path)
-    assert said.startswith("transformers_modules decoder_weight of this CompressedLMHead is shared with a tied module")
+    assert said.startswith("transformers_modules decoder_weight of this CompressedLinear is shared with a tied module")
 
 
 def test_lora_on_packed_codes_is_refused() -> None:
@@ -197,17 +197,25 @@ def test_float_latents_are_saved_whole_once_they_are_unfrozen(tmp_path: Path) ->
 
 
 @pytest.mark.filterwarnings("ignore:.*tie")
-def test_a_head_that_came_untied_is_not_saved_but_expands(tmp_path: Path) -> None:
+def test_a_head_that_came_untied_is_saved_by_itself_and_expands(tmp_path: Path) -> None:
+    """PEFT unties what it trains one of two of: from then on there are two tables."""
     config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
     model = make("llama-tied", AUTO, "direction")
     model.get_input_embeddings().unfreeze_codes()
     adapted = peft.get_peft_model(model, config)
     train(adapted)
     merged = adapted.merge_and_unload()
-    with pytest.raises(ModelError, match=r"\['lm_head'\] are compressed, but no longer tied"):
-        merged.save_pretrained(tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
+    assert not torch.equal(merged.lm_head.weight, merged.model.embed_tokens.weight)
     expected = logits(merged)
+    merged.save_pretrained(tmp_path / "merged")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert set(again.config.dirembed["tables"]) == {"model.embed_tokens", "lm_head"}
+    assert torch.equal(logits(again), expected)
+    merged.config.tie_word_embeddings = True  # which they are not: a file would have one of them for both
+    with pytest.raises(ModelError, match=r"lm_head and model.embed_tokens are tied, but have codes of their own"):
+        merged.save_pretrained(tmp_path / "tied")
+    assert not (tmp_path / "tied").exists()
+    merged.config.tie_word_embeddings = False
     dense = hf_dirembed.expand(merged)
     torch.testing.assert_close(logits(dense), expected, rtol=1e-4, atol=1e-5)
     dense.save_pretrained(tmp_path / "dense")

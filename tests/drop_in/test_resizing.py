@@ -39,12 +39,12 @@ def test_added_tokens(name: str, method: str, tokenizer: PreTrainedTokenizerFast
         new = torch.tensor([[len(tokenizer) - 1]])
         rows = table.dense_weight()
         mean = rows[:VOCAB].mean(dim=0)
-        if table.spec.codes == "packed":  # of those that have no second layer
+        if table.layout.codes == "packed":  # of those that have no second stage
             alone = torch.ones(VOCAB, dtype=torch.bool)
             if table.refined_rows_weight is not None:
                 alone[table.refined_rows_weight.long()] = False
-            if table.spec.zero_row is not None:
-                alone[table.spec.zero_row] = False
+            if table.layout.zero_row is not None:
+                alone[table.layout.zero_row] = False
             candidates = rows[:VOCAB][alone]
             mean = candidates[(candidates - mean).square().sum(dim=1).argmin()]
         torch.testing.assert_close(rows[VOCAB:], mean.expand(8, -1), rtol=1e-2, atol=1e-3)
@@ -76,7 +76,7 @@ def test_an_embedding_of_one_s_own_that_is_compressed(tmp_path: Path) -> None:
     model.set_input_embeddings(CompressedEmbedding.from_embedding(nn.Embedding(VOCAB, DIM), method="svd", rank=9))
     model.save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert again.get_input_embeddings().spec.rank == 9
+    assert again.get_input_embeddings().layout.rank == 9
     ids = FAMILIES["llama-untied"].inputs()["input_ids"]
     with torch.no_grad():
         assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)

@@ -9,16 +9,18 @@ import pytest
 import torch
 import transformers
 from learning import AUTO, LAYOUT, ZERO_ROW, learn, logits, optimiser, rich_model, table
-from packed import DIM, NUM_ROWS, SPEC, fill
+from packed import DIM, NUM_ROWS, PACKED_LAYOUT, fill
 from test_fresh_process import WITHOUT_PLUGIN, run
 from tiny import Sentences, make
 from torch import Tensor, nn
 
 import hf_dirembed
-from hf_dirembed import CompressedEmbedding, CompressedLMHead, ModelError
+from hf_dirembed import CompressedEmbedding, CompressedLinear, ModelError
 from hf_dirembed.compression.transform.trellis import quantise
-from hf_dirembed.remote.codes_dirembed import BIT_WIDTHS, unpack
-from hf_dirembed.remote.modules_dirembed import CompressedMatrix, unfreeze
+from hf_dirembed.remote.codes_dirembed import BIT_WIDTHS
+from hf_dirembed.remote.kernels_dirembed import unpack
+from hf_dirembed.remote.matrix_dirembed import CompressedMatrix, unfreeze
+from hf_dirembed.remote.stock_dirembed import StockEmbedding
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
@@ -27,8 +29,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is depr
 def quantised(matrix: CompressedMatrix, name: str) -> Tensor:
     """What the packed codes of a layer should stand for: its floats, quantised section by section."""
     of_base = name == "weight"
-    allocation = matrix.spec.bit_allocation if of_base else matrix.spec.refinement.bit_allocation
-    of_layer = torch.arange(matrix.spec.base_rank) if of_base else matrix.refined_latents_weight.long()
+    allocation = matrix.layout.bit_allocation if of_base else matrix.layout.refinement.bit_allocation
+    of_layer = torch.arange(matrix.layout.base_rank) if of_base else matrix.refined_latents_weight.long()
     units = 2.0 ** matrix.exponent_weight.float()[of_layer]
     steps = units if of_base else units * 2.0 ** (matrix.refinement_exponent_weight.float() / 8)
     importance = (matrix.decoder_weight[of_layer] * steps.unsqueeze(1)).square().sum(dim=1).detach()
@@ -68,8 +70,8 @@ def dense_rows(matrix: CompressedMatrix, latents: Tensor, outliers: Tensor) -> T
 
 def test_gradients_are_those_of_float_latents() -> None:
     """Of an embedding with a scale and of the head that is tied to it, once in a batch and more often, in float64."""
-    embedding = CompressedEmbedding(NUM_ROWS, DIM, LAYOUT, embed_scale=3.0, dtype=torch.float64)
-    head = CompressedLMHead(DIM, NUM_ROWS, LAYOUT, dtype=torch.float64)
+    embedding = CompressedEmbedding(NUM_ROWS, DIM, LAYOUT, stock=StockEmbedding(embed_scale=3.0), dtype=torch.float64)
+    head = CompressedLinear(DIM, NUM_ROWS, LAYOUT, dtype=torch.float64)
     for module in (embedding, head):
         fill(module).tied = True
     for name in ("weight", "refinement_weight", "outlier_weight"):
@@ -81,12 +83,12 @@ def test_gradients_are_those_of_float_latents() -> None:
     target = torch.randn(2, 5, NUM_ROWS, generator=generator, dtype=torch.float64)
     (embedding(ids).square().sum() + (head(states) * target).sum()).backward()
 
-    latents = embedding.latents(torch.arange(NUM_ROWS)).detach().requires_grad_()
+    latents = embedding.latents_of(torch.arange(NUM_ROWS)).detach().requires_grad_()
     outliers = embedding.outlier_weight.detach().clone().requires_grad_()
     rows = dense_rows(embedding, latents, outliers)
     ((3.0 * rows[ids]).square().sum() + (states @ rows.T * target).sum()).backward()
     refined = embedding.refined_rows_weight.long()
-    torch.testing.assert_close(embedding.shadow.weight.grad, latents.grad[:, : SPEC.base_rank])
+    torch.testing.assert_close(embedding.shadow.weight.grad, latents.grad[:, : PACKED_LAYOUT.base_rank])
     further = latents.grad[refined][:, embedding.refined_latents_weight.long()]
     torch.testing.assert_close(embedding.shadow.refinement_weight.grad, further)
     torch.testing.assert_close(embedding.outlier_weight.grad, outliers.grad)
@@ -104,7 +106,10 @@ def test_codes_learn(name: str, tmp_path: Path) -> None:
     before, embedding = table(model), model.get_input_embeddings()
     keys, first = set(frozen.state_dict()), learn(frozen, steps=0)
     assert first - learn(model, 10, lr=0.03) > 1.1 * (first - learn(frozen, 10, lr=0.03)) > 0
-    for layer, allocation in (("weight", SPEC.bit_allocation), ("refinement_weight", SPEC.refinement.bit_allocation)):
+    for layer, allocation in (
+        ("weight", PACKED_LAYOUT.bit_allocation),
+        ("refinement_weight", PACKED_LAYOUT.refinement.bit_allocation),
+    ):
         codes = getattr(embedding, layer)
         assert not torch.equal(codes, before[layer])
         levels = unpack(codes, allocation, embedding.codebook_weight) + 0.5

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 import hf_dirembed
 
 
-BUDGETS = {"transform": {"bits": 7}, "direction": {"rank": 6, "codes": "float16"}}
+BUDGETS = {"transform": {"bits": 7}, "direction": {"rank": 6, "latent_dtype": "float16"}}
 
 
 def make(name: str, auto: str, method: str = "transform") -> PreTrainedModel:

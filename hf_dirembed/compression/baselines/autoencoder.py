@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from ...errors import BudgetError
+from ...errors import OptionError
 from ..subspace import check_rank, length_scale, svd
 from ..table import Table
 from .factorization import Factorization
@@ -48,15 +48,15 @@ class AutoencoderSettings:
         batch_size: Rows per step.
         learning_rate: Adam's, in the first epoch.
         decay_epochs: The learning rate is multiplied by `decay` every so many epochs.
-        decay: See `decay_epochs`.
+        decay: What the learning rate is multiplied by.
         initialisation: `"random"`: uniform in ±1/√fan_in; `"svd"`: the truncated SVD of the table.
         nonlinear_encoder: ELU after the encoder. The latents are then ELU's outputs, the decoder stays affine. The
             paper's non-linear *decoder* is not offered: its ELU after the decoder is no affine map of the latents,
             so it could be stored neither as `Factorization` nor as the factor of a tied head.
-        seed: Of the initial weights and of the order of the rows.
+        seed: Where the random numbers of the initial weights and of the order of the rows start.
 
     Raises:
-        BudgetError: If a setting is out of its range.
+        OptionError: If a setting is out of its range.
 
     Example:
         >>> AutoencoderSettings(epochs=5).alpha(0)
@@ -64,7 +64,7 @@ class AutoencoderSettings:
         >>> AutoencoderSettings(batch_size=0)
         Traceback (most recent call last):
         ...
-        hf_dirembed.remote.codes_dirembed.BudgetError: autoencoder setting batch_size=0: give an integer of at least 1
+        hf_dirembed.remote.codes_dirembed.OptionError: autoencoder setting batch_size=0: give an integer of at least 1
     """
 
     cosine_weight: float = 0.9975 / 5
@@ -86,14 +86,17 @@ class AutoencoderSettings:
         for name in ("alpha_epochs", "epochs", "batch_size", "decay_epochs"):
             value = getattr(self, name)
             self._require(name, _is_integer(value) and value >= 1, "an integer of at least 1")
+
         for name in ("cosine_weight", "norm_weight"):
             value = getattr(self, name)
             self._require(name, _is_finite(value) and value >= 0, "a finite number >= 0")
         self._require("cosine_weight", self.cosine_weight + self.norm_weight > 0, "a positive cosine or norm weight")
+
         for name in ("alpha_start", "alpha_end", "learning_rate"):
             value = getattr(self, name)
             self._require(name, _is_finite(value) and value > 0, "a finite number > 0")
         self._require("decay", _is_finite(self.decay) and 0 < self.decay <= 1, "a number in (0, 1]")
+
         self._require("norm_loss", self.norm_loss in ("alpha", "rmse"), "'alpha' or 'rmse'")
         self._require("initialisation", self.initialisation in ("random", "svd"), "'random' or 'svd'")
         self._require("nonlinear_encoder", isinstance(self.nonlinear_encoder, bool), "True or False")
@@ -101,7 +104,7 @@ class AutoencoderSettings:
 
     def _require(self, name: str, holds: bool, mend: str) -> None:
         if not holds:
-            raise BudgetError(f"autoencoder setting {name}={getattr(self, name)!r}: give {mend}")
+            raise OptionError(f"autoencoder setting {name}={getattr(self, name)!r}: give {mend}")
 
     @classmethod
     def paper(cls, **changes: Any) -> AutoencoderSettings:
@@ -190,10 +193,10 @@ def autoencoder_epochs(
     interrupted training goes on, the first model is that of the last epoch before.
 
     Args:
-        table: See there, and so for the others.
-        rank: See there.
-        settings: See there.
-        resume: See there.
+        table: The (num_rows, dim) table.
+        rank: The number of latent dimensions, 1 to dim.
+        settings: How to train; by default `AutoencoderSettings()`.
+        resume: A file that is written after every epoch, and that training goes on from if it exists.
 
     Raises:
         BudgetError: If `rank` is not in 1 to dim.
@@ -208,16 +211,19 @@ def autoencoder_epochs(
     """
     check_rank(rank, table.dim)
     settings = AutoencoderSettings() if settings is None else settings
+
     generator = torch.Generator().manual_seed(settings.seed)  # on the CPU: the same order of rows on every device
     model = _initial_model(table, rank, settings, generator)
     rows = torch.cat([chunk / model.scale for _, chunk in table.chunks()])
     optimizer = torch.optim.Adam(model.parameters())
+
     state = (
         None if resume is None else TrainingState(resume, model, optimizer, generator, table, rank, asdict(settings))
     )
     done = state.restore() if state else 0
     if done:
         yield model
+
     epochs = range(done, settings.epochs)
     progress = logging.tqdm(epochs, initial=done, total=settings.epochs, desc="Training autoencoder", unit="epoch")
     for epoch in progress:
@@ -230,6 +236,7 @@ def autoencoder_epochs(
             loss.backward()
             optimizer.step()
             total += loss.detach() * len(batch)
+
         if state:
             state.save(epoch + 1)
         progress.set_postfix(loss=f"{total.item() / table.num_rows:.5f}")

@@ -29,8 +29,8 @@ class TrainingState:
     Attributes:
         path: The file.
         model: What is trained.
-        optimizer: Its Adam.
-        generator: Of the order of the rows.
+        optimizer: The Adam that trains it.
+        generator: What draws the order of the rows.
         table: What is learnt; the file has its digest.
         rank: The number of latents.
         settings: How it is trained, seed included, by name.
@@ -70,11 +70,13 @@ class TrainingState:
         """
         if not Path(self.path).exists():
             return 0
+
         header, tensors = self._read()
         self._check_run(header)
         epochs = header.get("epochs", "")
         if not epochs.isdecimal() or not 0 < int(epochs) <= self.settings["epochs"]:
             raise CheckpointError(f"{self.path} says epochs={epochs!r:.20}: remove it, and train anew")
+
         for parameter in self.model.parameters():  # Adam makes its moments at the first step only
             zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[parameter] = {"step": torch.zeros(()), **zeros}
@@ -82,12 +84,14 @@ class TrainingState:
         stored = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
         if stored != {name: (tensor.shape, tensor.dtype) for name, tensor in places.items()}:
             raise CheckpointError(f"{self.path} holds other tensors than this training: remove it, and train anew")
+
         try:
             self.generator.set_state(tensors["generator"])
         except RuntimeError as error:
             raise CheckpointError(
                 f"{self.path} holds no state of random numbers ({first_line(error)}): remove it, and train anew"
             ) from error
+
         with torch.no_grad():
             for name in places.keys() - {"generator"}:
                 places[name].copy_(tensors[name])

@@ -1,4 +1,4 @@
-"""Integer codes of one or two layers, and the decoder that they are fitted to."""
+"""Integer codes of one or two stages, and the decoder that they are fitted to."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...remote.codes_dirembed import BIT_WIDTHS, OCTAVE, code_bytes, pack, refinement_steps, sections, unpack_levels
+from ...remote.codes_dirembed import BIT_WIDTHS, OCTAVE, code_bytes
+from ...remote.kernels_dirembed import pack, refinement_steps, sections, unpack_levels
 from ..row_weights import Sample
 from ..table import Table
 from .decoder import DecoderFit, DecoderStorage, StoredDecoder
@@ -18,7 +19,7 @@ from .trellis import Codebooks, quantise
 
 
 @dataclass(frozen=True)
-class Layer:
+class Stage:
     """Codes that the same rows have: which latents they are of, and what they are worth.
 
     Attributes:
@@ -32,14 +33,14 @@ class Layer:
     exponents: Tensor
 
     @classmethod
-    def leading(cls, allocation: Allocation, device: torch.device) -> Layer:
-        """Of the first latents, whose steps the decoder takes in."""
+    def leading(cls, allocation: Allocation, device: torch.device) -> Stage:
+        """Makes a stage of the first latents, whose steps the decoder takes in."""
         exponents = torch.zeros(allocation.rank, dtype=torch.int8, device=device)
         return cls(allocation, slice(allocation.rank), exponents)
 
     @classmethod
-    def of_steps(cls, allocation: Allocation, latents: Tensor, steps: Tensor) -> Layer:
-        """With the storable steps nearest to some, (its rank,)."""
+    def of_steps(cls, allocation: Allocation, latents: Tensor, steps: Tensor) -> Stage:
+        """Makes a stage whose steps are the storable ones nearest to some, (its rank,)."""
         exponents = (OCTAVE * steps.log2()).round().clamp(-127, 127)
         return cls(allocation, latents, exponents.to(torch.int8))
 
@@ -64,14 +65,14 @@ class Codec:
     Attributes:
         base: The codes that every row has, of the leading latents.
         refinement: The further codes of refined rows, if there are any.
-        codebooks: Of the codes of fewer than 8 bits.
+        codebooks: What codes of fewer than 8 bits stand for.
         decoder: D, (rank, dim), in the metric: once it was fitted, what its stored form stands for.
         bias: b, (dim,), in the metric.
         storage: How the decoder is stored.
     """
 
     base: Allocation
-    refinement: Layer | None
+    refinement: Stage | None
     codebooks: Codebooks
     decoder: Tensor
     bias: Tensor
@@ -85,23 +86,23 @@ class Codec:
         decoder = base.steps(quantisers).to(basis).unsqueeze(1) * basis[:, : base.rank].T
         return cls(base, None, quantisers.codebooks, decoder, bias, storage)
 
-    def refined_by(self, layer: Layer, further: Tensor) -> Codec:
-        """This codec with a second layer, and with the decoder's rows, (n, dim), of latents that the first has not."""
-        return replace(self, refinement=layer, decoder=torch.cat([self.decoder, further]))
+    def refined_by(self, stage: Stage, further: Tensor) -> Codec:
+        """This codec with a second stage, and with the decoder's rows, (n, dim), of latents that the first has not."""
+        return replace(self, refinement=stage, decoder=torch.cat([self.decoder, further]))
 
     @property
-    def layers(self) -> list[Layer]:
+    def stages(self) -> list[Stage]:
         """The codes of every row, then those of refined rows, if there are any."""
-        base = Layer.leading(self.base, self.decoder.device)
+        base = Stage.leading(self.base, self.decoder.device)
         return [base] if self.refinement is None else [base, self.refinement]
 
     @property
     def num_codes(self) -> int:
-        """Of a refined row."""
+        """How many codes a refined row has."""
         return self.base.rank + (self.refinement.allocation.rank if self.refinement else 0)
 
     def latents(self, levels: Tensor) -> Tensor:
-        """Of rows, (n, rank), from the levels of all their codes, (n, codes)."""
+        """The latents of rows, (n, rank), from the levels of all their codes, (n, codes)."""
         latents = F.pad(levels[:, : self.base.rank], (0, len(self.decoder) - self.base.rank))
         if self.refinement is not None:
             latents[:, self.refinement.latents] += levels[:, self.base.rank :] * self.refinement.steps
@@ -129,26 +130,31 @@ class Codec:
         symbols, levels = coded.symbols.clone(), coded.levels.clone()
         sums, gram = (rows - self.bias) @ self.decoder.T, self.decoder @ self.decoder.T
         latents, first = self.latents(levels), 0
-        having_layer: list[slice | Tensor] = [slice(None), coded.refined.nonzero().squeeze(1)]
-        for layer, having in zip(self.layers, having_layer, strict=False):
-            sums, latents = sums[having], latents[having]
-            for width, section, named in layer.sections():
-                codes = having, slice(first + section.start, first + section.stop)
-                steps = layer.steps[section]
+
+        rows_of_stage: list[slice | Tensor] = [slice(None), coded.refined.nonzero().squeeze(1)]
+        for stage, with_stage in zip(self.stages, rows_of_stage, strict=False):
+            sums, latents = sums[with_stage], latents[with_stage]
+            for width, section, named in stage.sections():
+                codes = with_stage, slice(first + section.start, first + section.stop)
+                steps = stage.steps[section]
                 columns = gram[:, named]
                 slopes = (sums[:, named] - latents @ columns) * steps
                 curvature = columns[named] * torch.outer(steps, steps)
                 gains = curvature.diagonal().clamp_min(torch.finfo(gram.dtype).tiny)
-                # The best ones, were the section's rows of the decoder orthogonal.
+
+                # The codes that would be best if the section's rows of the decoder were orthogonal.
                 before, found_before = levels[codes], symbols[codes]
                 found, after = quantise(before + slopes / gains, gains, self.codebooks.levels, width)
                 moves = after - before
+
+                # A row whose error would not fall keeps its codes.
                 if keep_better:
                     better = (moves * (moves @ curvature - 2 * slopes)).sum(dim=1, keepdim=True) < 0
                     found, moves = torch.where(better, found, found_before), moves * better
+
                 symbols[codes], levels[codes] = found, before + moves
                 latents[:, named] += moves * steps
-            first += layer.allocation.rank
+            first += stage.allocation.rank
         return Symbols(symbols, levels, coded.refined)
 
     def refit(self, fit: DecoderFit) -> StoredDecoder:
@@ -179,7 +185,7 @@ class Codec:
         Args:
             table: The rows y.
             omega: (num_rows,) what an error of each counts.
-            refined: (num_rows,) which rows have the second layer.
+            refined: (num_rows,) which rows have the second stage.
 
         Returns:
             The codes, and what they leave of each row, ‖y - ŷ‖², (num_rows,).
@@ -217,9 +223,9 @@ class Symbols:
     """Rows as symbols, and as the levels that these stand for.
 
     Attributes:
-        symbols: (n, codes of both layers) uint8; zero for those that a row does not have.
-        levels: (n, codes of both layers) half-integers; zero for those that a row does not have.
-        refined: (n,) which rows have the second layer.
+        symbols: (n, codes of both stages) uint8; zero for those that a row does not have.
+        levels: (n, codes of both stages) half-integers; zero for those that a row does not have.
+        refined: (n,) which rows have the second stage.
     """
 
     symbols: Tensor
@@ -233,7 +239,7 @@ class PackedTable:
 
     Attributes:
         codec: What they are symbols of.
-        refined: (num_rows,) which rows have the second layer.
+        refined: (num_rows,) which rows have the second stage.
         base: (num_rows, bytes) uint8.
         further: (refined rows, bytes) uint8.
     """
@@ -245,46 +251,46 @@ class PackedTable:
 
     @classmethod
     def empty(cls, codec: Codec, refined: Tensor) -> PackedTable:
-        """Room for the symbols of rows, (num_rows,) of which are `refined`."""
+        """Makes room for the symbols of all rows; `refined`, (num_rows,), says which have the second stage."""
         base = refined.new_zeros(len(refined), code_bytes(codec.base.counts), dtype=torch.uint8)
         further_bytes = code_bytes(codec.refinement.allocation.counts) if codec.refinement else 0
         return cls(codec, refined, base, base.new_zeros(int(refined.sum()), further_bytes))
 
     def refining(self, refined: Tensor) -> PackedTable:
-        """The same with the second layer of fewer rows."""
+        """Keeps the second stage of fewer rows, `refined`, (num_rows,); the first stage stays as it is."""
         return replace(self, refined=refined, further=self.further[refined[self.refined]])
 
     def _further(self, part: slice) -> Tensor:
         first = int(self.refined[: part.start].sum())
         return self.further[first : first + int(self.refined[part].sum())]
 
-    def _packed(self, part: slice) -> list[tuple[Tensor, Layer, Tensor]]:
-        """The packed codes of some rows, layer by layer, with which of the rows have them."""
+    def _packed(self, part: slice) -> list[tuple[Tensor, Stage, Tensor]]:
+        """The packed codes of some rows, stage by stage, with which of the rows have them."""
         refined = self.refined[part]
-        packed, having = [self.base[part], self._further(part)], [torch.ones_like(refined), refined]
-        return list(zip(packed, self.codec.layers, having, strict=False))
+        packed, with_stage = [self.base[part], self._further(part)], [torch.ones_like(refined), refined]
+        return list(zip(packed, self.codec.stages, with_stage, strict=False))
 
     def put(self, part: slice, coded: Symbols) -> None:
         """Packs the symbols of some rows."""
         first = 0
-        for packed, layer, having in self._packed(part):
-            of_layer = slice(first, first := first + layer.allocation.rank)
-            packed.copy_(pack(coded.symbols[having, of_layer], layer.allocation.counts))
+        for packed, stage, with_stage in self._packed(part):
+            of_stage = slice(first, first := first + stage.allocation.rank)
+            packed.copy_(pack(coded.symbols[with_stage, of_stage], stage.allocation.counts))
 
     def get(self, part: slice) -> Symbols:
         """The symbols of some rows, with their levels."""
         refined, codebook = self.refined[part], self.codec.codebooks.stored()
         symbols = torch.zeros(len(refined), self.codec.num_codes, dtype=torch.uint8, device=refined.device)
         levels, first = torch.zeros_like(symbols, dtype=torch.float32), 0
-        for packed, layer, having in self._packed(part):
-            of_layer, counts = slice(first, first := first + layer.allocation.rank), layer.allocation.counts
+        for packed, stage, with_stage in self._packed(part):
+            of_stage, counts = slice(first, first := first + stage.allocation.rank), stage.allocation.counts
             found = torch.cat([each for _, each in sections(packed, counts)], dim=1)
-            symbols[having, of_layer] = found.to(torch.uint8)
-            levels[having, of_layer] = unpack_levels(packed, counts, codebook, levels.dtype)
+            symbols[with_stage, of_stage] = found.to(torch.uint8)
+            levels[with_stage, of_stage] = unpack_levels(packed, counts, codebook, levels.dtype)
         return Symbols(symbols, levels, refined)
 
     def tensors(self, decoder: StoredDecoder) -> dict[str, Tensor]:
-        """What files hold, by name: the codes of both layers, the codebook, and their decoder."""
+        """What files hold, by name: the codes of both stages, the codebook, and their decoder."""
         tensors = {
             "weight": self.base,
             "codebook_weight": self.codec.codebooks.stored(),

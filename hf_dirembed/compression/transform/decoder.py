@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,6 +64,14 @@ class StoredDecoder:
         """What it stands for, (rank, dim) float32."""
         return torch.ldexp(self.weight.float(), self.exponents.unsqueeze(1))
 
+    def __reduce__(self) -> tuple[Callable[..., StoredDecoder], tuple[Any, ...]]:
+        """As bytes: torch's pickles, by which processes send each other tensors, hold none of 8-bit floats."""
+        return _from_bytes, (self.weight.contiguous().view(torch.uint8), self.weight.dtype, self.exponents)
+
+
+def _from_bytes(weight: Tensor, dtype: torch.dtype, exponents: Tensor) -> StoredDecoder:
+    return StoredDecoder(weight.view(dtype), exponents)
+
 
 @dataclass(frozen=True)
 class DecoderStorage:
@@ -84,7 +94,7 @@ class DecoderStorage:
 
         The error of each column is made up for by the columns still to be rounded, as far as the metric allows.
 
-        Source: Babai 1986, the nearest plane algorithm; Frantar et al. 2023 (GPTQ) do so with a layer's weights.
+        Source: Babai 1986, the nearest plane algorithm; Frantar et al. 2023 (GPTQ) do so with a stage's weights.
 
         Example:
             >>> generator = torch.Generator().manual_seed(0)

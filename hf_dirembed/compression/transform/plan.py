@@ -12,15 +12,15 @@ from .quantisation import Allocation, BitAllocator
 
 
 ROW_NUMBER_ITEMSIZE = 4  # int32
-_STEP_BYTES = 5  # of each code of the second layer: the latent's number and the exponent
-# How bytes may be split: the first layer's share of those that a row could have, the second's relative to the first's.
+_STEP_BYTES = 5  # of each code of the second stage: the latent's number and the exponent
+# How bytes may be split: the first stage's share of those that a row could have, the second's relative to the first's.
 _SHARES, _REFINEMENTS = (0.9, 0.8, 0.7, 0.6), (0.25, 0.5, 1.0, 1.5, 2.0)
 _TRIED_SIZES = 100
 _CLEARLY_WORSE = 1.2
 
 
 @dataclass(frozen=True)
-class Room:
+class ByteBudget:
     """The bytes that codes and decoder of a table may take.
 
     Attributes:
@@ -40,11 +40,11 @@ class Room:
         return self.storage.num_bytes(rank, self.dim)
 
     def left_by(self, base: Allocation) -> int:
-        """The bytes that the first layer leaves, its decoder counted."""
+        """The bytes that the first stage leaves, its decoder counted."""
         return self.num_bytes - self.num_rows * base.num_bytes - self.decoder_bytes(base.rank)
 
     def left_by_both(self, base: Allocation, refinement_rank: int, further: int) -> int:
-        """The bytes that are left for rows of a second layer, some of whose latents the first layer has not."""
+        """The bytes that are left for rows of a second stage, some of whose latents the first stage has not."""
         return self.left_by(base) - _STEP_BYTES * refinement_rank - self.decoder_bytes(further)
 
     def refinable_rows(self, left: int, refinement_bytes: int) -> int:
@@ -53,12 +53,12 @@ class Room:
 
 
 @dataclass(frozen=True)
-class LayerPlan:
-    """The bytes of the two layers.
+class StagePlan:
+    """The bytes of the two stages.
 
     Attributes:
         base: The bits of every row.
-        refinement_bytes: Of each refined row; 0 for no second layer.
+        refinement_bytes: The further bytes of each refined row; 0 for no second stage.
         error: What the quantisers promise.
     """
 
@@ -67,15 +67,15 @@ class LayerPlan:
     error: float
 
 
-def plan_layers(allocator: BitAllocator, shares: Tensor, room: Room, rounding: Tensor) -> LayerPlan | None:
-    """Puts all bytes into one layer or splits them between two, to the least error that the quantisers promise.
+def plan_stages(allocator: BitAllocator, shares: Tensor, room: ByteBudget, rounding: Tensor) -> StagePlan | None:
+    """Puts all bytes into one stage or splits them between two, to the least error that the quantisers promise.
 
-    Where all rows count alike, one layer is best; the more uneven the weights are, the more bytes go to the second.
+    Where all rows count alike, one stage is best; the more uneven the weights are, the more bytes go to the second.
 
     Args:
-        allocator: Of the latents of all rows.
+        allocator: Allocates the bits of the latents of all rows.
         shares: (num_rows,) each row's share of the error, descending.
-        room: For codes and decoder.
+        room: The bytes for codes and decoder.
         rounding: (dim,) the error that storing the decoder adds, of each latent.
 
     Returns:
@@ -83,28 +83,49 @@ def plan_layers(allocator: BitAllocator, shares: Tensor, room: Room, rounding: T
     """
     covered = torch.cat([shares.new_zeros(1), shares.cumsum(dim=0)]).tolist()
     rounded = torch.cat([rounding.new_zeros(1), rounding.cumsum(dim=0)]).tolist()
+
     plans = []
-    if one := _first_layer(allocator, room, 1.0):
-        plans.append(LayerPlan(one, 0, one.error + rounded[one.rank]))
+    if one := plan_one_stage(allocator, room, rounding):
+        plans.append(one)
+
+    # both stages, for every split of the bytes that is tried
     for share in _SHARES:
-        base = _first_layer(allocator, room, share)
+        base = _first_stage(allocator, room, share)
         if base is None:
             continue
         further = allocator.after(base)
+
         for relative in _REFINEMENTS:
             num_bytes = max(1, int(relative * base.num_bytes))
             refined = further.allocate(num_bytes, room.dim)
             if refined is None:
                 continue
+
             of_base = int((further.latents[: refined.rank] < base.rank).sum())
             left = room.left_by_both(base, refined.rank, refined.rank - of_base)
             if rows := room.refinable_rows(left, num_bytes):
                 error = base.error * (1 - covered[rows]) + refined.error * covered[rows]
-                plans.append(LayerPlan(base, num_bytes, error + rounded[base.rank]))
+                plans.append(StagePlan(base, num_bytes, error + rounded[base.rank]))
+
     return min(plans, key=lambda plan: plan.error, default=None)
 
 
-def _first_layer(allocator: BitAllocator, room: Room, share: float) -> Allocation | None:
+def plan_one_stage(allocator: BitAllocator, room: ByteBudget, rounding: Tensor) -> StagePlan | None:
+    """Puts all bytes into one stage.
+
+    Args:
+        allocator: Allocates the bits of the latents of all rows.
+        room: The bytes for codes and decoder.
+        rounding: (dim,) the error that storing the decoder adds, of each latent.
+
+    Returns:
+        The plan; None if not even one byte a row and its decoder fit.
+    """
+    one = _first_stage(allocator, room, 1.0)
+    return None if one is None else StagePlan(one, 0, one.error + float(rounding[: one.rank].cumsum(dim=0)[-1]))
+
+
+def _first_stage(allocator: BitAllocator, room: ByteBudget, share: float) -> Allocation | None:
     """The best allocation within a share of the bytes that a row could have, its decoder within the rest.
 
     Towards the whole share the decoder has no room, and few latents take many bits each; so fewer bytes are tried

@@ -29,7 +29,7 @@ class Quantisers:
     Attributes:
         errors: (1 + widths, rank) mean squared error per latent: without any bits, then for each of `BIT_WIDTHS`.
         steps: (widths, rank) what half-integers are multiplied by.
-        codebooks: Of the trellis at 4, 2 and 1 bits.
+        codebooks: The levels of the trellis's states at 4, 2 and 1 bits.
     """
 
     errors: Tensor
@@ -42,8 +42,8 @@ class Quantisers:
 
         Args:
             sample: (n, rank) latents, drawn with the weights that the error is to have.
-            variances: (rank,) of all latents, weighed so.
-            codebooks: To quantise with; by default some are trained on the sample.
+            variances: (rank,) the variance of each latent, with the same weights.
+            codebooks: What to quantise with; by default some are trained on the sample.
         """
         power = sample.square().mean(dim=0)
         normalised = sample * torch.where(power > 0, power.rsqrt(), 0)
@@ -100,7 +100,7 @@ class Allocation:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of a row."""
+        """How many bytes the codes of a row take."""
         return sum(count * width for count, width in zip(self.counts, BIT_WIDTHS, strict=True)) // 8
 
     def steps(self, quantisers: Quantisers) -> Tensor:
@@ -108,7 +108,7 @@ class Allocation:
         return self.chosen(quantisers.steps.cpu())
 
     def chosen(self, of_widths: Tensor) -> Tensor:
-        """(rank,) of what each latent has at each width, (widths, rank or more), that at its own."""
+        """Picks what each latent has at its own width, (rank,), out of what it has at each, (widths, rank or more)."""
         width = torch.arange(len(BIT_WIDTHS)).repeat_interleave(torch.tensor(self.counts))
         return of_widths[width, torch.arange(self.rank)]
 
@@ -174,9 +174,12 @@ class BitAllocator:
         least = max(0, 2 * num_bytes - max_rank)  # of latents with 8 bits, if all others had 4
         if num_bytes > max_rank:
             return None
+
         about = self._lagrangian(num_bytes, max_rank).round().long().tolist()
         start = min(max(about[0], least), num_bytes)
         best = self._with_eights(start, about[1], num_bytes, max_rank)
+
+        # More latents of 8 bits, then fewer, as long as the error falls.
         for further in (range(start + 1, num_bytes + 1), range(start - 1, least - 1, -1)):
             worse = 0
             for eights in further:
@@ -191,15 +194,21 @@ class BitAllocator:
         left, most = num_bytes - eights, max_rank - eights
         least = max(0, 4 * left - most) // 2  # of bytes for 4 bits, if all others had 2
         nearest = min(max(about, least), min(left, most // 2))
+
+        # Ways to split the bytes left: a row for each number spent on 4 bits, a column for each spent on 2.
         of_fours = torch.arange(max(0, nearest - _WINDOW), min(left, most // 2, nearest + _WINDOW) + 1).view(-1, 1)
         of_twos = torch.arange(min(left, most // 4) + 1)
         of_ones = left - of_fours - of_twos
+
+        # The ranks where latents stop having 4, 2 and 1 bits.
         fours = eights + 2 * of_fours
         twos = fours + 4 * of_twos
         ones = twos + 8 * of_ones
+
         errors = self._terms[0, eights] + self._terms[1, fours] + self._terms[2, twos.clamp(max=max_rank)]
         errors = errors + self._terms[3, ones.clamp(0, max_rank)]
         errors = errors.masked_fill((of_ones < 0) | (ones > max_rank), torch.inf)
+
         best = int(errors.argmin())
         row, column = divmod(best, len(of_twos))
         spent_on_fours = int(of_fours[row])

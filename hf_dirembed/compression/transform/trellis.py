@@ -83,17 +83,22 @@ def _search(targets: Tensor, importance: Tensor, levels: Tensor, width: int) -> 
     """
     fan, pasts = 1 << width, NUM_STATES >> width  # a past: what of a state the next one still knows
     steps, num_rows = targets.shape
+
+    # The squared error of each state is a product of these factors and the powers of the target.
     factors = torch.stack([levels.square(), -2 * levels, torch.ones_like(levels)], dim=1)
-    # The squared error of each state is a product of these and the powers of the target.
     weights = importance.unsqueeze(1)
     powers = torch.stack([weights.expand_as(targets), weights * targets, weights * targets.square() + POSITIVE], dim=1)
+
+    # One buffer of costs, viewed by each state's oldest symbol and by its newest.
     cost = torch.empty(NUM_STATES, num_rows, device=targets.device)
     by_oldest = cost.view(torch.int32).view(fan, pasts, num_rows)
     by_newest = cost.view(pasts, fan, num_rows)
     oldest = torch.arange(fan, dtype=torch.int32, device=targets.device).view(fan, 1, 1)
+
     best = torch.full((pasts, num_rows), torch.finfo(torch.float32).max / 4, device=targets.device)
     best[0] = 0  # the stream starts on zeros
     survivors = torch.empty(steps, pasts, num_rows, dtype=torch.uint8, device=targets.device)
+
     for step, power in enumerate(powers):
         torch.mm(factors, power, out=cost)
         by_newest += best.unsqueeze(1)

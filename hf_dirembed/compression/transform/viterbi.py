@@ -64,6 +64,7 @@ def _search_of(width: int) -> Callable[..., None]:
         survivors = numpy.empty((steps, pasts, _LANES), dtype=numpy.uint8)
         costs = numpy.empty((2, pasts, _LANES), dtype=numpy.float32)  # before and after a step
         target = numpy.zeros(_LANES, dtype=numpy.float32)
+
         for first in range(thread * _LANES, num_rows, threads * _LANES):
             rows = min(_LANES, num_rows - first)
             costs[0] = _UNREACHABLE

@@ -26,8 +26,8 @@ from .integrations import quantizer  # noqa: F401 (it registers itself)
 from .integrations.quantization_config import DirEmbedQuantizationConfig
 from .remote.codes_dirembed import CompressionSpec, TableLayout
 from .remote.configuration_dirembed import MODEL_TYPE, DirEmbedConfig
-from .remote.matrix_dirembed import package
 from .remote.modules_dirembed import CompressedEmbedding, CompressedLinear
+from .remote.products_dirembed import package
 from .tables import VocabularyTable, find_tables
 from .training.straight_through import LatentShadow
 

@@ -18,7 +18,7 @@ from .compression.budget import Budget
 from .compression.coded import CodedTable
 from .compression.compress import WEIGHING, compress_table
 from .compression.demand import demand_of
-from .compression.row_files import MemorySink, TableFiles
+from .compression.row_files import TableFiles, memory_sink
 from .compression.sharing import share_bytes
 from .compression.table import Columns, RowSource, Table
 from .conversion import convert
@@ -73,7 +73,7 @@ def compress_model(
             hessian=matrix.hessian, latent_dtype=request.latent_dtype, settings=request.settings,
             padding_idx=matrix.padding_idx, device=request.device,
             resume=None if used is not None else request.resume,
-            make_sink=MemorySink if files is None else files.make_sink(matrix.path),
+            make_sink=memory_sink if files is None else files.make_sink(matrix.path),
         )
         for matrix in budgeted
     ]  # fmt: skip

@@ -73,7 +73,8 @@ def test_compress_inspect_expand(dense: Path, tmp_path: Path) -> None:
     assert names == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "1_Pooling/config.json",
         "codes_dirembed.py", "configuration_dirembed.py", "kernels_dirembed.py", "matrix_dirembed.py",
-        "modeling_dirembed.py", "modules_dirembed.py", "stock_dirembed.py", "tables_dirembed.py", "README.md",
+        "modeling_dirembed.py", "modules_dirembed.py", "products_dirembed.py", "resizing_dirembed.py",
+        "stock_dirembed.py", "tables_dirembed.py", "triton_dirembed.py", "README.md",
     }  # fmt: skip
 
     assert run("expand", out, stock).exit_code == 0
@@ -197,8 +198,8 @@ def test_codes_that_something_changed_are_noticed(method: str, loader: Any, tmp_
             loader.from_pretrained(tmp_path)
             continue
         expected = f"codes of {TABLE} have the checksum .* changed"
-        if name in ("refined_rows_weight", "refined_latents_weight", "outlier_rows_weight"):
-            expected += "|does not name"  # what is no list of rows or latents any more is said before
+        if name in ("latents_weight", "row_weight", "class_counts_weight", "outlier_rows_weight"):
+            expected += "|packed codes|does not name"  # what fits the layout no more is said before
         with pytest.raises(hf_dirembed.CheckpointError, match=expected):
             loader.from_pretrained(tmp_path)
     forge(lambda c: c["dirembed"]["record"]["tables"][TABLE].pop("checksum"))(tmp_path)
@@ -406,24 +407,28 @@ def test_inspect_reads_shards(tmp_path: Path) -> None:
     assert inspect_checkpoint(tmp_path / "shards") == inspect_checkpoint(tmp_path / "whole")
 
 
-def test_inspect_states_what_the_head_expands_to(tmp_path: Path) -> None:
+def test_inspect_states_how_many_rows_have_how_many_bits(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = transformers.BertConfig(**{**FAMILIES["bert"].arguments, "vocab_size": 2000})
-    weights = (torch.arange(2000.0) + 1) ** -1.25  # uneven, so that frequent rows get a second layer
+    weights = (torch.arange(2000.0) + 1) ** -1.25  # uneven, so that frequent rows get more bits
     model = hf_dirembed.compress(transformers.BertForMaskedLM(config).eval(), bits=2, token_weights=weights)
     model.save_pretrained(tmp_path)
     summary = inspect_checkpoint(tmp_path)
     (table,) = summary.tables
-    assert table.refined_rows > 0
-    model(torch.tensor([[1, 2, 3]]))
-    assert table.expanded_bytes == model.get_output_embeddings().expanded_bytes > 0
-    assert table.code_bytes + table.decoder_bytes == table.bytes == summary.bytes
     embedding = model.get_input_embeddings()
-    layers = f"rank={table.rank}+{table.refinement_rank} for {table.refined_rows} rows"
-    assert repr(embedding) == f"CompressedEmbedding(2000, 32, method=transform, {layers}, bits_per_weight=2)"
+    classes = embedding.row_classes()
+    assert [each.rows for each in table.classes] == classes.bincount().tolist()
+    assert len(table.classes) > 1
+    bits = [each.bits_per_weight for each in table.classes]
+    assert bits == sorted(bits)
+    of_rows = sum(each.rows * each.bits_per_weight for each in table.classes) * 32 / 8
+    assert of_rows == embedding.weight.nbytes + embedding.further_weight.nbytes
+    assert table.code_bytes + table.decoder_bytes == table.bytes == summary.bytes
+    codes = f"rank={table.rank}, classes={len(table.classes)}"
+    assert repr(embedding) == f"CompressedEmbedding(2000, 32, method=transform, {codes}, bits_per_weight=2)"
     assert table.decoder_bytes == embedding.stored_decoder().nbytes + embedding.decoder_bias_weight.nbytes
     shown = run("inspect", tmp_path).stdout
-    assert f"{table.expanded_bytes / 1e3:.1f} kB where a head" in shown
+    assert f"{bits[0]:.3f} per weight in the codes of {table.classes[0].rows:,}" in shown
     assert f"{table.bits_per_weight - table.bound_bits:.3f} bits per weight less" in shown
 
 

@@ -97,8 +97,11 @@ def test_trust_remote_code_without_plugin(repos: Path, tmp_path: Path) -> None:
                 "matrix_dirembed.py",
                 "modeling_dirembed.py",
                 "modules_dirembed.py",
+                "products_dirembed.py",
+                "resizing_dirembed.py",
                 "stock_dirembed.py",
                 "tables_dirembed.py",
+                "triton_dirembed.py",
             }
             if source != "one":
                 shutil.rmtree(repos / name / source)

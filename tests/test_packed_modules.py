@@ -1,15 +1,16 @@
-"""Packed heads and embeddings against brute force, reloaded, copied, trained, compiled and exported."""
+"""Packed heads and embeddings against brute force, reloaded, copied, resized, trained, compiled and exported."""
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 from families import FAMILIES
 from packed import (
+    CLASSES,
     DIM,
     DTYPES,
-    NUM_REFINED,
     NUM_ROWS,
     PACKED_LAYOUT,
     TOLERANCE,
@@ -23,9 +24,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hf_dirembed.checkpoints.convert import inspect_checkpoint
-from hf_dirembed.remote.kernels_dirembed import padded_rank
-from hf_dirembed.remote.matrix_dirembed import CACHE_LINE, resize_rows
+from hf_dirembed.errors import CheckpointError
+from hf_dirembed.remote.codes_dirembed import RowClass
+from hf_dirembed.remote.kernels_dirembed import count_classes
+from hf_dirembed.remote.matrix_dirembed import CACHE_LINE, CompressedMatrix
 from hf_dirembed.remote.modules_dirembed import CompressedLinear
+from hf_dirembed.remote.resizing_dirembed import resize_rows
 
 
 @torch.no_grad()
@@ -48,13 +52,13 @@ def test_a_packed_head_and_embedding_match_brute_force(dtype, shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("batch", [1, 7, 150])
 def test_logits_depend_on_codes_and_states_alone(dtype, batch):
-    """Not on the cache, on gradients, or on where a file's memory map placed the codes."""
+    """Not on gradients, on copies that are kept, or on where a file's memory map placed the codes."""
     head, hidden = make_head(dtype), torch.randn(batch, DIM).to(dtype)
     first, second = head(hidden), head(hidden)
-    of_refined = NUM_REFINED * padded_rank(PACKED_LAYOUT.refinement.rank)
-    assert head.expanded_bytes == NUM_ROWS * padded_rank(PACKED_LAYOUT.base_rank) + of_refined
     with torch.inference_mode():
         inferred = head(hidden)
+    with torch.no_grad():
+        without, again = head(hidden), head(hidden)
     tensors = {}
     for name, tensor in head.state_dict().items():
         memory = torch.empty(tensor.nbytes + 2 * CACHE_LINE, dtype=torch.uint8)
@@ -63,8 +67,39 @@ def test_logits_depend_on_codes_and_states_alone(dtype, batch):
     mapped = make_head(dtype)
     mapped.load_state_dict(tensors, assign=True)
     mapped.align()
-    for other in (second, inferred, copy.deepcopy(head)(hidden), mapped(hidden), head.requires_grad_(False)(hidden)):
+    others = (second, inferred, without, again, copy.deepcopy(head)(hidden), mapped(hidden))
+    for other in (*others, head.requires_grad_(False)(hidden)):
         assert torch.equal(other, first)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [make_head, make_embedding])
+def test_what_follows_a_changed_decoder(make):
+    """The float32 copy of a bfloat16 decoder does, however the decoder is written to."""
+    module, ids = make(torch.bfloat16), torch.arange(NUM_ROWS)
+    inputs = torch.randn(3, DIM).bfloat16() if make is make_head else ids
+
+    def is_current() -> bool:
+        fresh = make(torch.bfloat16)
+        fresh.load_state_dict(module.state_dict())
+        return torch.equal(module(inputs), fresh(inputs))
+
+    module(inputs)
+    module.decoder_weight.mul_(2)
+    assert is_current()
+    module.decoder_weight = nn.Parameter(module.decoder_weight * 2)
+    module.decoder_bias_weight.add_(1)
+    assert is_current()
+    module.load_state_dict(draw_tensors(seed=3), strict=False)
+    assert is_current()
+    with torch.enable_grad():  # an optimiser that leaves no trace in version counters
+        module(inputs).sum().backward()
+    module.decoder_weight.data.sub_(module.decoder_weight.grad)
+    assert is_current()
+    module.float()
+    assert module(inputs.float() if make is make_head else inputs).dtype == torch.float32
+    module.bfloat16()
+    assert is_current()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -78,13 +113,87 @@ def test_a_reloaded_model_gives_the_same_logits(dtype, tmp_path):
     with torch.no_grad():
         expected = model(**family.inputs()).logits
         model.save_pretrained(tmp_path)
+        (table,) = inspect_checkpoint(tmp_path).tables
+        found = [(each.rows, each.bits_per_weight) for each in table.classes]
+        assert found == [(112, 2.0), (37, 2.75), (11, 3.5)]
+        assert sum(rows * bits for rows, bits in found) * DIM / 8 < table.code_bytes
         again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
         assert torch.equal(again(**family.inputs()).logits, expected)
-        assert again.lm_head.expanded_bytes == model.lm_head.expanded_bytes > 0
         hidden = torch.randn(3, DIM).to(dtype)
         before = again.lm_head(hidden)
         again.resize_token_embeddings(90)
         torch.testing.assert_close(again.lm_head(hidden), before[..., :90])
+
+
+def layout_of(*classes, **changes):
+    return replace(PACKED_LAYOUT, classes=tuple(classes), outliers=None, **changes)
+
+
+LAYOUTS = {
+    "one class": layout_of(CLASSES[0]),
+    "two classes of the same bytes": layout_of(RowClass((2, 0, 8, 0)), RowClass((4, 0, 4, 0), rows=40)),
+    "a class without rows": layout_of(CLASSES[0], RowClass((6, 10, 12, 5), rows=0), RowClass((20, 0, 0, 0), rows=9)),
+    "no row of the first class": layout_of(CLASSES[0], RowClass((6, 10, 12, 5), rows=NUM_ROWS)),
+    "four classes and a zero row": layout_of(*CLASSES, RowClass((40, 0, 0, 0), rows=3), zero_row=5),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_fresh_modules_of_any_layout(name, tmp_path):
+    """A model that is built from its config alone has sound codes, and is what it is again after it was saved."""
+    layout = LAYOUTS[name]
+    matrix = CompressedMatrix(NUM_ROWS, DIM, layout)
+    matrix.check_codes()
+    shapes = {key: tuple(tensor.shape) for key, tensor in matrix.code_tensors().items()}
+    assert shapes == layout.stored_shapes(NUM_ROWS, DIM)
+    counts = matrix.row_classes().bincount(minlength=len(layout.classes)).tolist()
+    assert counts[1:] == [each.rows for each in layout.classes[1:]]
+    family = FAMILIES["llama-tied"]
+    model = convert_input(family.make("AutoModelForCausalLM").eval(), layout, matrix.code_tensors())
+    rows, logits = model.get_input_embeddings().dense_weight(), model(**family.inputs()).logits
+    assert torch.equal(rows, matrix.dense_weight())
+    hidden = torch.randn(3, DIM)
+    torch.testing.assert_close(model.lm_head(hidden), hidden @ rows.T, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(**family.inputs()).logits, logits)
+    assert again.get_input_embeddings().layout == model.get_input_embeddings().current_layout()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sizes", [(100,), (64, 1), (NUM_ROWS + 70,), (131, 200, 90), (3, 64)])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_resizing_rows_of_classes(name, sizes, tmp_path):
+    """Rows that stay are what they were; new ones are like an old one, of the first class if there is such."""
+    family = FAMILIES["llama-tied"]
+    tensors = CompressedMatrix(NUM_ROWS, DIM, LAYOUTS[name]).code_tensors()
+    tensors["row_weight"] = tensors["row_weight"][torch.randperm(NUM_ROWS)] + 4 * torch.randint(0, 3, (NUM_ROWS,))
+    tensors["row_weight"] = tensors["row_weight"].to(torch.uint8)
+    if "class_counts_weight" in tensors:
+        tensors["class_counts_weight"] = count_classes(tensors["row_weight"], len(LAYOUTS[name].classes))
+    model = convert_input(family.make("AutoModelForCausalLM").eval(), LAYOUTS[name], tensors)
+    embedding, hidden = model.get_input_embeddings(), torch.randn(3, DIM)
+    for size in sizes:
+        rows, logits, classes = embedding.dense_weight(), model.lm_head(hidden), embedding.row_classes()
+        model.resize_token_embeddings(size)
+        kept = min(size, len(rows))
+        embedding.check_codes()
+        assert torch.equal(embedding.row_classes()[:kept], classes[:kept])
+        torch.testing.assert_close(embedding.dense_weight()[:kept], rows[:kept])
+        torch.testing.assert_close(model.lm_head(hidden)[:, :kept], logits[:, :kept])
+        for row, of_class in zip(embedding.dense_weight()[kept:], embedding.row_classes()[kept:], strict=True):
+            like = torch.isclose(rows, row, rtol=1e-5, atol=1e-5).all(dim=1)
+            assert (of_class == 0) == bool((classes == 0).any())
+            assert (classes[like] == of_class).any()
+        layout = embedding.current_layout()
+        counts = embedding.row_classes().bincount(minlength=len(layout.classes)).tolist()
+        assert [each.rows for each in layout.classes[1:]] == counts[1:]
+        assert model.lm_head.current_layout() == layout
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(again.get_input_embeddings().dense_weight(), embedding.dense_weight())
+    torch.testing.assert_close(again.lm_head(hidden), model.lm_head(hidden))
 
 
 @torch.no_grad()
@@ -100,47 +209,27 @@ def test_outliers_that_a_resize_drops():
         torch.testing.assert_close(embedding.dense_weight(), rows[:num_rows])
 
 
-@torch.no_grad()
-def test_refined_rows_that_a_resize_drops(tmp_path):
-    """The first row takes their place, and stays as it is."""
-    family = FAMILIES["llama-tied"]
+@pytest.mark.parametrize("name", ["latents_weight", "row_weight", "class_counts_weight"])
+def test_codes_that_point_beyond_the_table_are_not_taken(name):
     tensors = draw_tensors()
-    tensors["refined_rows_weight"] = 100 + torch.arange(NUM_REFINED, dtype=torch.int32)
-    model = convert_input(family.make("AutoModelForCausalLM").eval(), PACKED_LAYOUT, tensors)
-    embedding, hidden = model.get_input_embeddings(), torch.randn(3, DIM)
-    rows, logits = embedding.dense_weight(), model.lm_head(hidden)
-    for num_rows, refined in ((102, [100, 101]), (100, [0])):
-        model.resize_token_embeddings(num_rows)
-        assert embedding.refined_rows_weight.tolist() == refined
-        torch.testing.assert_close(embedding.dense_weight(), rows[:num_rows])
-        torch.testing.assert_close(model.lm_head(hidden), logits[:, :num_rows])
-    model.save_pretrained(tmp_path)
-    assert [table.refined_rows for table in inspect_checkpoint(tmp_path).tables] == [1]
-    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    ids = torch.arange(100).view(4, 25)
-    assert torch.equal(again.get_input_embeddings().dense_weight(), embedding.dense_weight())
-    assert torch.equal(again(ids).logits, model(ids).logits)
+    tensors[name].view(-1)[0] = 3 if name == "row_weight" else 10**4
+    with pytest.raises(CheckpointError, match=r"codes .*: (pass|compress)"):
+        make_head().load_state_dict(tensors, strict=False)
 
 
-def test_copies_of_a_head_and_moves_free_the_expansion():
-    head, hidden = make_head(), torch.randn(2, DIM)
-    empty, expected = len(pickle.dumps(head)), head(hidden)
+def test_copies_of_a_head_hold_nothing_else():
+    head, hidden = make_head(torch.bfloat16), torch.randn(2, DIM).bfloat16()
+    with torch.no_grad():
+        empty, expected = len(pickle.dumps(head)), head(hidden)
     assert len(pickle.dumps(head)) == empty
     assert set(head.state_dict()) == {*draw_tensors(), "bias"}
     for other in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
-        assert other.expanded_bytes == 0
         assert torch.equal(other(hidden), expected)
         other.load_state_dict(draw_tensors(seed=3), strict=False)
         assert not torch.allclose(other(hidden), expected)
     assert torch.equal(head(hidden), expected)
-    assert head.expanded_bytes > 0
-    nn.Sequential(head).double()
-    assert head.expanded_bytes == 0
-    torch.testing.assert_close(
-        head(hidden.double()).float(), expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max())
-    )
     head.reset_parameters()
-    assert not torch.allclose(head(hidden.double()).float(), expected)
+    assert not torch.allclose(head(hidden), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -166,7 +255,6 @@ def test_packed_modules_compile_and_export(make, dtype):
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
     exported = torch.export.export(module, arguments, dynamic_shapes=(axes,)).module()
     traced = torch.jit.trace(module, arguments, check_trace=False)
-    assert getattr(module, "expanded_bytes", 0) == 0
     expected = module(*arguments)
     _, sizes = brute_force_rows(module)
     size = arguments[0].double().abs() @ sizes.T if make is make_head else sizes[arguments[0]]
@@ -179,10 +267,11 @@ def test_packed_modules_compile_and_export(make, dtype):
 
 @torch.no_grad()
 def test_a_packed_head_under_autocast():
+    """States and logits are in 16 bits then, as a dense head's."""
     head, hidden = make_head(), torch.randn(2, DIM)
     with torch.autocast("cpu", torch.bfloat16):
         logits = head(hidden)
     assert logits.dtype == torch.bfloat16
     rows, sizes = brute_force_rows(head)
     excess = (logits.double() - hidden.double() @ rows.T - head.bias.double()).abs()
-    assert (excess <= TOLERANCE[torch.bfloat16] * (hidden.double().abs() @ sizes.T)).all()
+    assert (excess <= 3 * TOLERANCE[torch.bfloat16] * (hidden.double().abs() @ sizes.T)).all()

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count, takewhile
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ from ..tables import VocabularyTable, choose_tables
 from .loading import as_unreadable_error, model_class, model_on_meta
 from .safetensors_io import COPY_BYTES, StoredFile, write_merged
 
+
+_BY_ROW = ("weight", "row_weight")  # tensors of codes that may be in files of their own
 
 # Of a config, what says that a checkpoint's tensors are not what the model has: cast, renamed or quantised.
 _CONVERTED = (MODEL_TYPE, "quantization_config", "transformers_weights")
@@ -154,18 +157,21 @@ class StoredTables:
 
             in_files: dict[str, Path] = {}
             for prefix, matrix in module.matrices():
-                path = files.codes(f"{table.path}.{prefix}".rstrip("."))
-                if path.is_file():
-                    in_files[f"{prefix}weight"] = path
-                    found.append(_codes_in_file(path, matrix.weight, table, prefix))
+                for name in _BY_ROW:
+                    path = files.codes(f"{table.path}.{prefix}".rstrip("."), name)
+                    if path.is_file():
+                        in_files[prefix + name] = path
+                        found.append(_codes_in_file(path, getattr(matrix, name), table, prefix + name))
 
             # once their checksum is taken, the model need not hold these codes
             if in_files:
                 checked = checksum_of_bytes(_bytes_of_codes(module.codes(), in_files))
                 module.record = replace(module.record, checksum=checked)
                 for prefix, matrix in module.matrices():
-                    if f"{prefix}weight" in in_files:
-                        matrix.weight = Parameter(matrix.weight.detach().to("meta"), requires_grad=False)
+                    for name in _BY_ROW:
+                        if prefix + name in in_files:
+                            emptied = getattr(matrix, name).detach().to("meta")
+                            setattr(matrix, name, Parameter(emptied, requires_grad=False))
 
         return found
 
@@ -232,16 +238,16 @@ def _length_of_prefix(table: StoredTable) -> int:
     return len(table.prefix)
 
 
-def _codes_in_file(path: Path, codes: Tensor, table: StoredTable, prefix: str) -> StoredFile:
-    """What a file of nothing but codes holds, by the names that these have in the checkpoint."""
-    num_rows, width = codes.shape
-    sizes = {f"{table.prefix}{prefix}weight": num_rows}
-    if len(table.pieces) > 1:
+def _codes_in_file(path: Path, codes: Tensor, table: StoredTable, name: str) -> StoredFile:
+    """What a file of nothing but a tensor of codes holds, by the names that they have in the checkpoint."""
+    num_rows, *width = codes.shape
+    sizes = {table.prefix + name: num_rows}
+    if len(table.pieces) > 1 and name == "weight":
         sizes = {piece.name: piece.num_rows for piece in table.pieces}
     tensors, start = {}, 0
-    for name, rows in sizes.items():
-        stop = start + rows * width
-        tensors[name] = {"dtype": "U8", "shape": [rows, width], "data_offsets": [start, stop]}
+    for each, rows in sizes.items():
+        stop = start + rows * prod(width)
+        tensors[each] = {"dtype": "U8", "shape": [rows, *width], "data_offsets": [start, stop]}
         start = stop
     return StoredFile(path, None, tensors, 0)
 

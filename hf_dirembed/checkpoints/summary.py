@@ -14,9 +14,8 @@ from transformers.modeling_utils import str_to_torch_dtype
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..errors import CheckpointError
-from ..remote.codes_dirembed import BlocksLayout, CompressionSpec, Layout, TableRecord
+from ..remote.codes_dirembed import BlocksLayout, CompressionSpec, Layout, TableLayout, TableRecord
 from ..remote.configuration_dirembed import read_spec
-from ..remote.kernels_dirembed import expanded_bytes
 from ..remote.modeling_dirembed import check_stored_dtypes, shards_of
 from ..tables import VocabularyTable, find_tables
 from .loading import as_unreadable_error, model_class, model_on_meta, read_compressed_config, resolve_checkpoint
@@ -41,6 +40,37 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
+class ClassSummary:
+    """Rows of a table whose codes have the same bits.
+
+    Attributes:
+        rows: How many there are.
+        bits_per_weight: What their codes take, in bits per weight.
+    """
+
+    rows: int
+    bits_per_weight: float
+
+    @classmethod
+    def of(cls, layout: TableLayout, num_rows: int, dim: int) -> tuple[ClassSummary, ...]:
+        """The classes of a (num_rows, dim) table, from the fewest bits on; none where its codes are floats.
+
+        Example:
+            >>> from hf_dirembed.remote.codes_dirembed import RowClass
+            >>> classes = RowClass((0, 0, 0, 16)), RowClass((0, 0, 16, 0), rows=30)
+            >>> layout = TableLayout("transform", 16, "packed", "float16", True, classes, codebook="own")
+            >>> ClassSummary.of(layout, 100, 32)
+            (ClassSummary(rows=70, bits_per_weight=0.5), ClassSummary(rows=30, bits_per_weight=1.0))
+        """
+        others = sum(each.rows or 0 for each in layout.classes)
+        found = (
+            cls(num_rows - others if each.rows is None else each.rows, 8 * each.num_bytes / dim)
+            for each in layout.classes
+        )
+        return tuple(sorted(found, key=lambda each: each.bits_per_weight))
+
+
+@dataclass(frozen=True)
 class TableSummary:
     """What stands in a checkpoint in place of one table.
 
@@ -51,9 +81,8 @@ class TableSummary:
         num_embeddings: V.
         embedding_dim: d.
         blocks: Blocks of columns that are coded by themselves: more than 1 of a per-layer table.
-        rank: Latents of every row, of all blocks.
-        refined_rows: Rows that have further codes; of several blocks, of the one that has most.
-        refinement_rank: For how many latents these rows have further codes.
+        rank: Latents of a row, of all blocks.
+        classes: For packed codes of one block, how many rows have how many bits.
         outliers: Rows that are kept as they are.
         codes: `packed`, or the dtype of the latents.
         bits_per_weight: 8 x `bytes` / (V x d).
@@ -61,8 +90,6 @@ class TableSummary:
         bytes: The size of all tensors that replace the table.
         code_bytes: How much of it is codes, outliers and the numbers of such rows.
         decoder_bytes: How much of it is the decoder and its bias.
-        expanded_bytes: Memory that a head takes beside them, on CPU from its first pass on: codes unpacked. None of it
-            without a head.
         dense_bytes: The size of the table, as the source checkpoint stored it.
         mean_cosine: The mean cosine between rows and what replaces them; None where the checkpoint does not say.
         token_cosine: The same mean, each row weighed by how often its token is expected.
@@ -80,8 +107,7 @@ class TableSummary:
     embedding_dim: int
     blocks: int
     rank: int
-    refined_rows: int
-    refinement_rank: int
+    classes: tuple[ClassSummary, ...]
     outliers: int
     codes: str
     bits_per_weight: float
@@ -89,7 +115,6 @@ class TableSummary:
     bytes: int
     code_bytes: int
     decoder_bytes: int
-    expanded_bytes: int
     dense_bytes: int
     mean_cosine: float | None
     token_cosine: float | None
@@ -120,11 +145,9 @@ class TableSummary:
         """
         num_rows, dim = shape
         blocks = layout.blocks if isinstance(layout, BlocksLayout) else (layout,)
-        refinements = [block.refinement for block in blocks if block.refinement is not None]
         num_bytes = sum(sizes.values())
         decoder_bytes = sum(size for tensor, size in sizes.items() if "decoder_" in tensor)
         dense_bytes = int(record.figure("dense_bytes") or num_rows * dim * 4)
-        has_head = any(kind.endswith("head") for kind in kinds)
 
         return cls(
             name=name,
@@ -133,9 +156,8 @@ class TableSummary:
             num_embeddings=num_rows,
             embedding_dim=dim,
             blocks=len(blocks),
-            rank=sum(block.base_rank for block in blocks),
-            refined_rows=max((each.rows for each in refinements), default=0),
-            refinement_rank=sum(each.rank for each in refinements),
+            rank=sum(block.rank for block in blocks),
+            classes=ClassSummary.of(blocks[0], num_rows, dim) if len(blocks) == 1 else (),
             outliers=sum(block.outliers or 0 for block in blocks),
             codes=blocks[0].codes,
             bits_per_weight=8 * num_bytes / (num_rows * dim),
@@ -143,7 +165,6 @@ class TableSummary:
             bytes=num_bytes,
             code_bytes=num_bytes - decoder_bytes,
             decoder_bytes=decoder_bytes,
-            expanded_bytes=sum(expanded_bytes(num_rows, block) for block in blocks if has_head),
             dense_bytes=dense_bytes,
             shortened_rows=int(record.figure("shortened_rows") or 0),
             **{figure: record.figure(figure) for figure in _FIGURES},

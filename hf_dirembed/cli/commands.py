@@ -268,8 +268,6 @@ def _table_lines(table: TableSummary) -> list[tuple[str, str]]:
     latents = f"{table.rank} for {table.embedding_dim} dimensions, {table.codes}"
     if table.blocks > 1:
         latents += f", in {table.blocks} blocks of columns"
-    if table.refined_rows:
-        latents += f"; further codes for {table.refinement_rank} in the {table.refined_rows:,} most important rows"
 
     lines = [
         ("kind", table.kind),
@@ -282,6 +280,12 @@ def _table_lines(table: TableSummary) -> list[tuple[str, str]]:
         ("mean cosine", cosine),
     ]
 
+    if len(table.classes) > 1:
+        label = "bits of rows"
+        for each in table.classes:
+            lines.append((label, f"{each.bits_per_weight:.3f} per weight in the codes of {each.rows:,}"))
+            label = ""
+
     if table.outliers:
         lines.append(("outlier rows", f"{table.outliers:,} kept as they are"))
     if table.shortened_rows and table.shortened_cosine is not None:
@@ -292,8 +296,6 @@ def _table_lines(table: TableSummary) -> list[tuple[str, str]]:
         lines.append(("lost", f"{table.distortion:.2%} of the weighted variance"))
         distance = f"{table.bits_per_weight - table.bound_bits:.3f} bits per weight less for that"
         lines.append(("", f"a Gaussian table of this spectrum could do with {distance}"))
-    if table.expanded_bytes:
-        lines.append(("at run time", f"+ {_size(table.expanded_bytes)} where a head expands the codes, on CPU"))
     return lines
 
 

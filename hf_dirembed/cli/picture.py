@@ -20,7 +20,7 @@ from ..checkpoints.summary import TableSummary, inspect_checkpoint
 from ..compression.subspace import eigenbasis, row_cosines, second_moment
 from ..compression.table import Table
 from ..errors import CheckpointError, ModelError, first_line
-from ..remote.codes_dirembed import BIT_WIDTHS, TableLayout
+from ..remote.codes_dirembed import BIT_WIDTHS
 from ..remote.matrix_dirembed import CompressedMatrix
 from ..remote.tables_dirembed import TABLE_MODULES, locate_tables, table_at
 
@@ -28,7 +28,8 @@ from ..remote.tables_dirembed import TABLE_MODULES, locate_tables, table_at
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_DENSE, _COMPRESSED, _SECOND = "#7a8793", "#1f6fb4", "#e08a1e"
+_DENSE, _COMPRESSED = "#7a8793", "#1f6fb4"
+_CLASSES = (_COMPRESSED, "#e08a1e", "#3f8f5f", "#a4508b")  # of rows, from the one that has most of them
 _DEPTH = 1e-6  # of the strongest axis: what lies lower is rounding
 _BINS = 60  # of token ranks, on a logarithmic axis
 _QUANTILES = (0.1, 0.5, 0.9)
@@ -40,7 +41,7 @@ class TableProfile:
 
     Attributes:
         summary: The summary of the compressed table.
-        layout: Its layout.
+        bits: (classes, rank) the bits of each latent, of the rows of each class.
         spectrum: (d,) the variance of the compressed rows along their principal axes, descending.
         dense_spectrum: (d,) the variance of the dense rows along theirs, descending; None without a reference.
         ranks: (bins,) the middle of each bin of tokens, by how often they are expected; None without a reference.
@@ -49,7 +50,7 @@ class TableProfile:
     """
 
     summary: TableSummary
-    layout: TableLayout
+    bits: Tensor
     spectrum: Tensor
     dense_spectrum: Tensor | None = None
     ranks: Tensor | None = None
@@ -74,7 +75,7 @@ class TableProfile:
         matrix = table_at(model, summary.name)
         assert isinstance(matrix, CompressedMatrix)
         compressed = matrix.dense_weight()
-        profile = cls(summary, matrix.layout, _spectrum(compressed))
+        profile = cls(summary, _bits(matrix), _spectrum(compressed))
         if reference is None:
             return profile
 
@@ -101,7 +102,7 @@ class TableProfile:
             weights = token_weights(tokenizer, len(dense), languages=card_languages(reference) or None)
             order = weights.argsort(descending=True, stable=True)
         ranks, cosines = _binned(row_cosines(dense.float(), compressed.float())[order])
-        return cls(summary, matrix.layout, profile.spectrum, _spectrum(dense), ranks, cosines, tokenizer is not None)
+        return cls(summary, profile.bits, profile.spectrum, _spectrum(dense), ranks, cosines, tokenizer is not None)
 
 
 def _drawn_table(model: PreTrainedModel, names: Iterable[str]) -> str:
@@ -155,6 +156,18 @@ def _spectrum(rows: Tensor) -> Tensor:
     return values.clamp_min(0)
 
 
+def _bits(matrix: CompressedMatrix) -> Tensor:
+    """The bits of each latent, (classes, rank): summed over the codes that add to it, from the fewest bytes on."""
+    if not matrix.layout.packed:
+        return torch.full((1, matrix.layout.rank), 8 * matrix.weight.element_size())
+    rows, found = matrix.packed_rows(), []
+    for number, each in enumerate(rows.classes):
+        widths = torch.tensor(BIT_WIDTHS).repeat_interleave(torch.tensor(each.bit_allocation))
+        _, latents, _ = rows.of_class(number)
+        found.append((each.num_bytes, torch.zeros(rows.rank, dtype=torch.int64).index_add(0, latents, widths)))
+    return torch.stack([bits for _, bits in sorted(found, key=lambda each: each[0])])
+
+
 def _binned(cosines: Tensor) -> tuple[Tensor, Tensor]:
     """Quantiles of cosines, given in order of falling frequency, in bins that widen with the rank."""
     edges = torch.logspace(0, torch.log10(torch.tensor(float(len(cosines)))).item(), _BINS).round().long().unique()
@@ -186,31 +199,18 @@ def _draw_spectrum(axes: Axes, profile: TableProfile) -> None:
 
 def _draw_bits(axes: Axes, profile: TableProfile) -> None:
     axes.set_title("Bits of the latents", fontsize=11)
-    layout, dim = profile.layout, profile.summary.embedding_dim
-    if layout.bit_allocation is None:
-        widths = [torch.finfo(getattr(torch, layout.codes)).bits] * layout.rank
-    else:
-        widths = _widths(layout.bit_allocation)
-    _steps(axes, widths, dim, _COMPRESSED, "every row")
-
-    if layout.refinement is not None:
-        further = _widths(layout.refinement.bit_allocation)
-        label = f"more for {layout.refinement.rows / profile.summary.num_embeddings:.0%} of the rows"
-        _steps(axes, further, dim, _SECOND, label)
+    dim, num_rows = profile.summary.embedding_dim, profile.summary.num_embeddings
+    labels = [f"{each.rows / num_rows:.0%} of the rows" for each in profile.summary.classes]
+    if len(labels) < 2:
+        labels = ["every row"]
+    for bits, color, label in zip(profile.bits.tolist(), _CLASSES, labels, strict=False):
+        axes.stairs([*bits, *[0] * (dim - len(bits))], range(dim + 1), color=color, lw=1.8, label=label)
 
     axes.set_xlim(0, dim)
-    axes.set_ylim(0, max(widths) * 1.25)
-    axes.set_yticks(sorted({0, *widths} | set(_widths(layout.refinement.bit_allocation) if layout.refinement else ())))
+    axes.set_ylim(0, max(1, int(profile.bits.max())) * 1.25)
+    axes.set_yticks(sorted({0, *profile.bits.unique().tolist()}))
     _label(axes, f"latent, of {dim:,} dimensions", "bits")
     axes.legend(frameon=False)
-
-
-def _widths(counts: tuple[int, ...]) -> list[int]:
-    return [width for count, width in zip(counts, BIT_WIDTHS, strict=True) for _ in range(count)]
-
-
-def _steps(axes: Axes, widths: list[int], dim: int, color: str, label: str) -> None:
-    axes.stairs([*widths, *[0] * (dim - len(widths))], range(dim + 1), color=color, lw=1.8, label=label)
 
 
 def _draw_cosines(axes: Axes, profile: TableProfile) -> None:

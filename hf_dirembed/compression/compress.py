@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +19,7 @@ from .budget import Budget, LatentStorage, TableSize
 from .coded import CodedTable
 from .distortion import TEMPERING, Measure
 from .quality import table_quality
-from .row_files import MemorySink, RowSink
+from .row_files import MakeSink, memory_sink
 from .subspace import direction, svd
 from .table import RowSource, Table
 from .transform.sampled import CodedRows, code_large, is_large
@@ -137,7 +136,7 @@ def compress_table(
     padding_idx: int | None = None,
     device: torch.device | str | None = None,
     resume: str | Path | None = None,
-    make_sink: Callable[[tuple[int, int]], RowSink] = MemorySink,
+    make_sink: MakeSink = memory_sink,
 ) -> CodedTable:
     """Compresses a table of any torch model: [`hf_dirembed.compress`] without the model.
 
@@ -157,7 +156,7 @@ def compress_table(
         device: Where to fit; by default a GPU where there is one.
         resume: A file that `autoencoder` saves its training in after every epoch, and goes on from if it exists.
         make_sink: Makes the place, for the codes of a table of more than a million rows that all count alike, from
-            their shape; by default in memory.
+            the name and shape of their tensor; by default in memory.
 
     Raises:
         BudgetError: If the budget cannot be met.
@@ -233,7 +232,7 @@ def _transform(
     dtype: torch.dtype,
     measure: Measure,
     options: MethodOptions,
-    make_sink: Callable[[tuple[int, int]], RowSink],
+    make_sink: MakeSink,
 ) -> CodedTable | CodedRows:
     max_bytes = budget.max_bytes(_size(table, dtype))
     assert max_bytes is not None

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ..errors import TableError
-from ..remote.codes_dirembed import BIT_WIDTHS
 from .budget import TableSize
 from .compress import MethodOptions
 from .distortion import Measure
@@ -14,6 +13,7 @@ from .quality import WeightedSpectrum
 from .rate_distortion import RateDistortion
 from .sharing import Curve, Demand, LatentCurve
 from .table import RowSource, Table
+from .transform.quantisation import MAX_BITS
 from .transform.sampled import draw_rows, is_large
 from .transform.transform import TransformSettings, code_bytes, fixed_bytes
 
@@ -51,7 +51,7 @@ def demand_of(
         >>> rows = torch.randn(1000, 16, generator=torch.Generator().manual_seed(0))
         >>> demand = demand_of(rows, name="lm_head", cost=1, options=MethodOptions())
         >>> demand.least, round(demand.curve.rate_at_slope(0.1), 1)
-        (1849, 1.9)
+        (2096, 1.9)
     """
     table, dtype = Table(rows, device=options.fitting_device()), rows.dtype
     if dtype is None or not dtype.is_floating_point:
@@ -69,9 +69,10 @@ def demand_of(
 
     curve: Curve
     if options.method == "transform":
-        fixed, all_bits = fixed_bytes(table.dim, dtype), BIT_WIDTHS[0]
+        fixed = fixed_bytes(table.num_rows, table.dim, dtype)
         least, most = (
-            fixed + code_bytes(table.num_rows, table.dim, latents=latents, bits=all_bits) for latents in (1, table.dim)
+            fixed + code_bytes(table.num_rows, table.dim, latents=latents, bits=bits)
+            for latents, bits in ((1, 8), (table.dim, MAX_BITS))
         )
         curve = RateDistortion(grouped(importance.share), spectrum)
     else:

@@ -9,7 +9,7 @@ from functools import partial
 from itertools import accumulate
 from math import prod
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -95,14 +95,22 @@ class RowSink(Protocol):
         """All of them."""
 
 
+MakeSink: TypeAlias = Callable[[str, tuple[int, ...]], RowSink]  # of a tensor's name and shape
+
+
+def memory_sink(tensor: str, shape: tuple[int, ...]) -> RowSink:
+    """Makes the place for a tensor in memory."""
+    return MemorySink(shape)
+
+
 class MemorySink:
     """Rows of bytes in memory.
 
     Args:
-        shape: `(num_rows, bytes)`.
+        shape: `(num_rows, bytes)`, or `(num_rows,)`.
     """
 
-    def __init__(self, shape: tuple[int, int]) -> None:
+    def __init__(self, shape: tuple[int, ...]) -> None:
         self._rows = torch.empty(shape, dtype=torch.uint8)
 
     def put(self, first: int, rows: Tensor) -> None:
@@ -120,7 +128,7 @@ class FileSink:
 
     Attributes:
         path: The file; `create` makes it.
-        shape: `(num_rows, bytes)`.
+        shape: `(num_rows, bytes)`, or `(num_rows,)`.
 
     Example:
         >>> import tempfile
@@ -132,10 +140,10 @@ class FileSink:
     """
 
     path: Path
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
 
     @classmethod
-    def create(cls, path: Path, shape: tuple[int, int]) -> FileSink:
+    def create(cls, path: Path, shape: tuple[int, ...]) -> FileSink:
         """Makes the file, full of zeros, which take no room on most disks."""
         with open(path, "wb") as file:
             file.truncate(prod(shape))
@@ -144,7 +152,7 @@ class FileSink:
     def put(self, first: int, rows: Tensor) -> None:
         """Writes the rows from number `first` on."""
         with open(self.path, "rb+") as file:
-            file.seek(first * self.shape[1])
+            file.seek(first * prod(self.shape[1:]))
             file.write(rows.cpu().contiguous().numpy().data)
 
     def tensor(self) -> Tensor:
@@ -170,13 +178,16 @@ class TableFiles:
         files = [self.folder / f"{path}.{number}.rows" for number in range(len(widths))]
         return split_columns(self.rows[path], widths, files)
 
-    def codes(self, path: str) -> Path:
-        """The file for the codes of a matrix, by the path of its module; not there where they are in memory."""
-        return self.folder / f"{path}.codes"
+    def codes(self, path: str, tensor: str) -> Path:
+        """The file for a tensor of a matrix, by the path of its module; not there where the tensor is in memory."""
+        return self.folder / f"{path}.{tensor}.codes"
 
-    def make_sink(self, path: str) -> Callable[[tuple[int, int]], RowSink]:
-        """What makes this file, for codes of a shape."""
-        return partial(FileSink.create, self.codes(path))
+    def make_sink(self, path: str) -> MakeSink:
+        """What makes such files, for the tensors of a matrix."""
+        return partial(self._make_sink, path)
+
+    def _make_sink(self, path: str, tensor: str, shape: tuple[int, ...]) -> RowSink:
+        return FileSink.create(self.codes(path, tensor), shape)
 
 
 def split_columns(rows: RowSource, widths: Sequence[int], files: Sequence[Path]) -> list[FileRows]:

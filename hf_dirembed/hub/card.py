@@ -15,7 +15,7 @@ from transformers.utils import CONFIG_NAME
 
 from ..checkpoints.atomic import staged_file
 from ..errors import CheckpointError
-from ..remote.codes_dirembed import BIT_WIDTHS, BlocksLayout, Layout, Refinement, TableLayout
+from ..remote.codes_dirembed import BIT_WIDTHS, BlocksLayout, Layout, RowClass
 from ..remote.configuration_dirembed import read_spec
 from .figures import Figures
 from .source import Source
@@ -207,20 +207,22 @@ def layout_lines(layout: Layout) -> list[tuple[str, str]]:
             f"{len(layout.blocks)}, each coded by itself, of {', '.join(map(str, sorted(set(layout.dims))))} columns"
         )
         return [("method", f"`{layout.method}`"), ("blocks of columns", blocks)]
-    lines = [("method", f"`{layout.method}`"), ("latents of every row", f"{layout.base_rank}: {_widths(layout)}")]
-    if layout.refinement:
-        further = f"{layout.refinement.rank}: {_widths(layout.refinement)}"
-        lines.append((f"further codes of the {layout.refinement.rows:,} most important rows", further))
+    lines = [("method", f"`{layout.method}`")]
+    if not layout.packed:
+        lines.append(("latents of every row", f"{layout.rank}: {layout.codes}"))
+    else:
+        lines.append(("latents of every row", str(layout.rank)))
+        first, *further = layout.classes
+        lines.append((f"codes of {'most rows' if further else 'every row'}", _widths(first)))
+        lines += [(f"codes of {each.rows:,} important rows", _widths(each)) for each in further]
     if layout.outliers:
         lines.append(("rows that are kept as they are", f"{layout.outliers:,}"))
     return [*lines, ("decoder", f"{layout.decoder}, {'affine' if layout.bias else 'linear'}")]
 
 
-def _widths(layer: TableLayout | Refinement) -> str:
-    """How many bits the latents of a layer have."""
-    if layer.bit_allocation is None:
-        return layer.codes if isinstance(layer, TableLayout) else ""
-    counts = [(n, width) for n, width in zip(layer.bit_allocation, BIT_WIDTHS, strict=True) if n]
+def _widths(rows: RowClass) -> str:
+    """How many bits the codes of a row have."""
+    counts = [(n, width) for n, width in zip(rows.bit_allocation, BIT_WIDTHS, strict=True) if n]
     return ", ".join(f"{n} of {width} bit{'s' if width > 1 else ''}" for n, width in counts)
 
 

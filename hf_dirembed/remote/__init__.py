@@ -1,1 +1,1 @@
-"""What travels with a compressed model: five files that import one another and nothing else of the package."""
+"""What travels with a compressed model: files that import one another and nothing else of the package."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, TypeAlias
 
 import torch
@@ -19,12 +19,17 @@ FORMAT = 2
 FLOAT_CODES = ("float32", "float16", "bfloat16")
 DECODERS = (*FLOAT_CODES, "float8_e4m3fn")
 PACKED_CODES = "packed"
-BIT_WIDTHS = (8, 4, 2, 1)  # the order of a packed row; powers of two, so that no latent straddles two bytes
-STATE_BITS = 8  # of the trellis that latents of fewer bits are read through
-CODEBOOK_SHAPE = (len(BIT_WIDTHS) - 1, 1 << STATE_BITS)
-OCTAVE = 8  # steps of a refinement come in eighths of a power of two
-NO_STEP = -128  # the exponent of a step of 0
-MAX_RANK = 65_536
+BIT_WIDTHS = (4, 3, 2, 1)  # the order of a packed row
+STATE_BITS = 8  # of the trellis that codes are read through
+CODEBOOK_SHAPE = (len(BIT_WIDTHS), 1 << STATE_BITS)
+CODEBOOKS = ("own", "gaussian")
+OCTAVE = 8  # steps of codes come in eighths of a power of two
+MAX_RANK = 32_767  # more than any model's dimension
+MAX_CLASSES = 4  # of rows: two bits tell them apart
+CLASS_BITS = 2
+CLASS_BLOCK = 64  # rows; how many of each class come before a block is stored
+QUARTER = 4  # scales of rows come in quarters of a power of two
+SCALE_BIAS = 32  # the exponent of a scale of 1
 MAX_BLOCKS = 1_024
 CODE_TENSORS = (
     "weight",
@@ -32,10 +37,11 @@ CODE_TENSORS = (
     "decoder_weight",
     "exponent_weight",
     "decoder_bias_weight",
-    "refinement_weight",
-    "refined_rows_weight",
-    "refined_latents_weight",
-    "refinement_exponent_weight",
+    "latents_weight",
+    "steps_weight",
+    "row_weight",
+    "class_counts_weight",
+    "further_weight",
     "outlier_weight",
     "outlier_rows_weight",
 )
@@ -79,13 +85,13 @@ def first_line(error: BaseException) -> str:
 
 
 def code_bytes(bit_allocation: tuple[int, ...]) -> int:
-    """Bytes of a packed row: the latents of each width start at a byte of their own.
+    """Bytes of a packed row, whose codes are a stream of bits.
 
     Example:
-        >>> code_bytes((1, 0, 2, 8))
+        >>> code_bytes((1, 0, 2, 9))
         3
     """
-    return sum(math.ceil(count * width / 8) for count, width in zip(bit_allocation, BIT_WIDTHS, strict=True))
+    return math.ceil(sum(count * width for count, width in zip(bit_allocation, BIT_WIDTHS, strict=True)) / 8)
 
 
 def _check_bit_allocation(counts: Any) -> None:
@@ -93,11 +99,11 @@ def _check_bit_allocation(counts: Any) -> None:
         not isinstance(counts, tuple)
         or len(counts) != len(BIT_WIDTHS)
         or any(type(count) is not int or count < 0 for count in counts)
-        or not 1 <= sum(counts) <= MAX_RANK
+        or not 1 <= sum(counts) <= 2 * MAX_RANK
     ):
         raise SpecError(
-            f"dirembed bit_allocation {counts!r} is not {len(BIT_WIDTHS)} counts of latents "
-            f"(of {', '.join(map(str, BIT_WIDTHS))} bits) that sum to 1 to {MAX_RANK}: compress the model again"
+            f"dirembed bit_allocation {counts!r:.200} is not {len(BIT_WIDTHS)} counts of codes "
+            f"(of {', '.join(map(str, BIT_WIDTHS))} bits) that sum to 1 to {2 * MAX_RANK}: compress the model again"
         )
 
 
@@ -107,35 +113,36 @@ def _check_rank(rank: Any) -> None:
 
 
 @dataclass(frozen=True)
-class Refinement:
-    """A second stage of packed codes, which only some rows have: those of frequent tokens.
-
-    It makes latents of the first stage finer, or has the bits of latents that the first stage has none for.
+class RowClass:
+    """Rows that have the same bits: the more a row counts, the more bits its class has.
 
     Attributes:
-        rows: How many rows have it.
-        bit_allocation: How many latents have 8, 4, 2 and 1 bits of it.
+        bit_allocation: How many codes of a row have 4, 3, 2 and 1 bits.
+        rows: How many rows are of this class; None for the first class, which has all that no other has.
 
     Raises:
         SpecError: If a field is of the wrong type or out of range.
+
+    Source: Chen & Smith 1977, "Adaptive coding of monochrome and color images": blocks are sorted into classes, each
+        with an allocation of its own.
     """
 
-    rows: int
     bit_allocation: tuple[int, ...]
+    rows: int | None = None
 
     def __post_init__(self) -> None:
-        if type(self.rows) is not int or self.rows < 1:
-            raise SpecError(f"dirembed refinement rows {self.rows!r} is not a positive whole number: compress again")
         _check_bit_allocation(self.bit_allocation)
+        if self.rows is not None and (type(self.rows) is not int or self.rows < 0):
+            raise SpecError(f"dirembed rows {self.rows!r:.200} of a class are no whole number: compress again")
 
     @property
-    def rank(self) -> int:
-        """The number of latents that it makes finer."""
+    def num_codes(self) -> int:
+        """The number of codes of a row."""
         return sum(self.bit_allocation)
 
     @property
-    def code_width(self) -> int:
-        """Bytes of a packed row."""
+    def num_bytes(self) -> int:
+        """Bytes of a row."""
         return code_bytes(self.bit_allocation)
 
 
@@ -152,8 +159,9 @@ class TableLayout:
             shape (V, bytes per row) and dtype uint8.
         decoder: Dtype of the decoder, never wider than the model's.
         bias: Whether the decoder is affine. Over packed codes it is.
-        bit_allocation: For packed codes, how many of the leading latents have 8, 4, 2 and 1 bits in every row.
-        refinement: For packed codes, a second stage that only some rows have.
+        classes: For packed codes, the classes of the rows. Rows of the first have the fewest bytes.
+        codebook: For packed codes, `own` or `gaussian`: whether the table has its own, or the one that small tables
+            share.
         outliers: Over packed codes, how many rows are kept as they are, whatever their codes stand for: those that the
             codes would lose.
         zero_row: The row that is exactly zero, whatever its codes stand for: that of the padding token, where it was
@@ -164,10 +172,11 @@ class TableLayout:
 
     Example:
         >>> layout = TableLayout(
-        ...     method="transform", rank=12, codes="packed", decoder="float16", bias=True, bit_allocation=(0, 2, 2, 8)
-        ... )
-        >>> layout.code_width
-        3
+        ...     method="transform", rank=12, codes="packed", decoder="float16", bias=True, codebook="own",
+        ...     classes=(RowClass((0, 0, 4, 8)), RowClass((2, 2, 4, 4), rows=100)),
+        ... )  # fmt: skip
+        >>> layout.code_width, layout.further_bytes
+        (2, 200)
     """
 
     method: str
@@ -175,8 +184,8 @@ class TableLayout:
     codes: str
     decoder: str
     bias: bool = False
-    bit_allocation: tuple[int, ...] | None = None
-    refinement: Refinement | None = None
+    classes: tuple[RowClass, ...] = ()
+    codebook: str | None = None
     outliers: int | None = None
     zero_row: int | None = None
 
@@ -191,43 +200,56 @@ class TableLayout:
             raise SpecError(f"dirembed decoder {self.decoder!r} is not one of {known}: compress the model again")
 
         if self.codes == PACKED_CODES:
-            _check_bit_allocation(self.bit_allocation)
             if not self.bias:
                 raise SpecError("dirembed packed codes come with a bias: compress the model again")
-            self._check_stages()
+            self._check_classes()
+            if self.codebook not in CODEBOOKS:
+                known = ", ".join(CODEBOOKS)
+                raise SpecError(f"dirembed codebook {self.codebook!r:.200} is not one of {known}: compress again")
         elif self.codes not in FLOAT_CODES:
             known = ", ".join((*FLOAT_CODES, PACKED_CODES))
             raise SpecError(f"dirembed codes {self.codes!r} are not one of {known}: compress the model again")
-        elif (self.bit_allocation, self.refinement, self.outliers) != (None, None, None):
-            raise SpecError(
-                "dirembed bit_allocation, refinement and outliers go with packed codes only: compress again"
-            )
+        elif self.classes or self.codebook is not None or self.outliers is not None:
+            raise SpecError("dirembed classes, codebook and outliers go with packed codes only: compress again")
 
-        if not isinstance(self.refinement, (Refinement, type(None))):
-            raise SpecError(f"dirembed refinement {self.refinement!r} is not an object: compress the model again")
         if self.outliers is not None and (type(self.outliers) is not int or self.outliers < 1):
             raise SpecError(f"dirembed outliers {self.outliers!r} is not a positive whole number: compress again")
         if self.zero_row is not None and (type(self.zero_row) is not int or self.zero_row < 0):
             raise SpecError(f"dirembed zero_row {self.zero_row!r} is no row's number: compress the model again")
 
-    def _check_stages(self) -> None:
-        """Every latent has bits in one of the stages, and none has more than one code in each."""
-        further = self.refinement.rank if isinstance(self.refinement, Refinement) else 0
-        if max(self.base_rank, further) > self.rank or self.base_rank + further < self.rank:
-            raise SpecError(
-                f"dirembed rank {self.rank} is not what a bit_allocation to {self.base_rank} latents and a refinement "
-                f"of {further} come to: compress the model again"
-            )
+    def _check_classes(self) -> None:
+        """The first class has the rows that are left, and the fewest bytes."""
+        if (
+            not isinstance(self.classes, tuple)
+            or not 1 <= len(self.classes) <= MAX_CLASSES
+            or not all(isinstance(each, RowClass) for each in self.classes)
+        ):
+            raise SpecError(f"dirembed classes {self.classes!r:.200} are not 1 to {MAX_CLASSES}: compress again")
+        first, *further = self.classes
+        if first.rows is not None or any(each.rows is None for each in further):
+            raise SpecError("dirembed classes but the first say how many rows they have: compress the model again")
+        if any(each.num_bytes < first.num_bytes for each in further):
+            raise SpecError("rows of the first dirembed class have the fewest bytes: compress the model again")
 
     @property
-    def base_rank(self) -> int:
-        """The number of latents that every row has."""
-        return self.rank if self.bit_allocation is None else sum(self.bit_allocation)
+    def packed(self) -> bool:
+        """Whether the codes are packed integers."""
+        return self.codes == PACKED_CODES
 
     @property
     def code_width(self) -> int:
         """Columns of the code matrix: latents for float codes, bytes for packed ones."""
-        return self.rank if self.bit_allocation is None else code_bytes(self.bit_allocation)
+        return self.classes[0].num_bytes if self.classes else self.rank
+
+    @property
+    def further_bytes(self) -> int:
+        """Bytes of all rows beyond the code matrix's, which rows of the first class do not have."""
+        return sum((each.rows or 0) * (each.num_bytes - self.code_width) for each in self.classes)
+
+    @property
+    def num_codes(self) -> int:
+        """Codes of a row, summed over the classes."""
+        return sum(each.num_codes for each in self.classes)
 
     def stored_shapes(self, num_rows: int, dim: int) -> dict[str, tuple[int, ...]]:
         """The shapes of those of `CODE_TENSORS` that a (num_rows, dim) table has."""
@@ -236,16 +258,18 @@ class TableLayout:
             "decoder_weight": (self.rank, dim),
         }
 
-        if self.codes == PACKED_CODES:
-            shapes["codebook_weight"] = CODEBOOK_SHAPE
+        if self.packed:
+            if self.codebook == "own":
+                shapes["codebook_weight"] = CODEBOOK_SHAPE
             shapes["exponent_weight"] = (self.rank,)
+            shapes["latents_weight"] = shapes["steps_weight"] = (self.num_codes,)
+            shapes["row_weight"] = (num_rows,)
         if self.bias:
             shapes["decoder_bias_weight"] = (dim,)
 
-        if self.refinement is not None:
-            shapes["refinement_weight"] = (self.refinement.rows, self.refinement.code_width)
-            shapes["refined_rows_weight"] = (self.refinement.rows,)
-            shapes["refined_latents_weight"] = shapes["refinement_exponent_weight"] = (self.refinement.rank,)
+        if len(self.classes) > 1:
+            shapes["class_counts_weight"] = (math.ceil(num_rows / CLASS_BLOCK), len(self.classes) - 1)
+            shapes["further_weight"] = (self.further_bytes,)
         if self.outliers is not None:
             shapes["outlier_weight"] = (self.outliers, dim)
             shapes["outlier_rows_weight"] = (self.outliers,)
@@ -254,11 +278,11 @@ class TableLayout:
 
     def stored_dtypes(self, tensor: str) -> tuple[str, ...]:
         """The dtypes that one of `CODE_TENSORS` may have in a file, as safetensors calls them."""
-        if tensor in ("refined_rows_weight", "refined_latents_weight", "outlier_rows_weight"):
+        if tensor in ("latents_weight", "class_counts_weight", "outlier_rows_weight"):
             return ("I32",)
-        if tensor in ("codebook_weight", "exponent_weight", "refinement_exponent_weight"):
+        if tensor in ("codebook_weight", "exponent_weight", "steps_weight"):
             return ("I8",)
-        packed = tensor == "refinement_weight" or (tensor == "weight" and self.codes == PACKED_CODES)
+        packed = tensor in ("row_weight", "further_weight") or (tensor == "weight" and self.packed)
         floats = ("F16", "BF16", "F32", "F64")
         if tensor == "decoder_weight":
             return ("F8_E4M3", *floats)
@@ -268,12 +292,11 @@ class TableLayout:
         """Refuses a layout that does not fit a table, or that a stock class would take for the table itself.
 
         Raises:
-            SpecError: If the code matrix is as wide as the table, or the stages' ranks, refined rows, outliers or the
-                zero row exceed it.
+            SpecError: If the code matrix is as wide as the table, or latents, rows of classes, outliers or the zero
+                row exceed it.
         """
-        ranks = [self.base_rank, self.refinement.rank if self.refinement else 1]
-        rows = [self.refinement.rows if self.refinement else 1, self.outliers or 1, 1 + (self.zero_row or 0)]
-        if max(ranks) > dim or max(rows) > num_rows:
+        rows = [sum(each.rows or 0 for each in self.classes), self.outliers or 1, 1 + (self.zero_row or 0)]
+        if self.rank > dim or max(rows) > num_rows:
             raise SpecError(f"the dirembed layout exceeds a table of {num_rows} x {dim}: compress the model again")
         if self.code_width == dim:
             raise SpecError(
@@ -289,16 +312,20 @@ class TableLayout:
             SpecError: If `values` is no object, has unknown or missing keys, or holds a bad value.
         """
         values = _fields_of(cls, values)
-        if isinstance(values.get("refinement"), dict):
-            values["refinement"] = Refinement(**_fields_of(Refinement, values["refinement"]))
+        if "classes" in values:
+            classes = values["classes"]
+            if not isinstance(classes, list) or len(classes) > MAX_CLASSES:
+                raise SpecError(f"dirembed classes {classes!r:.200} are no list of classes: compress the model again")
+            values["classes"] = tuple(RowClass(**_fields_of(RowClass, each)) for each in classes)
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form. Fields that do not apply are left out."""
-        values = {name: value for name, value in asdict(self).items() if value is not None}
-        for stage in (values, values.get("refinement", {})):
-            if "bit_allocation" in stage:
-                stage["bit_allocation"] = list(stage["bit_allocation"])
+        values = {name: value for name, value in vars(self).items() if value is not None and name != "classes"}
+        if self.classes:
+            values["classes"] = [
+                {name: value for name, value in vars(each).items() if value is not None} for each in self.classes
+            ]
         return values
 
 

@@ -5,50 +5,78 @@ This file travels with every compressed model, so it imports nothing of the pack
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .codes_dirembed import CODE_TENSORS, CODEBOOK_SHAPE, NO_STEP, PACKED_CODES, ModelError, TableLayout, TableRecord
-from .kernels_dirembed import refinement_steps, unpack_levels
+from .codes_dirembed import (
+    CODE_TENSORS,
+    CheckpointError,
+    ModelError,
+    TableError,
+    TableLayout,
+    TableRecord,
+)
+from .kernels_dirembed import PackedRows, count_classes, gaussian_codebook, pack_rows, row_classes
+from .products_dirembed import is_traced, package, product_dtype, read_rows
 
 
 CACHE_LINE = 64  # bytes; what torch's own allocations are aligned to
 DENSE_CHUNK = 1 << 14  # rows decoded at a time when the whole table is asked for
 DECODER_TENSORS = ("decoder_weight", "decoder_bias_weight")  # of the code tensors, those that learn unless frozen
+INTEGER_TENSORS = ("weight", "codebook_weight", "further_weight")  # of packed codes, those that may hold any bits
 
 
-@dataclass
-class Package:
-    """What only the installed package does, with more than these files hold; it fills this in when it is imported.
+class WideCopies:
+    """Copies of tensors in another dtype, made at their first use, and again whenever one of the tensors has changed.
 
-    Attributes:
-        compress_table: Compresses a table.
-        shadow_latents: The floats that learn in place of a matrix's packed codes.
-        find_tables: Every vocabulary table of a model, compressed or not.
-        before_upload: Called with model, folder and repo before `push_to_hub` uploads the folder.
+    A cache: copies, pickles and state dicts of what holds it leave it empty. Changes are told by a tensor's memory,
+    shape and version counter; the counter misses writes through `.data`: call `clear` where these may come about.
+
+    Example:
+        >>> copies, narrow = WideCopies(), torch.ones(2, dtype=torch.bfloat16)
+        >>> wide = copies.get("decoder_weight", narrow, torch.float32)
+        >>> wide, copies.get("decoder_weight", narrow, torch.float32) is wide
+        (tensor([1., 1.]), True)
+        >>> copies.get("decoder_weight", narrow.mul_(2), torch.float32)
+        tensor([2., 2.])
     """
 
-    compress_table: Callable[..., Any] | None = None
-    shadow_latents: Callable[[CompressedMatrix], nn.Module] | None = None
-    find_tables: Callable[[Any], list[Any]] | None = None
-    before_upload: Callable[[Any, str, str], None] | None = None
+    def __init__(self) -> None:
+        self._entries: dict[str, tuple[tuple[Any, ...], Tensor, Tensor]] = {}
 
+    def get(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """The tensor in another dtype; without gradients."""
+        version = -1 if tensor.is_inference() else tensor._version
+        key = tensor.data_ptr(), version, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, dtype
+        entry = self._entries.get(name)
+        if entry is None or entry[0] != key:
+            # What is made under `inference_mode` could not serve a training step later. The tensor is held, so that
+            # its memory cannot be freed and come back as another's at the same address.
+            with torch.inference_mode(False), torch.no_grad():
+                entry = self._entries[name] = key, tensor.detach(), tensor.detach().to(dtype)
+        return entry[2]
 
-package = Package()
+    def clear(self) -> None:
+        """Frees the copies."""
+        self._entries.clear()
+
+    def __reduce__(self) -> tuple[type[WideCopies], tuple[()]]:
+        return WideCopies, ()
 
 
 class CompressedMatrix(nn.Module):
     """A (num_rows, dim) matrix held as codes and an affine decoder: row i is zᵢ D + b.
 
-    The latents zᵢ are the floats of row i of the code matrix or, where it is packed, the integers that it stands for
-    plus ½ (a mid-rise quantiser), times a power of two for each latent: these exponents keep D at the size that
-    optimisers expect of weights and that narrow floats hold well. To some latents of the rows that a refinement names
-    it adds finer ones, times steps of their own; outliers, rows that the codes would lose, are kept as they are.
+    The latents zᵢ are the floats of row i of the code matrix or, where it is packed, sums of what its codes stand for:
+    a code's half-integer (a mid-rise quantiser's) times its step is added to one latent. Rows are of one or several
+    classes, each with codes of its own; the more a row counts, the more bits its class has. All latents of a row are
+    multiplied by its scale, and each latent by a power of two: these exponents keep D at the size that optimisers
+    expect of weights and that narrow floats hold well. Outliers, rows that the codes would lose, are kept as they are.
     Training changes the decoder alone; latents and outliers too, once they are unfrozen. Packed latents then have
     floats beside them that learn, a module which is no part of files.
 
@@ -69,13 +97,16 @@ class CompressedMatrix(nn.Module):
         SpecError: If the layout does not fit the matrix.
     """
 
+    weight: nn.Parameter
+    decoder_weight: nn.Parameter
     codebook_weight: nn.Parameter | None
     exponent_weight: nn.Parameter | None
     decoder_bias_weight: nn.Parameter | None
-    refinement_weight: nn.Parameter | None
-    refined_rows_weight: nn.Parameter | None
-    refined_latents_weight: nn.Parameter | None
-    refinement_exponent_weight: nn.Parameter | None
+    latents_weight: nn.Parameter | None
+    steps_weight: nn.Parameter | None
+    row_weight: nn.Parameter | None
+    class_counts_weight: nn.Parameter | None
+    further_weight: nn.Parameter | None
     outlier_weight: nn.Parameter | None
     outlier_rows_weight: nn.Parameter | None
     tied = False  # whether other modules of the model share its tensors
@@ -94,27 +125,31 @@ class CompressedMatrix(nn.Module):
         dtype = dtype or torch.get_default_dtype()
         self.layout = layout
         self.record = TableRecord()
+        self._wide = WideCopies()
+        shapes = layout.stored_shapes(num_rows, dim)
 
-        def parameter(*shape: int, dtype: torch.dtype, trained: bool = False) -> nn.Parameter:
+        def parameter(name: str, dtype: torch.dtype, trained: bool = False) -> nn.Parameter | None:
             # Codes are parameters too, not buffers: transformers looks tied tensors up by `get_parameter`.
-            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=trained)
+            if name not in shapes:
+                return None
+            return nn.Parameter(torch.empty(shapes[name], dtype=dtype, device=device), requires_grad=trained)
 
-        code_dtype = torch.uint8 if layout.codes == PACKED_CODES else _narrower(layout.codes, dtype)
-        refined = layout.refinement
-        self.decoder_bias_weight = parameter(dim, dtype=dtype, trained=True) if layout.bias else None
-        self.decoder_weight = parameter(layout.rank, dim, dtype=dtype, trained=True)
-        self.weight = parameter(num_rows, layout.code_width, dtype=code_dtype)
+        self.decoder_bias_weight = parameter("decoder_bias_weight", dtype, trained=True)
+        self.register_parameter("decoder_weight", parameter("decoder_weight", dtype, trained=True))
+        self.register_parameter(
+            "weight", parameter("weight", torch.uint8 if layout.packed else _narrower(layout.codes, dtype))
+        )
 
-        packed = layout.codes == PACKED_CODES
-        self.codebook_weight = parameter(*CODEBOOK_SHAPE, dtype=torch.int8) if packed else None
-        self.exponent_weight = parameter(layout.rank, dtype=torch.int8) if packed else None
+        self.codebook_weight = parameter("codebook_weight", torch.int8)
+        self.exponent_weight = parameter("exponent_weight", torch.int8)
+        self.latents_weight = parameter("latents_weight", torch.int32)  # processes cannot broadcast 16 bits
+        self.steps_weight = parameter("steps_weight", torch.int8)
 
-        self.refinement_weight = parameter(refined.rows, refined.code_width, dtype=torch.uint8) if refined else None
-        self.refined_rows_weight = parameter(refined.rows, dtype=torch.int32) if refined else None
-        self.refined_latents_weight = parameter(refined.rank, dtype=torch.int32) if refined else None
-        self.refinement_exponent_weight = parameter(refined.rank, dtype=torch.int8) if refined else None
-        self.outlier_weight = parameter(layout.outliers, dim, dtype=dtype) if layout.outliers else None
-        self.outlier_rows_weight = parameter(layout.outliers, dtype=torch.int32) if layout.outliers else None
+        self.row_weight = parameter("row_weight", torch.uint8)
+        self.class_counts_weight = parameter("class_counts_weight", torch.int32)
+        self.further_weight = parameter("further_weight", torch.uint8)
+        self.outlier_weight = parameter("outlier_weight", dtype)
+        self.outlier_rows_weight = parameter("outlier_rows_weight", torch.int32)
 
         self.reset_parameters()
 
@@ -129,20 +164,36 @@ class CompressedMatrix(nn.Module):
             nn.init.zeros_(self.decoder_bias_weight)
         if self.weight.is_floating_point():
             nn.init.normal_(self.weight)
-
-        for codes in (self.weight, self.refinement_weight, self.codebook_weight):
-            if codes is not None and not codes.is_floating_point():
-                codes.random_(torch.iinfo(codes.dtype).min, torch.iinfo(codes.dtype).max + 1)
-        if self.exponent_weight is not None:
-            self.exponent_weight.fill_(-7)  # as levels go up to 127.5
-        if self.refinement_exponent_weight is not None:
-            nn.init.zeros_(self.refinement_exponent_weight)
+        else:
+            self._reset_codes()
 
         if self.outlier_weight is not None:
             nn.init.normal_(self.outlier_weight)
-        for numbers in (self.refined_rows_weight, self.refined_latents_weight, self.outlier_rows_weight):
-            if numbers is not None:
-                torch.arange(len(numbers), out=numbers)
+        if self.outlier_rows_weight is not None:
+            torch.arange(len(self.outlier_rows_weight), out=self.outlier_rows_weight)
+
+    def _reset_codes(self) -> None:
+        """Random packed codes; the first rows are of the classes of more bits."""
+        assert self.exponent_weight is not None
+        assert self.latents_weight is not None
+        assert self.steps_weight is not None
+        assert self.row_weight is not None
+        for name in INTEGER_TENSORS:
+            if (codes := getattr(self, name)) is not None:
+                codes.random_(torch.iinfo(codes.dtype).min, torch.iinfo(codes.dtype).max + 1)
+        self.exponent_weight.fill_(-7)  # as levels go up to 127.5
+        self.steps_weight.zero_()
+
+        counts, device = [each.num_codes for each in self.layout.classes], self.weight.device
+        of_classes = [torch.arange(count, device=device) % self.layout.rank for count in counts]
+        self.latents_weight.copy_(torch.cat(of_classes))
+
+        numbers = torch.arange(1, len(counts), device=device)
+        sizes = torch.tensor([each.rows for each in self.layout.classes[1:]], dtype=torch.int64, device=device)
+        classes = F.pad(numbers.repeat_interleave(sizes), (0, self.num_rows - int(sizes.sum())))
+        self.row_weight.copy_(pack_rows(classes, torch.ones(self.num_rows, device=device)))
+        if self.class_counts_weight is not None:
+            self.class_counts_weight.copy_(count_classes(self.row_weight, len(counts)))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -159,40 +210,66 @@ class CompressedMatrix(nn.Module):
         """The length of a row."""
         return self.decoder_weight.shape[1]
 
+    def packed_rows(self) -> PackedRows:
+        """The packed codes of all rows, with what it takes to read them.
+
+        Raises:
+            ModelError: If the codes are floats.
+        """
+        latents, steps = self.latents_weight, self.steps_weight
+        if latents is None or steps is None or self.row_weight is None:
+            raise ModelError("these codes are floats, not packed integers: read them from `weight`")
+        return PackedRows(
+            weight=self.weight,
+            codebook=gaussian_codebook(self.weight.device) if self.codebook_weight is None else self.codebook_weight,
+            latents=latents,
+            steps=steps,
+            rows=self.row_weight,
+            classes=self.layout.classes,
+            rank=self.layout.rank,
+            class_counts=self.class_counts_weight,
+            further=self.further_weight,
+        )
+
+    def row_classes(self) -> Tensor:
+        """The class of every row, (num_rows,) int32; all zero where the codes are floats."""
+        if self.row_weight is None:
+            return torch.zeros(self.num_rows, dtype=torch.int32, device=self.weight.device)
+        return row_classes(self.row_weight)
+
+    def further_bytes(self, number: int) -> Tensor:
+        """The bytes of a class's rows behind those in `weight`, (its rows, bytes), where they are in memory."""
+        assert self.further_weight is not None
+        of_class = [(each.rows or 0, each.num_bytes - self.layout.code_width) for each in self.layout.classes]
+        begin = sum(rows * own for rows, own in of_class[:number])
+        rows, own = of_class[number]
+        return self.further_weight[begin : begin + rows * own].view(rows, own)
+
+    def check_codes(self) -> None:
+        """Refuses packed codes that could make kernels read beyond them; those that are not in memory pass.
+
+        Raises:
+            CheckpointError: If a shape or dtype does not fit the layout, a latent's number is none, or the classes of
+                the rows are miscounted.
+        """
+        codes = self.codes().values()
+        if not self.layout.packed or any(each.is_meta or hasattr(each, "device_mesh") for each in codes):
+            return
+        try:
+            self.packed_rows().check()
+        except TableError as error:
+            raise CheckpointError(str(error)) from error
+
     def latents_of(self, ids: Tensor) -> Tensor:
-        """The latents of rows, (..., rank); zero where a row has none."""
+        """The latents of rows, (..., rank), those of packed codes in float32 at least; zero where a row has none."""
         self.check_gradients()
         if (shadow := self.active_shadow) is not None:
             shadow.refresh(self, ids)
 
-        codes = F.embedding(ids, self.weight)
-        if self.layout.bit_allocation is None or self.codebook_weight is None:
-            return codes.to(self.dtype)
-
-        latents = unpack_levels(codes, self.layout.bit_allocation, self.codebook_weight, self.dtype)
-        if (
-            self.refinement_weight is not None
-            and self.refined_rows_weight is not None
-            and self.layout.refinement is not None
-        ):
-            slots, refined = find_slots(self.refined_rows_weight, ids, len(self.weight))
-            codes = F.embedding(slots, self.refinement_weight)
-            further = unpack_levels(codes, self.layout.refinement.bit_allocation, self.codebook_weight, self.dtype)
-            latents = self.refine(latents, further * self.refinement_steps(self.dtype) * refined.unsqueeze(-1))
-
-        latents = self.scaled(latents)
+        if not self.layout.packed:
+            return F.embedding(ids, self.weight).to(self.dtype)
+        latents = self.scaled(read_rows(self.packed_rows(), ids, self.dtype))
         return latents if shadow is None else shadow.carry_row_gradients(latents, ids, self)
-
-    def refine(self, latents: Tensor, further: Tensor) -> Tensor:
-        """Latents of the first stage, (..., base rank), and those of the second in their unit: (..., rank)."""
-        assert self.refined_latents_weight is not None
-        every = F.pad(latents, (0, self.layout.rank - self.layout.base_rank))
-        return every.index_add(-1, self.refined_latents_weight.long(), further)
-
-    def refinement_steps(self, dtype: torch.dtype) -> Tensor:
-        """What the second stage's half-integers are multiplied by to be in the first stage's unit, (its rank,)."""
-        assert self.refinement_exponent_weight is not None
-        return refinement_steps(self.refinement_exponent_weight, dtype)
 
     @property
     def shadow(self) -> Any:
@@ -205,16 +282,19 @@ class CompressedMatrix(nn.Module):
         return None if torch.compiler.is_compiling() and not self.training else self.shadow
 
     def scaled(self, latents: Tensor) -> Tensor:
-        """Half-integers, (..., rank), times the powers of two that belong to them; floats as they are."""
+        """What is in the unit of packed latents, (..., rank), times their powers of two; float latents as they are."""
         if self.exponent_weight is None:
             return latents
         return latents * torch.exp2(self.exponent_weight.to(latents.dtype))
 
     def decode(self, ids: Tensor) -> Tensor:
         """Rows of the matrix: (...,) row numbers to (..., dim)."""
-        rows = self.latents_of(ids) @ self.decoder_weight
-        if self.decoder_bias_weight is not None:
-            rows = rows + self.decoder_bias_weight
+        dtype = product_dtype(self.dtype, self.weight.device)
+        decoder, bias = self.decoder_in(dtype)
+        rows = self.latents_of(ids).to(dtype) @ decoder
+        if bias is not None:
+            rows = rows + bias
+        rows = rows.to(self.dtype)
         if self.outlier_rows_weight is not None and self.outlier_weight is not None:
             slots, is_outlier = find_slots(self.outlier_rows_weight, ids, len(self.weight))
             kept = F.embedding(slots, self.outlier_weight).to(rows.dtype)
@@ -222,6 +302,22 @@ class CompressedMatrix(nn.Module):
         if self.layout.zero_row is not None:
             rows = rows.masked_fill((ids == self.layout.zero_row).unsqueeze(-1), 0)
         return rows
+
+    def decoder_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """The decoder and its bias in a dtype; copies are kept where no gradient is asked for."""
+        decoder, bias = self.decoder_weight, self.decoder_bias_weight
+        if dtype == self.dtype:
+            return decoder, bias
+        learns = decoder.requires_grad or (bias is not None and bias.requires_grad)
+        if (learns and torch.is_grad_enabled()) or is_traced(decoder):
+            self._wide.clear()  # an optimiser may write to them unseen
+            return decoder.to(dtype), None if bias is None else bias.to(dtype)
+        wide = self._wide.get("decoder_weight", decoder, dtype)
+        return wide, None if bias is None else self._wide.get("decoder_bias_weight", bias, dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CompressedMatrix:
+        self._wide.clear()
+        return super()._apply(fn, recurse)
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
@@ -274,10 +370,8 @@ class CompressedMatrix(nn.Module):
             decoder: The decoder's values, as [`stored_decoder`] takes them.
         """
         changes: dict[str, Any] = {"decoder": str(self.stored_decoder(decoder).dtype).removeprefix("torch.")}
-        if self.layout.bit_allocation is None:
+        if not self.layout.packed:
             changes["codes"] = str(self.weight.dtype).removeprefix("torch.")
-        if self.layout.refinement is not None and self.refined_rows_weight is not None:
-            changes["refinement"] = replace(self.layout.refinement, rows=len(self.refined_rows_weight))
         if self.outlier_rows_weight is not None:
             changes["outliers"] = len(self.outlier_rows_weight)
         return replace(self.layout, **changes)
@@ -329,7 +423,7 @@ class CompressedMatrix(nn.Module):
         return self
 
     def _refuse_tied(self, call: str) -> None:
-        if self.tied and self.layout.bit_allocation is not None:
+        if self.tied and self.layout.packed:
             raise ModelError(f"these packed codes are shared with a tied module: call {call}() of the model itself")
 
     def check_gradients(self) -> None:
@@ -372,15 +466,17 @@ class CompressedMatrix(nn.Module):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
+        self._wide.clear()
+        self.check_codes()
         if self.shadow is not None:
             self.shadow.follow(self)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of it."""
         shape = f"{self.weight.shape[0]}, {self.decoder_weight.shape[1]}"
-        rank = f"rank={self.layout.base_rank}"
-        if self.refined_rows_weight is not None and self.layout.refinement is not None:
-            rank += f"+{self.layout.refinement.rank} for {len(self.refined_rows_weight)} rows"
+        rank = f"rank={self.layout.rank}"
+        if len(self.layout.classes) > 1:
+            rank += f", classes={len(self.layout.classes)}"
         if self.outlier_rows_weight is not None:
             rank += f", outliers={len(self.outlier_rows_weight)}"
         return f"{shape}, method={self.layout.method}, {rank}, bits_per_weight={self.bits_per_weight:.3g}"
@@ -393,7 +489,7 @@ def unfreeze(matrices: Sequence[CompressedMatrix]) -> None:
         ModelError: If they are packed, and sharded or not in memory, or the package is not installed.
     """
     first = matrices[0]
-    if first.layout.bit_allocation is None:
+    if not first.layout.packed:
         first.weight.data = first.weight.data.to(first.dtype)
         first.weight.requires_grad_(True)
         return
@@ -422,7 +518,7 @@ def freeze(matrices: Sequence[CompressedMatrix]) -> None:
     for matrix in matrices:
         for tensor in matrix.codes().values():
             tensor.requires_grad_(False)
-        if matrix.layout.bit_allocation is None:
+        if not matrix.layout.packed:
             matrix.weight.data = matrix.weight.data.to(_narrower(matrix.layout.codes, matrix.dtype))
         matrix._modules.pop("shadow", None)
 
@@ -441,66 +537,3 @@ def _narrower(name: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype of that name, or `dtype` where that takes less room."""
     named: torch.dtype = getattr(torch, name)
     return named if named.itemsize <= dtype.itemsize else dtype
-
-
-@torch.no_grad()
-def resize_rows(matrix: CompressedMatrix, num_rows: int) -> None:
-    """Drops rows from the end, or adds rows: the mean latents or, packed, the codes of the row nearest to it.
-
-    Args:
-        matrix: Changed in place.
-        num_rows: How many it shall have.
-    """
-    matrix.write_codes()
-    _resize_outliers(matrix, num_rows)
-    _resize_refinement(matrix, num_rows)
-    kept = matrix.weight[:num_rows]
-    if (added := num_rows - len(kept)) > 0:
-        kept = torch.cat([kept, _mean_codes(matrix).expand(added, -1)])
-    matrix.weight = nn.Parameter(kept.clone(), requires_grad=matrix.weight.requires_grad)
-    if matrix.layout.zero_row is not None and matrix.layout.zero_row >= num_rows:
-        matrix.layout = replace(matrix.layout, zero_row=None)
-    if matrix.shadow is not None:
-        matrix.shadow.follow(matrix)
-
-
-def _resize_refinement(matrix: CompressedMatrix, num_rows: int) -> None:
-    if matrix.refined_rows_weight is None or matrix.refinement_weight is None:
-        return
-    inside = matrix.refined_rows_weight < num_rows
-    rows, codes = matrix.refined_rows_weight[inside], matrix.refinement_weight[inside]
-    if not len(rows):  # none at all would be another layout: the first row becomes one, to which codes add nothing
-        rows, codes = matrix.refined_rows_weight.new_zeros(1), matrix.refinement_weight[:1].clone()
-        assert matrix.refinement_exponent_weight is not None
-        matrix.refinement_exponent_weight.fill_(NO_STEP)
-    matrix.refined_rows_weight = nn.Parameter(rows, requires_grad=False)
-    matrix.refinement_weight = nn.Parameter(codes, requires_grad=False)
-
-
-def _resize_outliers(matrix: CompressedMatrix, num_rows: int) -> None:
-    if matrix.outlier_rows_weight is None or matrix.outlier_weight is None:
-        return
-    inside = matrix.outlier_rows_weight < num_rows
-    rows, kept = matrix.outlier_rows_weight[inside], matrix.outlier_weight[inside]
-    if not len(rows):  # none at all would be another layout: the first row becomes one
-        rows = matrix.outlier_rows_weight.new_zeros(1)
-        kept = matrix.decode(rows)
-    matrix.outlier_rows_weight = nn.Parameter(rows, requires_grad=False)
-    matrix.outlier_weight = nn.Parameter(kept, requires_grad=matrix.outlier_weight.requires_grad)
-
-
-def _mean_codes(matrix: CompressedMatrix) -> Tensor:
-    """The code row that stands for the mean row, or for the row nearest to it, (1, code width)."""
-    if matrix.weight.is_floating_point():
-        return matrix.weight.float().mean(dim=0, keepdim=True).to(matrix.weight.dtype)
-    chunks = torch.arange(len(matrix.weight), device=matrix.weight.device).split(DENSE_CHUNK)
-    mean = torch.stack([matrix.decode(ids).double().sum(dim=0) for ids in chunks]).sum(dim=0) / len(matrix.weight)
-    distances = torch.cat([(matrix.decode(ids) - mean).square().sum(dim=1) for ids in chunks])
-    # Not those whose codes alone stand for another row: zero, refined or an outlier, which no added row is.
-    if matrix.refined_rows_weight is not None:
-        distances[matrix.refined_rows_weight.long()] += distances.max()
-    if matrix.outlier_rows_weight is not None:
-        distances[matrix.outlier_rows_weight.long()] = torch.inf
-    if matrix.layout.zero_row is not None:
-        distances[matrix.layout.zero_row] = torch.inf
-    return matrix.weight[distances.argmin()].unsqueeze(0)

@@ -38,7 +38,7 @@ from .codes_dirembed import (
     first_line,
 )
 from .configuration_dirembed import derive_config_class
-from .matrix_dirembed import CompressedMatrix, freeze, package, resize_rows, unfreeze
+from .matrix_dirembed import CompressedMatrix, freeze, unfreeze
 from .modules_dirembed import (
     CompressedBlocks,
     CompressedEmbedding,
@@ -47,6 +47,8 @@ from .modules_dirembed import (
     CompressedTable,
     compression_line,
 )
+from .products_dirembed import package
+from .resizing_dirembed import resize_rows
 from .tables_dirembed import (
     TABLE_MODULES,
     broken_ties,
@@ -214,27 +216,21 @@ def check_table(matrix: CompressedMatrix) -> None:
     """Refuses values that no compressed table has.
 
     Raises:
-        CheckpointError: If a float is not finite, if the refined rows or outliers are not distinct rows in ascending
-            order, or the refined latents not distinct latents.
+        CheckpointError: If a float is not finite, if the outliers are not distinct rows in ascending order, or if
+            packed codes do not fit their layout, as [`CompressedMatrix.check_codes`] says.
     """
     for name, tensor in matrix.code_tensors().items():
         if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
             raise CheckpointError(f"{name} of the compressed table holds a NaN or an infinity: {AGAIN}")
 
-    for name in ("refined_rows_weight", "outlier_rows_weight"):
-        rows = getattr(matrix, name)
-        if rows is None or rows.is_meta:
-            continue
-        if int(rows[0]) < 0 or int(rows[-1]) >= len(matrix.weight) or not (rows[1:] > rows[:-1]).all():
-            raise CheckpointError(f"{name} does not name rows of {len(matrix.weight)} in ascending order: {AGAIN}")
-
-    latents = matrix.refined_latents_weight
-    if latents is not None and not latents.is_meta:
-        named = latents.sort().values
-        if int(named[0]) < 0 or int(named[-1]) >= matrix.layout.rank or not (named[1:] > named[:-1]).all():
-            raise CheckpointError(
-                f"refined_latents_weight does not name each of {matrix.layout.rank} latents at most once: {AGAIN}"
-            )
+    matrix.check_codes()
+    rows = matrix.outlier_rows_weight
+    if rows is None or rows.is_meta:
+        return
+    if int(rows[0]) < 0 or int(rows[-1]) >= len(matrix.weight) or not (rows[1:] > rows[:-1]).all():
+        raise CheckpointError(
+            f"outlier_rows_weight does not name rows of {len(matrix.weight)} in ascending order: {AGAIN}"
+        )
 
 
 def finish_loading(model: PreTrainedModel) -> None:
@@ -282,7 +278,7 @@ def refuse_wrapper(parent: nn.Module, name: str, child: nn.Module | None) -> Non
             f"PEFT's {wrapper.__name__} changes rows of a dense table, and a {type(child).__name__} has none: expand "
             "the model first with hf_dirembed.expand, or adapt its decoder with LoraConfig(target_parameters=...)"
         )
-    elif child.layout.bit_allocation is not None:
+    elif child.layout.packed:
         raise ModelError(
             "modules_to_save trains all of a module, and packed codes learn only without PEFT (unfreeze_codes): leave "
             f"the {type(child).__name__} out of it, or compress with method='direction' and call unfreeze_codes(), or "

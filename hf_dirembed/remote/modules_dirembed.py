@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .codes_dirembed import CODE_TENSORS, BlocksLayout, ModelError, TableLayout, TableRecord
-from .kernels_dirembed import HALF, ExpandedCodes, PackedCodes, packed_linear
-from .matrix_dirembed import DENSE_CHUNK, CompressedMatrix, package, resize_rows
+from .matrix_dirembed import DENSE_CHUNK, CompressedMatrix
+from .products_dirembed import package, product_dtype, rows_product
+from .resizing_dirembed import resize_rows
 from .stock_dirembed import DecodedWeight, StockEmbedding, shell_of
 
 
@@ -427,9 +428,8 @@ class CompressedBlocks(CompressedLookup):
 class CompressedLinear(CompressedMatrix):
     """Drop-in for the `nn.Linear` of a language-model head over a compressed table: logits = (h Dᵀ) Zᵀ + h·b.
 
-    Packed codes are kept expanded to int8 on CPU, from the first forward pass on, in training and in evaluation: V
-    times the rank, rounded up to a multiple of 16, in bytes, and the same again for refined rows and their rank. Moves
-    and casts of the module free them until the next pass. On CUDA nothing is kept.
+    Packed codes are read as they are, and nothing of them is kept unpacked. On CPUs, states of 16 bits are multiplied
+    with them in float32.
 
     Args:
         in_features: d.
@@ -456,8 +456,6 @@ class CompressedLinear(CompressedMatrix):
         self.in_features = in_features
         self.out_features = out_features
         self.register_parameter("bias", bias)
-        self._expanded = ExpandedCodes()
-        self._expanded_refinement = ExpandedCodes()
 
     @classmethod
     def like(cls, dense: nn.Linear, layout: TableLayout, device: torch.device | str | None = None) -> CompressedLinear:
@@ -477,11 +475,6 @@ class CompressedLinear(CompressedMatrix):
             device=device or dense.weight.device,
         )
 
-    @property
-    def expanded_bytes(self) -> int:
-        """Memory that the expanded codes take now, beyond the parameters'."""
-        return self._expanded.num_bytes + self._expanded_refinement.num_bytes
-
     @torch.no_grad()
     def resize(self, num_rows: int) -> None:
         """Drops rows from the end, or adds rows, as [`resize_rows`] does; those of the bias that are new are zero."""
@@ -490,11 +483,6 @@ class CompressedLinear(CompressedMatrix):
         if self.bias is not None:
             bias = F.pad(self.bias[:num_rows], (0, max(0, num_rows - len(self.bias))))
             self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> CompressedLinear:
-        self._expanded.clear()
-        self._expanded_refinement.clear()
-        return super()._apply(fn, recurse)
 
     @classmethod
     def from_linear(
@@ -567,56 +555,36 @@ class CompressedLinear(CompressedMatrix):
         if (shadow := self.active_shadow) is not None:
             shadow.refresh(self)
 
-        # the logits of the codes that every row has
-        states = F.linear(hidden_states, self.decoder_weight)
-        latents, rank = self.scaled(states), self.layout.base_rank
-        logits = self._code_product(latents[..., :rank], self.weight, self.layout.bit_allocation, self._expanded)
-        if shadow is not None:
-            logits = shadow.carry_product_gradients(logits, states[..., :rank], "weight")
+        # what is narrow is widened where products are taken so, but not where autocast chooses
+        dtype, given = hidden_states.dtype, hidden_states.dtype
+        if self.layout.packed and not torch.is_autocast_enabled(hidden_states.device.type):
+            dtype = product_dtype(dtype, hidden_states.device)
+        widened = dtype != given
+        hidden_states = hidden_states.to(dtype)
+        decoder, decoder_bias = self.decoder_in(dtype) if widened else (self.decoder_weight, self.decoder_bias_weight)
 
-        # what the second stage adds for the rows that have one
-        if (
-            self.refinement_weight is not None
-            and self.refined_rows_weight is not None
-            and self.refined_latents_weight is not None
-            and self.layout.refinement is not None
-        ):
-            refined_latents = self.refined_latents_weight.long()
-            refinement = self._code_product(
-                latents[..., refined_latents] * self.refinement_steps(latents.dtype),
-                self.refinement_weight,
-                self.layout.refinement.bit_allocation,
-                self._expanded_refinement,
-            )
-
+        # the logits of the codes
+        states = F.linear(hidden_states, decoder)
+        if self.layout.packed:
+            logits = rows_product(self.scaled(states), self.packed_rows())
             if shadow is not None:
-                refinement = shadow.carry_product_gradients(
-                    refinement, states[..., refined_latents], "refinement_weight"
-                )
-            logits = logits.index_add(-1, self.refined_rows_weight.long(), refinement)  # int64 is what ONNX has
+                logits = shadow.carry_product_gradients(logits, states, self)
+        else:
+            logits = F.linear(states, self.weight.to(states.dtype))
 
         # what is beside the codes: the decoder's bias, rows kept as they are, the row of zeros
-        if self.decoder_bias_weight is not None:
-            logits = logits + (hidden_states @ self.decoder_bias_weight).unsqueeze(-1)
+        if decoder_bias is not None:
+            logits = logits + (hidden_states @ decoder_bias).unsqueeze(-1)
         if self.outlier_rows_weight is not None and self.outlier_weight is not None:
-            exact = F.linear(hidden_states, self.outlier_weight).to(logits.dtype)
-            logits = logits.index_copy(-1, self.outlier_rows_weight.long(), exact)
+            outliers = self.outlier_weight.to(dtype) if widened else self.outlier_weight
+            exact = F.linear(hidden_states, outliers).to(logits.dtype)
+            logits = logits.index_copy(-1, self.outlier_rows_weight.long(), exact)  # int64 is what ONNX has
         if self.layout.zero_row is not None:
             zero = torch.tensor([self.layout.zero_row], device=logits.device)
             logits = logits.index_fill(-1, zero, 0)
 
-        return logits if self.bias is None else logits + self.bias.to(logits.dtype)
-
-    def _code_product(
-        self, latents: Tensor, codes: Tensor, bit_allocation: tuple[int, ...] | None, expanded: ExpandedCodes
-    ) -> Tensor:
-        """The product of (..., r) states in the latents' space with the latents of all rows, (..., V)."""
-        if bit_allocation is None or self.codebook_weight is None:
-            return F.linear(latents, codes.to(latents.dtype))
-        packed = PackedCodes(codes, bit_allocation, self.codebook_weight)
-        integers = packed_linear(latents, packed, expanded=expanded)
-        halves = HALF * latents.sum(dim=-1, keepdim=True)
-        return integers + halves.to(integers.dtype)  # autocast sums in float32
+        logits = logits if self.bias is None else logits + self.bias.to(logits.dtype)
+        return logits.to(given) if widened else logits
 
 
 CompressedTable: TypeAlias = CompressedEmbedding | CompressedBlocks | CompressedLinear

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..compression.transform.trellis import quantise
 from ..errors import ModelError
-from ..remote.codes_dirembed import BIT_WIDTHS
-from ..remote.kernels_dirembed import HALF, pack, unpack_levels
+from ..remote.codes_dirembed import RowClass
+from ..remote.kernels_dirembed import HALF, code_steps, pack, row_scales, sections, unpack_levels
 from ..remote.matrix_dirembed import DENSE_CHUNK, find_slots
 
 
@@ -29,12 +29,14 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 class LatentShadow(nn.Module):
-    """Float latents that learn in place of a matrix's packed codes, which follow them.
+    """Floats that learn in place of a matrix's packed codes, which follow them: one for each code of each row.
 
-    They are in the unit that the decoder multiplies, half-integers times their powers of two, and start at what the
-    codes stand for. Passes see the codes, brought up to date before, so they are always those of what a save holds;
-    gradients reach the floats as if there were no quantiser. A state dict has the codes alone, and what is loaded
-    into them the floats take over.
+    Those of the rows of the first class are the parameter `weight`, those of the others `weight_1` and so on, where
+    there are such rows. They are in the unit that the decoder multiplies: half-integers times the steps of the codes,
+    the scale of the row and the powers of two of the latents. They start at what the codes stand for. Passes see the
+    codes, brought up to date before, so they are always those of what a save holds; gradients reach the floats as if
+    there were no quantiser, that of a latent each code that adds to it. A state dict has the codes alone, and what is
+    loaded into them the floats take over.
 
     It is a part of every matrix that shares the codes, and knows none of them: they pass themselves.
 
@@ -46,14 +48,12 @@ class LatentShadow(nn.Module):
     """
 
     weight: nn.Parameter
-    refinement_weight: nn.Parameter | None
 
     def __init__(self, matrix: CompressedMatrix) -> None:
         if matrix.weight.is_meta:
             raise ModelError("these packed codes are not in memory: load the model without offloading to train them")
         _refuse_sharded(matrix.weight)
         super().__init__()
-        self.refinement_weight = None
         self._written: tuple[int, ...] | None = None
         self.follow(matrix)
 
@@ -64,18 +64,17 @@ class LatentShadow(nn.Module):
     @torch.no_grad()
     def follow(self, matrix: CompressedMatrix) -> None:
         """Takes over what the codes stand for, in place where the shapes are still the same."""
-        for stage in _stages(matrix):
-            parts = torch.arange(len(stage.codes), device=stage.codes.device).split(DENSE_CHUNK)
-            latents = torch.cat([stage.read(stage.codes[rows], matrix.dtype) for rows in parts])
-            mine = getattr(self, stage.name, None)
-            if mine is not None and (mine.shape, mine.dtype, mine.device) == (
-                latents.shape,
-                latents.dtype,
-                latents.device,
-            ):
-                mine.copy_(latents)
+        every = list(_codes_of(matrix))
+        for name in {name for name, _ in self.named_parameters()} - {codes.name for codes in every}:
+            delattr(self, name)  # of a class that has lost its rows
+        for codes in every:
+            floats = codes.read_all(matrix.dtype)
+            mine = getattr(self, codes.name, None)
+            kind = floats.shape, floats.dtype, floats.device
+            if mine is not None and (mine.shape, mine.dtype, mine.device) == kind:
+                mine.copy_(floats)
             else:
-                setattr(self, stage.name, nn.Parameter(latents, requires_grad=mine is None or mine.requires_grad))
+                setattr(self, codes.name, nn.Parameter(floats, requires_grad=mine is None or mine.requires_grad))
         self._written = self._versions()
 
     @torch.compiler.disable
@@ -92,9 +91,9 @@ class LatentShadow(nn.Module):
         """
         if self._written == self._versions():
             return
-        for stage in _stages(matrix):
-            for part in stage.slots(ids).split(DENSE_CHUNK):
-                stage.write(part, getattr(self, stage.name)[part])
+        for codes in _codes_of(matrix):
+            for slots in codes.slots(ids).split(DENSE_CHUNK):
+                codes.write(slots, getattr(self, codes.name)[slots])
         if ids is None:
             self._written = self._versions()
 
@@ -114,24 +113,26 @@ class LatentShadow(nn.Module):
             ids: (...,) the rows.
             matrix: Whose rows they are.
         """
-        mine = F.embedding(ids, self.weight)
-        if matrix.refined_rows_weight is not None and self.refinement_weight is not None:
-            slots, refined = find_slots(matrix.refined_rows_weight, ids, len(self.weight))
-            mine = matrix.refine(mine, F.embedding(slots, self.refinement_weight) * refined.unsqueeze(-1))
+        mine = latents.new_zeros(latents.shape)
+        for codes in _codes_of(matrix):
+            slots, of_class = find_slots(codes.rows, ids, matrix.num_rows)
+            floats = F.embedding(slots, getattr(self, codes.name)).to(mine.dtype)
+            mine = mine.index_add(-1, codes.latents, floats * of_class.unsqueeze(-1))
         rows: Tensor = _Rows.apply(latents, mine, self)
         return rows
 
     @torch.compiler.disable
-    def carry_product_gradients(self, product: Tensor, states: Tensor, name: str) -> Tensor:
+    def carry_product_gradients(self, product: Tensor, states: Tensor, matrix: CompressedMatrix) -> Tensor:
         """Gives a product of states with the latents of all rows back, but so that its gradient reaches the floats.
 
         Args:
-            product: (..., V), or of the refined rows alone.
-            states: (..., rank) what was multiplied.
-            name: What the codes are called in their matrix.
+            product: (..., V).
+            states: (..., rank) what was multiplied, before the powers of two of the latents.
+            matrix: Whose rows they are.
         """
-        carried: Tensor = _Product.apply(product, states, getattr(self, name), self)
-        return carried
+        for codes in _codes_of(matrix):
+            product = _Product.apply(product, states, getattr(self, codes.name), codes, self)
+        return product
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of it."""
@@ -145,89 +146,105 @@ class LatentShadow(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Stage:
-    """The codes of one of a matrix's stages.
+class _ClassCodes:
+    """The codes of the rows of one class.
 
     Attributes:
-        name: What the codes are called in the matrix, and their floats here.
-        codes: (slots, bytes per row) uint8.
-        rows: (slots,) which rows of the matrix have them, ascending; None if all do.
-        bit_allocation: How many latents have 8, 4, 2 and 1 bits.
-        codebook: (3, 256) int8.
-        steps: (rank,) what a latent's 1 is.
-        gains: (rank,) what the squared error of a latent, in steps, makes of the row's.
+        name: What their floats are called.
+        packed: (V, bytes) uint8, the first bytes of every row of the matrix.
+        further: (rows of the class, bytes) uint8, the bytes behind them; None where there are none.
+        rows: (rows of the class,) int64, which rows they are, ascending.
+        row_class: The class.
+        latents: (codes,) int64, the latent that each code adds to.
+        codebook: (4, 256) int8.
+        steps: (codes,) float32, what a half-integer is multiplied by, beside the scale of its row.
+        scales: (rows of the class, 1) float32, the scales of the rows.
+        gains: (codes,) float32, what the squared error of a code, in half-integers, makes of the row's.
     """
 
     name: str
-    codes: Tensor
-    rows: Tensor | None
-    bit_allocation: tuple[int, ...]
+    packed: Tensor
+    further: Tensor | None
+    rows: Tensor
+    row_class: RowClass
+    latents: Tensor
     codebook: Tensor
     steps: Tensor
+    scales: Tensor
     gains: Tensor
 
     def slots(self, ids: Tensor | None) -> Tensor:
-        """Where the codes of rows of the matrix are, each row once; by default those of all rows."""
+        """Where among the rows of the class those are that are asked for, each once; by default all."""
         if ids is None:
-            return torch.arange(len(self.codes), device=self.codes.device)
-        if self.rows is None:
-            return ids.unique()
+            return torch.arange(len(self.rows), device=self.rows.device)
         return torch.isin(self.rows, ids.to(self.rows.dtype)).nonzero().squeeze(1)
 
-    def read(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """What packed rows stand for, (n, rank)."""
-        return unpack_levels(codes, self.bit_allocation, self.codebook, dtype) * self.steps.to(dtype)
+    def bytes_of(self, slots: Tensor) -> Tensor:
+        """The packed rows, (n, bytes)."""
+        first = self.packed[self.rows[slots]]
+        return first if self.further is None else torch.cat([first, self.further[slots]], dim=1)
 
-    def write(self, slots: Tensor, latents: Tensor) -> None:
-        """Quantises latents, (n, rank); those that are what their codes stand for already stay as they are."""
-        if not latents.isfinite().all():
+    def read(self, slots: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the codes of rows stand for, (n, codes)."""
+        levels = unpack_levels(self.bytes_of(slots), self.row_class.bit_allocation, self.codebook, dtype)
+        return levels * self.steps.to(dtype) * self.scales[slots].to(dtype)
+
+    def read_all(self, dtype: torch.dtype) -> Tensor:
+        """What all rows of the class stand for, (rows of the class, codes)."""
+        floats = self.steps.new_empty(len(self.rows), self.row_class.num_codes, dtype=dtype)
+        for slots in self.slots(None).split(DENSE_CHUNK):
+            floats[slots] = self.read(slots, dtype)
+        return floats
+
+    def write(self, slots: Tensor, floats: Tensor) -> None:
+        """Quantises floats, (n, codes); those that are what their codes stand for already stay as they are."""
+        if not floats.isfinite().all():
             raise ModelError(
                 "the latents that learn are no longer finite, their training diverged: lower the learning rate and "
                 "take it up from the last checkpoint"
             )
 
-        moved = (latents != self.read(self.codes[slots], latents.dtype)).any(dim=1)
-        slots, targets = slots[moved], latents[moved].float() / self.steps.clamp_min(_TINY)
+        moved = (floats != self.read(slots, floats.dtype)).any(dim=1)
+        slots = slots[moved]
         if not len(slots):
             return
+        targets = floats[moved].float() / self.steps / self.scales[slots]
 
-        symbols, first, book = [], 0, self.codebook.float() + HALF
-        for count, width in zip(self.bit_allocation, BIT_WIDTHS, strict=True):
-            section, first = slice(first, first + count), first + count
-            if count:
-                symbols.append(quantise(targets[:, section], self.gains[section], book, width)[0])
+        book = self.codebook.float() + HALF
+        symbols = [
+            quantise(targets[:, section], self.gains[section], book, width)[0]
+            for width, section, _ in sections(self.row_class.bit_allocation)
+        ]
+        packed, width = pack(torch.cat(symbols, dim=1), self.row_class.bit_allocation), self.packed.shape[1]
+        self.packed[self.rows[slots]] = packed[:, :width]
+        if self.further is not None:
+            self.further[slots] = packed[:, width:]
 
-        packed = pack(torch.cat(symbols, dim=1), self.bit_allocation)
-        changed = (packed != self.codes[slots]).any(dim=1)
-        if changed.any():  # a write makes a head expand the codes anew
-            self.codes[slots[changed]] = packed[changed]
 
+def _codes_of(matrix: CompressedMatrix) -> Iterator[_ClassCodes]:
+    """The codes of each class of a matrix that has rows."""
+    assert matrix.exponent_weight is not None
+    packed, classes = matrix.packed_rows(), matrix.row_classes()
+    powers = torch.exp2(matrix.exponent_weight.float())
+    decoder_gains = matrix.decoder_weight.detach().float().square().sum(dim=1)
 
-def _stages(matrix: CompressedMatrix) -> Iterator[_Stage]:
-    """The stages of a matrix of packed codes."""
-    layout, codebook, exponents = matrix.layout, matrix.codebook_weight, matrix.exponent_weight
-    assert layout.bit_allocation is not None
-    assert codebook is not None
-    assert exponents is not None
-
-    steps = torch.exp2(exponents.float())
-    gains, base = (matrix.decoder_weight.float() * steps.unsqueeze(1)).square().sum(dim=1), slice(layout.base_rank)
-    yield _Stage(
-        "weight", matrix.weight, None, layout.bit_allocation, codebook, steps[base], gains[base].clamp_min(_TINY)
-    )
-
-    if layout.refinement is not None and (codes := matrix.refinement_weight) is not None:
-        assert matrix.refined_latents_weight is not None
-        rows, allocation = matrix.refined_rows_weight, layout.refinement.bit_allocation
-        named, further = matrix.refined_latents_weight.long(), matrix.refinement_steps(torch.float32)
-        yield _Stage(
-            "refinement_weight",
-            codes,
-            rows,
-            allocation,
-            codebook,
-            steps[named] * further,
-            (gains[named] * further.square()).clamp_min(_TINY),
+    for number in range(len(packed.classes)):
+        rows = (classes == number).nonzero().squeeze(1)
+        if not len(rows):
+            continue
+        row_class, latents, exponents = packed.of_class(number)
+        steps = code_steps(exponents, torch.float32) * powers[latents]
+        yield _ClassCodes(
+            name=f"weight_{number}" if number else "weight",
+            packed=matrix.weight,
+            further=matrix.further_bytes(number) if number else None,
+            rows=rows,
+            row_class=row_class,
+            latents=latents,
+            codebook=packed.codebook,
+            steps=steps.clamp_min(_TINY),
+            scales=row_scales(packed.rows[rows]).unsqueeze(1),
+            gains=(decoder_gains[latents] * steps.square()).clamp_min(_TINY),
         )
 
 
@@ -246,22 +263,25 @@ class _Rows(torch.autograd.Function):
 
 
 class _Product(torch.autograd.Function):
-    """The product of states with the latents of codes, with a gradient for the floats that these were made of."""
+    """The product of states with the latents of codes, with a gradient for the floats of one class's codes."""
 
     @staticmethod
-    def forward(ctx: Any, product: Tensor, states: Tensor, floats: Tensor, shadow: LatentShadow) -> Tensor:
+    def forward(
+        ctx: Any, product: Tensor, states: Tensor, floats: Tensor, codes: _ClassCodes, shadow: LatentShadow
+    ) -> Tensor:
         ctx.shadow, ctx.dtype = shadow, floats.dtype
-        ctx.save_for_backward(states)
+        ctx.save_for_backward(states, codes.rows, codes.latents)
         return product.view_as(product)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None, None, None]:
         ctx.shadow.forget()
         if not ctx.needs_input_grad[2]:
-            return grad, None, None, None
-        (states,) = ctx.saved_tensors
-        mine = grad.flatten(end_dim=-2).T.to(states.dtype) @ states.flatten(end_dim=-2)
-        return grad, None, mine.to(ctx.dtype), None
+            return grad, None, None, None, None
+        states, rows, latents = ctx.saved_tensors
+        of_class = grad.flatten(end_dim=-2)[:, rows].T.to(states.dtype)
+        of_latents = of_class @ states.flatten(end_dim=-2)
+        return grad, None, of_latents[:, latents].to(ctx.dtype), None, None
 
 
 def _refuse_sharded(tensor: Any) -> None:

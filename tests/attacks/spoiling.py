@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
 from hf_dirembed import TableLayout
-from hf_dirembed.remote.codes_dirembed import CODE_TENSORS, Refinement
+from hf_dirembed.remote.codes_dirembed import CODE_TENSORS, RowClass
 from hf_dirembed.remote.matrix_dirembed import CompressedMatrix
 
 
@@ -38,10 +38,10 @@ def save_intact(folder: Path) -> None:
         method="transform",
         rank=16,
         codes="packed",
+        codebook="own",
         decoder="float16",
         bias=True,
-        bit_allocation=(4, 4, 4, 4),
-        refinement=Refinement(rows=100, bit_allocation=(0, 4, 4, 0)),
+        classes=(RowClass((4, 4, 4, 4)), RowClass((8, 4, 4, 4), rows=100)),
         outliers=3,
     )
     convert_input(model, layout, CompressedMatrix(3000, 32, layout).code_tensors()).save_pretrained(folder)
@@ -94,8 +94,13 @@ def blocks(count: int, **values: Any) -> Spoil:
     )
 
 
-def refinement(**values: Any) -> Spoil:
-    return table(lambda t: t["refinement"].update(values))
+def row_class(number: int, **values: Any) -> Spoil:
+    """Changes one of the two classes of rows."""
+    return table(lambda t: t["classes"][number].update(values))
+
+
+def classes(change: Callable[[list[Any]], Any]) -> Spoil:
+    return table(lambda t: change(t["classes"]))
 
 
 def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Spoil:
@@ -249,19 +254,31 @@ SPECS: dict[str, Spoil] = {
     "codes of no dtype": layout(codes="int8"),
     "decoder of no dtype": layout(decoder="float8"),
     "packed codes without a bias": layout(bias=False),
-    "allocation of three widths": layout(bit_allocation=[8, 8, 0]),
-    "negative allocation": layout(bit_allocation=[-8, 24, 0, 0]),
-    "allocation of another sum": layout(bit_allocation=[0, 16, 0, 1]),
-    "huge allocation": layout(bit_allocation=[HUGE, 0, 0, 0], rank=HUGE),
-    "codes as wide as the table": layout(bit_allocation=[32, 0, 0, 0], rank=32),
-    "codes of another width": layout(bit_allocation=[16, 0, 0, 0], rank=16),
-    "refinement of no rows": refinement(rows=0),
-    "refinement of more rows than the table": refinement(rows=HUGE),
-    "refinement of other rows": refinement(rows=3),
-    "refinement of unknown keys": refinement(extra=1),
-    "refinement of more latents than there are": refinement(bit_allocation=[0, 8, 16, 0]),
-    "refinement as text": layout(refinement="all"),
-    "refinement dropped": table(lambda t: t.pop("refinement")),
+    "allocation of three widths": row_class(0, bit_allocation=[8, 8, 0]),
+    "negative allocation": row_class(0, bit_allocation=[-8, 24, 0, 0]),
+    "allocation of another sum": row_class(0, bit_allocation=[0, 5, 8, 9]),
+    "allocation of nothing": row_class(0, bit_allocation=[0, 0, 0, 0]),
+    "allocation of fractions": row_class(0, bit_allocation=[4.0, 4, 4, 4]),
+    "allocation as text": row_class(0, bit_allocation="4444"),
+    "huge allocation": row_class(0, bit_allocation=[HUGE, 0, 0, 0]),
+    "codes as wide as the table": classes(lambda c: c.__setitem__(slice(None), [{"bit_allocation": [64, 0, 0, 0]}])),
+    "codes of another width": row_class(0, bit_allocation=[2, 8, 4, 2]),
+    "no classes": layout(classes=[]),
+    "classes dropped": table(lambda t: t.pop("classes")),
+    "classes as text": layout(classes="all"),
+    "a class as a number": classes(lambda c: c.__setitem__(1, 100)),
+    "more classes than there may be": classes(lambda c: c.extend([c[1]] * 3)),
+    "another class": classes(lambda c: c.append({**c[1], "rows": 0})),
+    "a class dropped": classes(lambda c: c.pop()),
+    "classes the other way around": classes(lambda c: c.reverse()),
+    "a first class of so many rows": row_class(0, rows=2900),
+    "a class of no one knows how many rows": classes(lambda c: c[1].pop("rows")),
+    "a class of less than no rows": row_class(1, rows=-1),
+    "a class of more rows than the table": row_class(1, rows=HUGE),
+    "a class of other rows": row_class(1, rows=3),
+    "a class of half a row": row_class(1, rows=99.5),
+    "a class of unknown keys": row_class(1, extra=1),
+    "a class of fewer bytes than the first": row_class(1, bit_allocation=[4, 0, 0, 0]),
     "no outliers": layout(outliers=0),
     "more outliers than rows": layout(outliers=HUGE),
     "another number of outliers": layout(outliers=4),
@@ -345,14 +362,27 @@ TENSORS: dict[str, Spoil] = {
     "infinity in the decoder": filled("decoder_weight", float("-inf"), at=-1),
     "NaN in the bias": filled("decoder_bias_weight", float("nan")),
     "infinite bias": filled("decoder_bias_weight", float("inf"), at=-1),
-    "refined rows beyond the table": filled("refined_rows_weight", 2**31 - 1, at=-1),
-    "negative refined row": filled("refined_rows_weight", -1),
-    "refined rows out of order": tensor("refined_rows_weight", lambda t: t.flip(0)),
-    "a refined row twice": tensor("refined_rows_weight", lambda t: torch.cat([t[:1], t[:-1]])),
-    "refined latents beyond the rank": filled("refined_latents_weight", 2**31 - 1, at=-1),
-    "negative refined latent": filled("refined_latents_weight", -1),
-    "a refined latent twice": tensor("refined_latents_weight", lambda t: torch.cat([t[:1], t[:-1]])),
-    "refined rows in float": tensor("refined_rows_weight", lambda t: t.float()),
+    "latents beyond the rank": filled("latents_weight", 16, at=-1),
+    "a latent far beyond the rank": filled("latents_weight", 2**31 - 1),
+    "negative latent": filled("latents_weight", -1),
+    "latents of fewer codes": tensor("latents_weight", lambda t: t[:-1]),
+    "latents in int64": tensor("latents_weight", lambda t: t.long()),
+    "steps of fewer codes": tensor("steps_weight", lambda t: t[:-1]),
+    "steps in uint8": tensor("steps_weight", lambda t: t.to(torch.uint8)),
+    "steps in float": tensor("steps_weight", lambda t: t.float()),
+    "a class that there is not": filled("row_weight", 0b10, at=-1),
+    "a row of the other class": tensor("row_weight", lambda t: t ^ (torch.arange(len(t)) == 1500)),
+    "classes of fewer rows": tensor("row_weight", lambda t: t[:-1]),
+    "classes in int32": tensor("row_weight", lambda t: t.int()),
+    "classes in columns": tensor("row_weight", lambda t: t.unsqueeze(1)),
+    "rows counted twice": tensor("class_counts_weight", lambda t: 2 * t),
+    "a count beyond the table": filled("class_counts_weight", 2**31 - 1, at=-1),
+    "a negative count": filled("class_counts_weight", -1),
+    "counts of fewer blocks": tensor("class_counts_weight", lambda t: t[:-1]),
+    "counts in int64": tensor("class_counts_weight", lambda t: t.long()),
+    "further bytes of fewer rows": tensor("further_weight", lambda t: t[:-1]),
+    "further bytes in rows": tensor("further_weight", lambda t: t.view(100, -1)),
+    "further bytes in int8": tensor("further_weight", lambda t: t.to(torch.int8)),
     "NaN in an outlier": filled("outlier_weight", float("nan")),
     "infinity in an outlier": filled("outlier_weight", float("inf"), at=-1),
     "outliers in integers": tensor("outlier_weight", lambda t: t.to(torch.int8)),

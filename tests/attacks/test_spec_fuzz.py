@@ -22,10 +22,10 @@ LAYOUT = {
     "method": "transform",
     "rank": 16,
     "codes": "packed",
+    "codebook": "own",
     "decoder": "float16",
     "bias": True,
-    "bit_allocation": [4, 4, 4, 4],
-    "refinement": {"rows": 100, "bit_allocation": [0, 4, 4, 0]},
+    "classes": [{"bit_allocation": [4, 4, 4, 4]}, {"bit_allocation": [8, 4, 4, 0], "rows": 100}],
     "outliers": 3,
 }
 GOOD = {
@@ -93,7 +93,8 @@ def test_a_spec_is_read_back_or_refused(spec: Any) -> None:
     assert read.tables.keys() == spec["tables"].keys()
     for _, layout in read.matrices():
         assert 1 <= layout.code_width <= 2**16
-        assert 1 <= layout.base_rank <= layout.rank <= 2**16
+        assert 1 <= layout.rank < 2**15
+        assert all(each.num_bytes >= layout.code_width for each in layout.classes)
 
 
 @settings(max_examples=400, deadline=None)

@@ -193,7 +193,6 @@ REFUSALS: dict[str, tuple[Tensor, list[str], str]] = {
         "row 0 .* too long to measure: scale the table",
     ),
     "half precision, latents beyond it": (torch.full((V, D), 6e4).half(), LONG_LATENTS, RANGE),
-    "half precision, steps below it": ((gaussian() * 1e-6).half(), ["transform, 4 bits"], RANGE),
     "squares that are lost in float32": (
         gaussian() * 1e-30,
         ["transform, 4 bits"],

@@ -27,7 +27,7 @@ def codec_tensors() -> dict[str, Tensor]:
 
 
 def rich_model(name: str = "llama-tied") -> PreTrainedModel:
-    """With a refinement, outliers and a zero row, in its table and, where it is tied, in its head."""
+    """With several classes of rows, outliers and a zero row, in its table and, where it is tied, in its head."""
     return convert_input(FAMILIES[name].make(AUTO), LAYOUT, codec_tensors())
 
 

@@ -11,10 +11,12 @@ import pytest
 import torch
 import transformers
 from families import FAMILIES
-from learning import AUTO, learn, logits, optimiser, rich_model, table
-from packed import NUM_ROWS, PACKED_LAYOUT
+from learning import AUTO, LAYOUT, codec_tensors, learn, logits, optimiser, rich_model, table
+from packed import CLASSES, NUM_ROWS, PACKED_LAYOUT, convert_input
 from test_training import LEARNING, in_two_processes, trainer
 from tiny import Sentences, make, outputs
+
+from hf_dirembed.remote.kernels_dirembed import count_classes, row_classes
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
@@ -46,10 +48,10 @@ def test_loading_derives_the_floats_anew() -> None:
     assert other.get_input_embeddings().shadow.weight is floats  # an optimiser may have it by now
     assert torch.equal(logits(other.eval()), logits(model))
     embedding = other.get_input_embeddings()
-    alone = torch.ones(NUM_ROWS, dtype=torch.bool)
-    alone[embedding.refined_rows_weight.long()] = False
-    latents = embedding.latents_of(torch.arange(NUM_ROWS))
-    assert torch.equal(floats[alone], latents[alone, : PACKED_LAYOUT.base_rank])
+    first = (embedding.row_classes() == 0).nonzero().squeeze(1)
+    codes = embedding.latents_weight[: CLASSES[0].num_codes].long()
+    summed = torch.zeros(len(first), PACKED_LAYOUT.rank).index_add(1, codes, floats.detach())
+    torch.testing.assert_close(summed, embedding.latents_of(first).detach())
 
 
 def test_copies_learn_on_by_themselves() -> None:
@@ -64,18 +66,23 @@ def test_copies_learn_on_by_themselves() -> None:
     assert torch.equal(model.get_input_embeddings().weight, codes)
 
 
-def test_codes_learn_where_a_resize_left_a_refinement_of_nothing() -> None:
-    """Its steps are 0: what it learns changes no row."""
-    model = rich_model()
+def test_codes_learn_where_a_resize_left_no_row_of_a_class() -> None:
+    tensors = codec_tensors()
+    of_classes = row_classes(tensors["row_weight"]).argsort()
+    tensors["row_weight"] = tensors["row_weight"][of_classes]
+    tensors["class_counts_weight"] = count_classes(tensors["row_weight"], len(CLASSES))
+    model = convert_input(FAMILIES["llama-tied"].make(AUTO), LAYOUT, tensors).unfreeze_codes()
     embedding = model.get_input_embeddings()
-    model.resize_token_embeddings(int(embedding.refined_rows_weight[0]))
-    assert not embedding.refinement_steps(torch.float32).any()
-    before = embedding.latents_of(torch.zeros(1, dtype=torch.long))
-    model.unfreeze_codes()
-    with torch.no_grad():
-        embedding.shadow.refinement_weight += 1
-    assert torch.equal(embedding.latents_of(torch.zeros(1, dtype=torch.long)), before)
+    assert {name for name, _ in embedding.shadow.named_parameters()} == {"weight", "weight_1", "weight_2"}
+    model.resize_token_embeddings(NUM_ROWS - CLASSES[2].rows)
+    assert {name for name, _ in embedding.shadow.named_parameters()} == {"weight", "weight_1"}
+    ids, before = Sentences().ids[:8].clamp(max=embedding.num_embeddings - 1), embedding.code_tensors()
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimiser(model, lr=0.1).step()
     assert embedding.dense_weight().isfinite().all()
+    for name in ("weight", "further_weight"):
+        assert not torch.equal(getattr(embedding, name), before[name])
 
 
 def test_new_tokens_while_codes_learn(tmp_path: Path) -> None:
@@ -85,8 +92,9 @@ def test_new_tokens_while_codes_learn(tmp_path: Path) -> None:
     for size in (NUM_ROWS + 5, NUM_ROWS - 20):
         model.resize_token_embeddings(size)
         embedding = model.get_input_embeddings()
-        assert embedding.shadow.weight.shape == (size, PACKED_LAYOUT.base_rank)
-        assert len(embedding.shadow.refinement_weight) == len(embedding.refinement_weight)
+        counts = embedding.row_classes().bincount().tolist()
+        shapes = [(rows, each.num_codes) for rows, each in zip(counts, CLASSES, strict=True)]
+        assert [parameter.shape for parameter in embedding.shadow.parameters()] == shapes
         assert embedding.shadow.weight.requires_grad
         assert embedding.outlier_weight.requires_grad
     before = embedding.weight.clone()

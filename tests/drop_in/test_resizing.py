@@ -39,10 +39,9 @@ def test_added_tokens(name: str, method: str, tokenizer: PreTrainedTokenizerFast
         new = torch.tensor([[len(tokenizer) - 1]])
         rows = table.dense_weight()
         mean = rows[:VOCAB].mean(dim=0)
-        if table.layout.codes == "packed":  # of those that have no second stage
-            alone = torch.ones(VOCAB, dtype=torch.bool)
-            if table.refined_rows_weight is not None:
-                alone[table.refined_rows_weight.long()] = False
+        if table.layout.packed:  # of those of the first class, if there are any
+            first = table.row_classes()[:VOCAB] == 0
+            alone = first if first.any() else ~first
             if table.layout.zero_row is not None:
                 alone[table.layout.zero_row] = False
             candidates = rows[:VOCAB][alone]

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from learning import AUTO, LAYOUT, ZERO_ROW, learn, logits, optimiser, rich_model, table
-from packed import DIM, NUM_ROWS, PACKED_LAYOUT, fill
+from packed import CLASSES, DIM, NUM_ROWS, fill
 from test_fresh_process import WITHOUT_PLUGIN, run
 from tiny import Sentences, make
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ import hf_dirembed
 from hf_dirembed import CompressedEmbedding, CompressedLinear, ModelError
 from hf_dirembed.compression.transform.trellis import quantise
 from hf_dirembed.remote.codes_dirembed import BIT_WIDTHS
-from hf_dirembed.remote.kernels_dirembed import unpack
+from hf_dirembed.remote.kernels_dirembed import row_scales, unpack
 from hf_dirembed.remote.matrix_dirembed import CompressedMatrix, unfreeze
 from hf_dirembed.remote.stock_dirembed import StockEmbedding
 
@@ -26,17 +26,35 @@ from hf_dirembed.remote.stock_dirembed import StockEmbedding
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 
 
-def quantised(matrix: CompressedMatrix, name: str) -> Tensor:
-    """What the packed codes of a layer should stand for: its floats, quantised section by section."""
-    of_base = name == "weight"
-    allocation = matrix.layout.bit_allocation if of_base else matrix.layout.refinement.bit_allocation
-    of_layer = torch.arange(matrix.layout.base_rank) if of_base else matrix.refined_latents_weight.long()
-    units = 2.0 ** matrix.exponent_weight.float()[of_layer]
-    steps = units if of_base else units * 2.0 ** (matrix.refinement_exponent_weight.float() / 8)
-    importance = (matrix.decoder_weight[of_layer] * steps.unsqueeze(1)).square().sum(dim=1).detach()
+FLOATS = ("weight", "weight_1", "weight_2")  # of the rows of each class
+
+
+def codes_of(matrix: CompressedMatrix, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows of a class, the latents that their codes add to, and what the codes of each row are multiplied by."""
+    first = sum(each.num_codes for each in CLASSES[:number])
+    codes = slice(first, first + CLASSES[number].num_codes)
+    latents = matrix.latents_weight[codes].long()
+    steps = 2.0 ** (matrix.steps_weight[codes].float() / 8 + matrix.exponent_weight.float()[latents])
+    rows = (matrix.row_classes() == number).nonzero().squeeze(1)
+    return rows, latents, steps * row_scales(matrix.row_weight[rows]).unsqueeze(1)
+
+
+def levels_of(matrix: CompressedMatrix, number: int) -> Tensor:
+    """What the packed codes of the rows of a class stand for, before their steps."""
+    rows, _, _ = codes_of(matrix, number)
+    packed = matrix.weight[rows]
+    if number:
+        packed = torch.cat([packed, matrix.further_bytes(number)], dim=1)
+    return unpack(packed, CLASSES[number].bit_allocation, matrix.codebook_weight) + 0.5
+
+
+def quantised(matrix: CompressedMatrix, number: int) -> Tensor:
+    """What they should stand for: their floats, quantised section by section."""
+    _, latents, steps = codes_of(matrix, number)
+    importance = (matrix.decoder_weight[latents] * steps[0].unsqueeze(1)).square().sum(dim=1).detach()
     levels = matrix.codebook_weight.float() + 0.5
-    targets, found, first = getattr(matrix.shadow, name).detach() / steps, [], 0
-    for count, width in zip(allocation, BIT_WIDTHS, strict=True):
+    targets, found, first = getattr(matrix.shadow, FLOATS[number]).detach() / steps, [], 0
+    for count, width in zip(CLASSES[number].bit_allocation, BIT_WIDTHS, strict=True):
         if count:
             section = slice(first, first + count)
             found.append(quantise(targets[:, section], importance[section], levels, width)[1])
@@ -74,7 +92,7 @@ def test_gradients_are_those_of_float_latents() -> None:
     head = CompressedLinear(DIM, NUM_ROWS, LAYOUT, dtype=torch.float64)
     for module in (embedding, head):
         fill(module).tied = True
-    for name in ("weight", "refinement_weight", "outlier_weight"):
+    for name in ("weight", "further_weight", "outlier_weight"):
         setattr(head, name, getattr(embedding, name))
     unfreeze([embedding, head])
     generator = torch.Generator().manual_seed(0)
@@ -87,13 +105,12 @@ def test_gradients_are_those_of_float_latents() -> None:
     outliers = embedding.outlier_weight.detach().clone().requires_grad_()
     rows = dense_rows(embedding, latents, outliers)
     ((3.0 * rows[ids]).square().sum() + (states @ rows.T * target).sum()).backward()
-    refined = embedding.refined_rows_weight.long()
-    torch.testing.assert_close(embedding.shadow.weight.grad, latents.grad[:, : PACKED_LAYOUT.base_rank])
-    further = latents.grad[refined][:, embedding.refined_latents_weight.long()]
-    torch.testing.assert_close(embedding.shadow.refinement_weight.grad, further)
+    for number, name in enumerate(FLOATS):
+        rows, of_codes, _ = codes_of(embedding, number)
+        found = getattr(embedding.shadow, name).grad
+        torch.testing.assert_close(found, latents.grad[rows][:, of_codes])
+        assert not found[torch.isin(rows, torch.tensor([ZERO_ROW, *embedding.outlier_rows_weight.tolist()]))].any()
     torch.testing.assert_close(embedding.outlier_weight.grad, outliers.grad)
-    assert not embedding.shadow.weight.grad[embedding.outlier_rows_weight.long()].any()
-    assert not embedding.shadow.weight.grad[ZERO_ROW].any()
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "llama-untied"])
@@ -106,14 +123,10 @@ def test_codes_learn(name: str, tmp_path: Path) -> None:
     before, embedding = table(model), model.get_input_embeddings()
     keys, first = set(frozen.state_dict()), learn(frozen, steps=0)
     assert first - learn(model, 10, lr=0.03) > 1.1 * (first - learn(frozen, 10, lr=0.03)) > 0
-    for layer, allocation in (
-        ("weight", PACKED_LAYOUT.bit_allocation),
-        ("refinement_weight", PACKED_LAYOUT.refinement.bit_allocation),
-    ):
-        codes = getattr(embedding, layer)
-        assert not torch.equal(codes, before[layer])
-        levels = unpack(codes, allocation, embedding.codebook_weight) + 0.5
-        assert torch.equal(levels, quantised(embedding, layer))
+    for number in range(len(FLOATS)):
+        assert torch.equal(levels_of(embedding, number), quantised(embedding, number))
+    for layer in ("weight", "further_weight"):
+        assert not torch.equal(getattr(embedding, layer), before[layer])
     assert not torch.equal(embedding.outlier_weight, before["outlier_weight"])
     expected, dense = logits(model), embedding.dense_weight()
     assert set(model.state_dict()) == keys

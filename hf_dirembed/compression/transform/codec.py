@@ -1,161 +1,187 @@
-"""Integer codes of one or two stages, and the decoder that they are fitted to."""
+"""Integer codes of rows of several classes, and the decoder that they are fitted to."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ...remote.codes_dirembed import BIT_WIDTHS, OCTAVE, code_bytes
-from ...remote.kernels_dirembed import pack, refinement_steps, sections, unpack_levels
+from ...remote.codes_dirembed import BIT_WIDTHS, OCTAVE
+from ...remote.kernels_dirembed import code_steps, pack, pack_rows, row_scales, trellis_states
 from ..row_weights import Sample
-from ..table import Table
+from .allocation import Allocation
 from .decoder import DecoderFit, DecoderStorage, StoredDecoder
-from .quantisation import Allocation, Quantisers
+from .quantisation import Quantisers
 from .trellis import Codebooks, quantise
 
 
 @dataclass(frozen=True)
-class Stage:
-    """Codes that the same rows have: which latents they are of, and what they are worth.
+class ClassCodes:
+    """What the codes of rows of one class are.
 
     Attributes:
-        allocation: Their bits.
-        latents: (its rank,) int64, the latent of each code; or a slice, of as many leading ones.
-        exponents: (its rank,) int8, the step of each, in eighths of a power of two, as to the decoder.
+        counts: How many have 4, 3, 2 and 1 bits.
+        latents: (codes,) int64, the latent that each adds to; no two of one width add to the same.
+        exponents: (codes,) int8, the step of each, in eighths of a power of two.
+        deviations: (rank,) the standard deviation of each latent in rows of the class, over the scales of the rows.
     """
 
-    allocation: Allocation
-    latents: Tensor | slice
+    counts: tuple[int, ...]
+    latents: Tensor
     exponents: Tensor
+    deviations: Tensor
 
     @classmethod
-    def leading(cls, allocation: Allocation, device: torch.device) -> Stage:
-        """Makes a stage of the first latents, whose steps the decoder takes in."""
-        exponents = torch.zeros(allocation.rank, dtype=torch.int8, device=device)
-        return cls(allocation, slice(allocation.rank), exponents)
+    def of(cls, allocation: Allocation, quantisers: Quantisers, deviations: Tensor) -> ClassCodes:
+        """Chooses the steps of an allocation's codes.
 
-    @classmethod
-    def of_steps(cls, allocation: Allocation, latents: Tensor, steps: Tensor) -> Stage:
-        """Makes a stage whose steps are the storable ones nearest to some, (its rank,)."""
-        exponents = (OCTAVE * steps.log2()).round().clamp(-127, 127)
-        return cls(allocation, latents, exponents.to(torch.int8))
+        Args:
+            allocation: The bits of each latent.
+            quantisers: What has the steps, in standard deviations of a latent.
+            deviations: (rank,) the standard deviation of each latent in rows of the class, over the scales of these,
+                in the latent's unit.
+        """
+        named, steps, bits = [], [], allocation.bits.to(deviations.device)
+        for index, (_, coded) in enumerate(allocation.codes()):
+            latents = coded.to(deviations.device)
+            steps.append(quantisers.steps[bits[latents], index, latents] * deviations[latents])
+            named.append(latents)
+        every = torch.cat(steps)
+        exponents = (OCTAVE * every.clamp_min(torch.finfo(every.dtype).tiny).log2()).round().clamp(-127, 127)
+        return cls(allocation.counts, torch.cat(named), exponents.to(torch.int8), deviations)
+
+    @property
+    def num_codes(self) -> int:
+        """How many codes a row has."""
+        return sum(self.counts)
 
     @property
     def steps(self) -> Tensor:
-        """(its rank,) float32, what a half-integer of each is in its latent's unit."""
-        return refinement_steps(self.exponents, torch.float32)
+        """(codes,) float32, what a half-integer of each is in its latent's unit."""
+        return code_steps(self.exponents, torch.float32)
 
-    def sections(self) -> Iterator[tuple[int, slice, Tensor | slice]]:
-        """Each width that any codes have, with these codes and their latents."""
+    def sections(self) -> Iterator[tuple[int, slice]]:
+        """Each width that any codes have, with these codes."""
         first = 0
-        for count, width in zip(self.allocation.counts, BIT_WIDTHS, strict=True):
-            section, first = slice(first, first + count), first + count
+        for count, width in zip(self.counts, BIT_WIDTHS, strict=True):
             if count:
-                yield width, section, section if isinstance(self.latents, slice) else self.latents[section]
+                yield width, slice(first, first + count)
+            first += count
+
+
+@dataclass(frozen=True)
+class Symbols:
+    """Rows of one class as symbols, and as the levels that these stand for.
+
+    Attributes:
+        symbols: (n, codes) uint8.
+        levels: (n, codes) half-integers.
+        scales: (n,) what the latents of each row are multiplied by.
+        errors: (n,) float64, what they leave of each row, ‖y - ŷ‖², of the decoder that they were found for.
+    """
+
+    symbols: Tensor
+    levels: Tensor
+    scales: Tensor
+    errors: Tensor
 
 
 @dataclass
 class Codec:
-    """What codes stand for: row ŷ = z D + b. Half-integers are the latents z, and finer ones add to some of them.
+    """What codes stand for: row ŷ = s z D + b, and each code adds its level, times its step, to one of the latents z.
+
+    The scale s of a row leaves latents that are all of one size, whatever the row's length.
 
     Attributes:
-        base: The codes that every row has, of the leading latents.
-        refinement: The further codes of refined rows, if there are any.
-        codebooks: What codes of fewer than 8 bits stand for.
+        classes: The codes of rows of each class.
+        codebooks: The levels of the trellis's states.
         decoder: D, (rank, dim), in the metric: once it was fitted, what its stored form stands for.
         bias: b, (dim,), in the metric.
         storage: How the decoder is stored.
     """
 
-    base: Allocation
-    refinement: Stage | None
+    classes: Sequence[ClassCodes]
     codebooks: Codebooks
     decoder: Tensor
     bias: Tensor
     storage: DecoderStorage
 
-    @classmethod
-    def from_quantisers(
-        cls, base: Allocation, quantisers: Quantisers, basis: Tensor, bias: Tensor, storage: DecoderStorage
-    ) -> Codec:
-        """Starts from the quantisers of the leading latents of a basis, whose steps the decoder takes in."""
-        decoder = base.steps(quantisers).to(basis).unsqueeze(1) * basis[:, : base.rank].T
-        return cls(base, None, quantisers.codebooks, decoder, bias, storage)
-
-    def refined_by(self, stage: Stage, further: Tensor) -> Codec:
-        """This codec with a second stage, and with the decoder's rows, (n, dim), of latents that the first has not."""
-        return replace(self, refinement=stage, decoder=torch.cat([self.decoder, further]))
-
     @property
-    def stages(self) -> list[Stage]:
-        """The codes of every row, then those of refined rows, if there are any."""
-        base = Stage.leading(self.base, self.decoder.device)
-        return [base] if self.refinement is None else [base, self.refinement]
+    def rank(self) -> int:
+        """The number of latents."""
+        return len(self.decoder)
 
-    @property
-    def num_codes(self) -> int:
-        """How many codes a refined row has."""
-        return self.base.rank + (self.refinement.allocation.rank if self.refinement else 0)
+    def latents(self, found: Symbols, number: int) -> Tensor:
+        """The latents of rows of a class, (n, rank), times their scales."""
+        return self._sums(found.levels, number) * found.scales.unsqueeze(1)
 
-    def latents(self, levels: Tensor) -> Tensor:
-        """The latents of rows, (n, rank), from the levels of all their codes, (n, codes)."""
-        latents = F.pad(levels[:, : self.base.rank], (0, len(self.decoder) - self.base.rank))
-        if self.refinement is not None:
-            latents[:, self.refinement.latents] += levels[:, self.base.rank :] * self.refinement.steps
-        return latents
+    def _sums(self, levels: Tensor, number: int) -> Tensor:
+        """The latents, (n, rank), that the levels of the codes of rows, (n, codes), add up to."""
+        codes = self.classes[number]
+        return levels.new_zeros(len(levels), self.rank).index_add_(1, codes.latents, levels * codes.steps)
 
-    def encode(self, rows: Tensor, refined: Tensor) -> Symbols:
-        """Finds the symbols of rows, (n, dim), of which some are `refined`, (n,), for the decoder there is."""
-        levels = rows.new_zeros(len(rows), self.num_codes)
-        nothing = Symbols(torch.zeros_like(levels, dtype=torch.uint8), levels, refined)
-        return self._sweep(rows, nothing, keep_better=False)
+    def encode(self, rows: Tensor, number: int) -> Symbols:
+        """Finds scales and symbols of rows, (n, dim), of one class, for the decoder there is."""
+        codes = self.classes[number]
+        products = (rows - self.bias) @ self.decoder.T
+        lengths = self.decoder.square().sum(dim=1).clamp_min(torch.finfo(products.dtype).tiny)
+        scales = storable_scales(products / lengths, codes.deviations, codes.latents)
+        nothing = rows.new_zeros(len(rows), codes.num_codes)
+        begun = Symbols(nothing.byte(), nothing, scales, scales)
+        return self._sweep(rows, products, begun, number, keep_better=False)
 
-    def improve(self, rows: Tensor, coded: Symbols) -> Symbols:
-        """Codes rows anew for the decoder there is, from the symbols they have; no row's error rises."""
-        return self._sweep(rows, coded, keep_better=True)
+    def improve(self, rows: Tensor, symbols: Tensor, scales: Tensor, number: int) -> Symbols:
+        """Codes rows anew for the decoder there is, from the symbols and scales they have; no row's error rises."""
+        begun = Symbols(symbols.clone(), self.levels(symbols, number), scales, scales)
+        return self._sweep(rows, (rows - self.bias) @ self.decoder.T, begun, number, keep_better=True)
 
-    def residual(self, rows: Tensor, coded: Symbols) -> Tensor:
-        """What codes leave of rows, y - ŷ, (n, dim)."""
-        return rows - self.bias - self.latents(coded.levels) @ self.decoder
+    def levels(self, symbols: Tensor, number: int) -> Tensor:
+        """The half-integers that the symbols of rows of a class stand for, (n, codes) both."""
+        counts = self.classes[number].counts
+        states, levels = trellis_states(pack(symbols, counts), counts), torch.empty_like(symbols, dtype=torch.float32)
+        for width, section in self.classes[number].sections():
+            levels[:, section] = self.codebooks.levels[BIT_WIDTHS.index(width)][states[:, section]]
+        return levels
 
-    def _sweep(self, rows: Tensor, coded: Symbols, keep_better: bool) -> Symbols:
+    def _sweep(self, rows: Tensor, products: Tensor, begun: Symbols, number: int, *, keep_better: bool) -> Symbols:
         """Codes one section after the other, each for what all others leave.
 
-        The error is ‖y - b‖² - 2 z·t + z G zᵀ with t = (y - b) Dᵀ and G = D Dᵀ: no row has to be decoded.
+        Over its scale, the error of a row is ‖u‖² - 2 z·t + z G zᵀ with u = (y - b) / s, t = u Dᵀ, the `products` over
+        the scale, and G = D Dᵀ: no row has to be decoded.
         """
-        symbols, levels = coded.symbols.clone(), coded.levels.clone()
-        sums, gram = (rows - self.bias) @ self.decoder.T, self.decoder @ self.decoder.T
-        latents, first = self.latents(levels), 0
+        codes, gram = self.classes[number], self.decoder @ self.decoder.T
+        symbols, levels, scales = begun.symbols, begun.levels, begun.scales.unsqueeze(1)
+        sums = products / scales
+        latents = self._sums(levels, number)
+        slopes = sums - latents @ gram if keep_better else sums.clone()
 
-        rows_of_stage: list[slice | Tensor] = [slice(None), coded.refined.nonzero().squeeze(1)]
-        for stage, with_stage in zip(self.stages, rows_of_stage, strict=False):
-            sums, latents = sums[with_stage], latents[with_stage]
-            for width, section, named in stage.sections():
-                codes = with_stage, slice(first + section.start, first + section.stop)
-                steps = stage.steps[section]
-                columns = gram[:, named]
-                slopes = (sums[:, named] - latents @ columns) * steps
-                curvature = columns[named] * torch.outer(steps, steps)
-                gains = curvature.diagonal().clamp_min(torch.finfo(gram.dtype).tiny)
+        for width, section in codes.sections():
+            named, steps = codes.latents[section], codes.steps[section]
+            curvature = gram[named]
+            gains = curvature[torch.arange(len(named)), named] * steps.square()
+            gains = gains.clamp_min(torch.finfo(gram.dtype).tiny)
 
-                # The codes that would be best if the section's rows of the decoder were orthogonal.
-                before, found_before = levels[codes], symbols[codes]
-                found, after = quantise(before + slopes / gains, gains, self.codebooks.levels, width)
-                moves = after - before
+            # The codes that would be best if the section's rows of the decoder were orthogonal.
+            before, sloping = levels[:, section], slopes[:, named]
+            found, after = quantise(before + sloping * steps / gains, gains, self.codebooks.levels, width)
+            moves = (after - before) * steps
+            change = moves @ curvature  # of the slopes of all latents
 
-                # A row whose error would not fall keeps its codes.
-                if keep_better:
-                    better = (moves * (moves @ curvature - 2 * slopes)).sum(dim=1, keepdim=True) < 0
-                    found, moves = torch.where(better, found, found_before), moves * better
+            # A row whose error would not fall keeps its codes.
+            if keep_better:
+                better = (moves * (change[:, named] - 2 * sloping)).sum(dim=1, keepdim=True) < 0
+                found, after = torch.where(better, found, symbols[:, section]), torch.where(better, after, before)
+                moves, change = moves * better, change * better
 
-                symbols[codes], levels[codes] = found, before + moves
-                latents[:, named] += moves * steps
-            first += stage.allocation.rank
-        return Symbols(symbols, levels, coded.refined)
+            symbols[:, section], levels[:, section] = found, after
+            latents[:, named] += moves
+            slopes -= change
+
+        explained = (latents * (sums + slopes)).sum(dim=1) * begun.scales.square()
+        errors = (rows - self.bias).square().sum(dim=1) - explained
+        return Symbols(symbols, levels, begun.scales, errors.double().clamp_min(0))
 
     def refit(self, fit: DecoderFit) -> StoredDecoder:
         """Takes over the best decoder for the latents that `fit` has seen, as it is stored."""
@@ -164,142 +190,34 @@ class Codec:
         self.bias = fit.bias(self.decoder)
         return stored
 
-    def _fit(self) -> DecoderFit:
+    def new_fit(self) -> DecoderFit:
+        """Where rows and their latents are to be counted in, to fit the decoder to them."""
         rank, dim = self.decoder.shape
         return DecoderFit(rank, dim, self.decoder.device)
 
-    def _count_in(self, rows: Tensor, coded: Symbols, omega: Tensor, fit: DecoderFit) -> None:
-        refined, others = coded.refined, ~coded.refined
-        fit.add(rows[refined], self.latents(coded.levels[refined]), omega[refined])
-        fit.add(rows[others], coded.levels[others, : self.base.rank], omega[others])
-
-    def train(self, sample: Sample, refined: Tensor) -> None:
-        """Fits the decoder to the codes of a sample, of which some rows are `refined`, (n,)."""
-        fit = self._fit()
-        self._count_in(sample.rows, self.encode(sample.rows, refined), sample.omega, fit)
+    def train(self, sample: Sample, row_class: Tensor) -> None:
+        """Fits the decoder to the codes of a sample, whose rows are of some classes, (n,)."""
+        fit = self.new_fit()
+        for number in range(len(self.classes)):
+            of_class = row_class == number
+            rows = sample.rows[of_class]
+            found = self.encode(rows, number)
+            fit.add(rows, self.latents(found, number), sample.omega[of_class])
         self.refit(fit)
 
-    def encode_table(self, table: Table, omega: Tensor, refined: Tensor) -> tuple[PackedTable, Tensor]:
-        """Codes all rows, and fits the decoder to them.
 
-        Args:
-            table: The rows y.
-            omega: (num_rows,) what an error of each counts.
-            refined: (num_rows,) which rows have the second stage.
+def storable_scales(latents: Tensor, deviations: Tensor, coded: Tensor | None = None) -> Tensor:
+    """The scales of rows, (n,) float32, rounded as they are stored, that leave latents of their usual size.
 
-        Returns:
-            The codes, and what they leave of each row, ‖y - ŷ‖², (num_rows,).
-        """
-        packed, errors, fit = PackedTable.empty(self, refined), torch.empty_like(omega), self._fit()
-        for part, rows in table.chunks():
-            coded = self.encode(rows, refined[part])
-            self._count_in(rows, coded, omega[part].float(), fit)
-            packed.put(part, coded)
-            errors[part] = self.residual(rows, coded).square().sum(dim=1).to(errors)
-        self.refit(fit)
-        return packed, errors
-
-    def improve_table(self, table: Table, omega: Tensor, packed: PackedTable) -> StoredDecoder:
-        """Codes all rows anew for the decoder there is, and fits that to them once more.
-
-        Args:
-            table: The rows y.
-            omega: (num_rows,) what an error of each counts.
-            packed: The codes that the rows have; they change.
-
-        Returns:
-            The decoder as it is stored.
-        """
-        fit = self._fit()
-        for part, rows in table.chunks():
-            coded = self.improve(rows, packed.get(part))
-            self._count_in(rows, coded, omega[part].float(), fit)
-            packed.put(part, coded)
-        return self.refit(fit)
-
-
-@dataclass(frozen=True)
-class Symbols:
-    """Rows as symbols, and as the levels that these stand for.
-
-    Attributes:
-        symbols: (n, codes of both stages) uint8; zero for those that a row does not have.
-        levels: (n, codes of both stages) half-integers; zero for those that a row does not have.
-        refined: (n,) which rows have the second stage.
+    Args:
+        latents: (n, rank).
+        deviations: (rank,) their standard deviations, for rows of scale 1; 0 for those that say nothing.
+        coded: The latents that are coded, some of them more than once; by default all.
     """
-
-    symbols: Tensor
-    levels: Tensor
-    refined: Tensor
-
-
-@dataclass(frozen=True)
-class PackedTable:
-    """The symbols of all rows, packed as they are stored; made once, so that chunk after chunk needs no more memory.
-
-    Attributes:
-        codec: What they are symbols of.
-        refined: (num_rows,) which rows have the second stage.
-        base: (num_rows, bytes) uint8.
-        further: (refined rows, bytes) uint8.
-    """
-
-    codec: Codec
-    refined: Tensor
-    base: Tensor
-    further: Tensor
-
-    @classmethod
-    def empty(cls, codec: Codec, refined: Tensor) -> PackedTable:
-        """Makes room for the symbols of all rows; `refined`, (num_rows,), says which have the second stage."""
-        base = refined.new_zeros(len(refined), code_bytes(codec.base.counts), dtype=torch.uint8)
-        further_bytes = code_bytes(codec.refinement.allocation.counts) if codec.refinement else 0
-        return cls(codec, refined, base, base.new_zeros(int(refined.sum()), further_bytes))
-
-    def refining(self, refined: Tensor) -> PackedTable:
-        """Keeps the second stage of fewer rows, `refined`, (num_rows,); the first stage stays as it is."""
-        return replace(self, refined=refined, further=self.further[refined[self.refined]])
-
-    def _further(self, part: slice) -> Tensor:
-        first = int(self.refined[: part.start].sum())
-        return self.further[first : first + int(self.refined[part].sum())]
-
-    def _packed(self, part: slice) -> list[tuple[Tensor, Stage, Tensor]]:
-        """The packed codes of some rows, stage by stage, with which of the rows have them."""
-        refined = self.refined[part]
-        packed, with_stage = [self.base[part], self._further(part)], [torch.ones_like(refined), refined]
-        return list(zip(packed, self.codec.stages, with_stage, strict=False))
-
-    def put(self, part: slice, coded: Symbols) -> None:
-        """Packs the symbols of some rows."""
-        first = 0
-        for packed, stage, with_stage in self._packed(part):
-            of_stage = slice(first, first := first + stage.allocation.rank)
-            packed.copy_(pack(coded.symbols[with_stage, of_stage], stage.allocation.counts))
-
-    def get(self, part: slice) -> Symbols:
-        """The symbols of some rows, with their levels."""
-        refined, codebook = self.refined[part], self.codec.codebooks.stored()
-        symbols = torch.zeros(len(refined), self.codec.num_codes, dtype=torch.uint8, device=refined.device)
-        levels, first = torch.zeros_like(symbols, dtype=torch.float32), 0
-        for packed, stage, with_stage in self._packed(part):
-            of_stage, counts = slice(first, first := first + stage.allocation.rank), stage.allocation.counts
-            found = torch.cat([each for _, each in sections(packed, counts)], dim=1)
-            symbols[with_stage, of_stage] = found.to(torch.uint8)
-            levels[with_stage, of_stage] = unpack_levels(packed, counts, codebook, levels.dtype)
-        return Symbols(symbols, levels, refined)
-
-    def tensors(self, decoder: StoredDecoder) -> dict[str, Tensor]:
-        """What files hold, by name: the codes of both stages, the codebook, and their decoder."""
-        tensors = {
-            "weight": self.base,
-            "codebook_weight": self.codec.codebooks.stored(),
-            "decoder_weight": decoder.weight,
-            "exponent_weight": decoder.exponents,
-        }
-        if self.codec.refinement is not None:
-            tensors["refinement_weight"] = self.further
-            tensors["refined_rows_weight"] = self.refined.nonzero().squeeze(1).to(torch.int32)
-            tensors["refined_latents_weight"] = torch.as_tensor(self.codec.refinement.latents).to(torch.int32)
-            tensors["refinement_exponent_weight"] = self.codec.refinement.exponents
-        return tensors
+    varying = deviations > 0
+    if coded is not None:
+        varying &= torch.zeros_like(varying).index_fill(0, coded, True)
+    if not varying.any():
+        return latents.new_ones(len(latents))
+    lengths = (latents[:, varying] / deviations[varying]).square().mean(dim=1).sqrt()
+    return row_scales(pack_rows(torch.zeros_like(lengths), lengths))

@@ -7,9 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from .plan import ROW_NUMBER_ITEMSIZE
 
-
+ROW_NUMBER_ITEMSIZE = 4  # int32
 RESERVED_SHARE = 0.1  # of the budget, at most, that is set aside for rows that are known to be outliers
 
 

@@ -8,7 +8,7 @@ rows as for a million.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from math import ceil
@@ -18,29 +18,22 @@ from torch import Tensor
 
 from ...errors import TableError
 from ...processes import on_every_process
-from ...remote.kernels_dirembed import pack
+from ...remote.codes_dirembed import code_bytes
+from ...remote.kernels_dirembed import pack, pack_rows
 from ..coded import CodedTable
 from ..distortion import Measure
 from ..quality import DIGITS, NOTHING
 from ..rate_distortion import RateDistortion
-from ..row_files import FileSink, RowSink
+from ..row_files import FileSink, MakeSink, RowSink
 from ..row_weights import RowWeights, Sample
 from ..subspace import eigenbasis
 from ..table import Table
-from .codec import Codec, Symbols
+from .codec import Codec
 from .decoder import StoredDecoder
 from .outliers import RESERVED_SHARE, count_outliers, count_worst, outlier_bytes, worth_keeping
-from .plan import ByteBudget, plan_one_stage
-from .quantisation import QUANTISER_SAMPLE, BitAllocator, Quantisers
-from .transform import (
-    TransformSettings,
-    byte_budgets_of,
-    check_lengths,
-    decoder_rounding,
-    layout_of,
-    no_plan,
-    principal_axes,
-)
+from .plan import ByteBudget, Plan
+from .row_codes import RowCodes, code_tensors
+from .transform import TransformSettings, byte_budgets_of, check_lengths, layout_of, plan_codec
 
 
 PARTS = 64  # that the rows are coded in; sums are taken part by part, so that they are the same on many processes
@@ -72,7 +65,7 @@ class CodedRows:
 def code_large(
     table: Table,
     max_bytes: int,
-    make_sink: Callable[[tuple[int, int]], RowSink],
+    make_sink: MakeSink,
     *,
     dtype: torch.dtype,
     measure: Measure,
@@ -80,12 +73,12 @@ def code_large(
 ) -> CodedRows:
     """Codes a table of many rows that all count alike, within a number of bytes.
 
-    It is `transform` with one stage of codes, and with all that is fitted fitted to a sample of the rows.
+    It is `transform` with one class of rows, and with all that is fitted fitted to a sample of the rows.
 
     Args:
         table: The (num_rows, dim) table.
         max_bytes: The most bytes for all tensors that replace it.
-        make_sink: Makes the place for codes of a shape.
+        make_sink: Makes the place for a tensor of codes, from its name and shape.
         dtype: The dtype of the table, and so of the decoder's bias.
         measure: How errors are measured, without token weights.
         settings: How to fit.
@@ -96,23 +89,24 @@ def code_large(
         TableError: If the table holds a NaN or an infinity, or rows too long or short for their squares.
 
     Example:
-        >>> from hf_dirembed.compression.row_files import MemorySink
+        >>> from hf_dirembed.compression.row_files import memory_sink
         >>> rows = torch.randn(5000, 64, generator=torch.Generator().manual_seed(0)) * torch.linspace(1, 0.01, 64)
         >>> settings = TransformSettings(large_rows=4000, fitted_rows=2000)
         >>> made = code_large(
-        ...     Table(rows), 5000 * 16, MemorySink, dtype=rows.dtype, measure=Measure(), settings=settings
+        ...     Table(rows), 5000 * 16, memory_sink, dtype=rows.dtype, measure=Measure(), settings=settings
         ... )
         >>> sum(tensor.nbytes for tensor in made.coded.tensors.values()) <= 5000 * 16
         True
     """
     fit = Fit.of(table, max_bytes, dtype, measure, settings)
-    sink = make_sink((table.num_rows, fit.coder.codec.base.num_bytes))
-    job = CodeShare(table, fit.coder, sink)
-    # The memory of other processes is not this one's: only what is written to a file is shared.
-    found, *others = on_every_process(job) if isinstance(sink, FileSink) else [job(0, 1)]
+    sinks = {name: make_sink(name, shape) for name, shape in fit.coder.shapes(table.num_rows).items()}
+    job = CodeShare(table, fit.coder, sinks)
+    # The memory of other processes is not this one's: only what is written to files is shared.
+    in_files = all(isinstance(sink, FileSink) for sink in sinks.values())
+    found, *others = on_every_process(job) if in_files else [job(0, 1)]
     for other in others:
         found = found.joined(other, fit.coder.capacity)
-    return fit.finish(sink.tensor(), found)
+    return fit.finish({name: sink.tensor() for name, sink in sinks.items()}, found)
 
 
 @dataclass(frozen=True)
@@ -122,25 +116,25 @@ class CodeShare:
     Attributes:
         table: The whole table.
         coder: Codes its rows.
-        sink: Where the codes go.
+        sinks: Where the codes go, by the names of their tensors.
     """
 
     table: Table
     coder: RowCoder
-    sink: RowSink
+    sinks: Mapping[str, RowSink]
 
     def __call__(self, process: int, processes: int) -> Found:
         """Codes every so many'th part of the table."""
-        return code_parts(self.table, self.coder, self.sink, range(process, PARTS, processes))
+        return code_parts(self.table, self.coder, self.sinks, range(process, PARTS, processes))
 
 
-def code_parts(table: Table, coder: RowCoder, sink: RowSink, parts: Iterable[int]) -> Found:
+def code_parts(table: Table, coder: RowCoder, sinks: Mapping[str, RowSink], parts: Iterable[int]) -> Found:
     """Codes some of the `PARTS` of a table.
 
     Args:
         table: The whole table.
         coder: Codes its rows.
-        sink: Where the codes go.
+        sinks: Where the codes go, by the names of their tensors.
         parts: The numbers of these parts, in ascending order.
     """
     found = Found.nothing()
@@ -148,7 +142,8 @@ def code_parts(table: Table, coder: RowCoder, sink: RowSink, parts: Iterable[int
         found.tallies[part] = tally = Tally.zeros(table.dim)
         for first, chunk in _read_ahead(table, part * table.num_rows // PARTS, (part + 1) * table.num_rows // PARTS):
             coded = coder.code(chunk, first)
-            sink.put(first, coded.packed)
+            for name, sink in sinks.items():
+                sink.put(first, coded.codes[name])
             tally.count(coded)
             found.worst = found.worst.joined(coded.candidates(coder.entry, first), coder.capacity)
     return found
@@ -230,10 +225,6 @@ class RowCoder:
         """What errors of rows of some lengths, (n,) in the metric, count, (n,) float64."""
         return row_omega(norms, self.shortest)
 
-    def symbols(self, rows: Tensor) -> Symbols:
-        """The symbols of rows, (n, dim) in the metric, none longer than `longest`."""
-        return self.codec.encode(rows, torch.zeros(len(rows), dtype=torch.bool, device=rows.device))
-
     def code(self, chunk: Tensor, first: int) -> Coded:
         """Codes rows of a table, (n, dim) float32, of which the first has the number `first`.
 
@@ -245,9 +236,9 @@ class RowCoder:
         norms = rows.norm(dim=1)
         cut = norms > self.longest
         shortened = rows * (self.longest / norms).clamp(max=1).unsqueeze(1) if cut.any() else rows
-        coded = self.symbols(shortened)
+        coded = self.codec.encode(shortened, 0)
 
-        approximated = coded.levels @ self.stored.float() + self.bias.float()
+        approximated = self.codec.latents(coded, 0) @ self.stored.float() + self.bias.float()
         errors = self.in_metric(chunk - approximated).square().sum(dim=1).double()
         omega = self.omega(norms)
         lengths = chunk.norm(dim=1).double()
@@ -255,7 +246,10 @@ class RowCoder:
         cosines = torch.where(products > 0, (chunk * approximated).sum(dim=1).double() / products, 0)
 
         return Coded(
-            pack(coded.symbols, self.codec.base.counts),
+            {
+                "weight": pack(coded.symbols, self.codec.classes[0].counts),
+                "row_weight": pack_rows(torch.zeros_like(coded.scales), coded.scales),
+            },
             omega,
             (rows - self.origin) * omega.sqrt().to(rows).unsqueeze(1),
             omega * errors,
@@ -264,6 +258,10 @@ class RowCoder:
             cut,
             float(approximated.abs().max()),
         )
+
+    def shapes(self, num_rows: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors that have the codes of so many rows, by name."""
+        return {"weight": (num_rows, code_bytes(self.codec.classes[0].counts)), "row_weight": (num_rows,)}
 
     def in_metric(self, rows: Tensor) -> Tensor:
         """Rows, or errors of them, in the metric."""
@@ -282,7 +280,7 @@ class Coded:
     """Some rows, coded.
 
     Attributes:
-        packed: (n, bytes) uint8, their codes.
+        codes: Their codes, (n, bytes) uint8, and their scales, (n,) uint8, as they are stored, by name.
         omega: (n,) float64, what an error of each counts.
         centred: (n, dim) the rows in the metric, less the origin, times the root of omega.
         errors: (n,) float64, what the codes leave of each, times omega.
@@ -292,7 +290,7 @@ class Coded:
         largest: The largest magnitude of what the codes stand for.
     """
 
-    packed: Tensor
+    codes: dict[str, Tensor]
     omega: Tensor
     centred: Tensor
     errors: Tensor
@@ -434,18 +432,18 @@ class Fit:
     Attributes:
         table: The table.
         coder: Codes its rows.
-        room: The bytes for codes, decoder and outliers.
         dtype: The dtype of the table.
         shares: (n,) float64, how far each row of the sample is from the mean, squared, times ω.
-        sample: (n, bytes) uint8, the codes of the sample.
+        sample: The codes of the sample, as `Coded` has them.
+        left: The bytes that codes and decoder of all rows leave.
     """
 
     table: Table
     coder: RowCoder
-    room: ByteBudget
     dtype: torch.dtype
     shares: Tensor
-    sample: Tensor
+    sample: dict[str, Tensor]
+    left: int
 
     @classmethod
     def of(
@@ -466,7 +464,8 @@ class Fit:
         room, row_bytes = rooms[0].num_bytes, outlier_bytes(table.dim, dtype)
         expected = ceil(table.num_rows * int(cut.sum()) / drawn.num_rows)
         reserved = min(row_bytes * expected, int(RESERVED_SHARE * max_bytes), room - least, _KEPT_BYTES)
-        codec = _plan(rows, importance, [replace(each, num_bytes=room - reserved) for each in rooms], settings)
+        sample = Sample.draw(rows, importance, settings.sample_rows, settings.seed)
+        codec, plan = _plan(rows, importance, sample, [replace(each, num_bytes=room - reserved) for each in rooms])
         origin = codec.bias
         shortest = importance.shortest if measure.hessian is None else None
         stored, entry = _fit_decoder(codec, rows, row_omega(importance.norms, shortest), row_bytes, settings.passes)
@@ -478,36 +477,32 @@ class Fit:
         )  # fmt: skip
         coded = [coder.code(chunk, part.start) for part, chunk in drawn.chunks()]
         shares = torch.cat([each.centred.square().sum(dim=1).double() for each in coded]).cpu()
-        storing = ByteBudget(room, table.num_rows, table.dim, codec.storage)
-        return cls(table, coder, storing, dtype, shares, torch.cat([each.packed for each in coded]).cpu())
+        sampled = {name: torch.cat([each.codes[name] for each in coded]).cpu() for name in coded[0].codes}
+        left = ByteBudget(room, table.num_rows, table.dim, codec.storage).left_by(plan)
+        return cls(table, coder, dtype, shares, sampled, left)
 
-    def finish(self, codes: Tensor, found: Found) -> CodedRows:
+    def finish(self, codes: dict[str, Tensor], found: Found) -> CodedRows:
         """The compressed table and its figures, once all rows are coded.
 
         Args:
-            codes: (num_rows, bytes) uint8, of all rows.
+            codes: Of all rows, as `Coded` has them.
             found: What was found in all parts.
         """
         tally, worst = found.tally(), found.worst.best(self.coder.capacity)
         kept = worst.best(self._count_kept(tally, worst))
-        tensors = self._tensors() | {"weight": codes}
+        tensors = self._tensors() | codes
         if number := len(kept.numbers):
             rows = kept.numbers.sort().values
             each = [self.table.rows[slice(row, row + 1)].detach().cpu() for row in rows.tolist()]
             tensors |= {"outlier_weight": torch.cat(each).to(self.dtype), "outlier_rows_weight": rows.to(torch.int32)}
-        coded = CodedTable(layout_of(self.coder.codec, 0, number), tensors)
-        sample = CodedTable(layout_of(self.coder.codec, 0, 0), self._tensors() | {"weight": self.sample})
+        coded = CodedTable(layout_of(self.coder.codec, [self.table.num_rows], number), tensors)
+        sample = CodedTable(layout_of(self.coder.codec, [len(self.shares)], 0), self._tensors() | self.sample)
         fits = sample.fits(self.dtype) and (self.dtype != torch.float16 or tally.largest <= _LARGEST_HALF)
         return CodedRows(coded, self._quality(tally, kept), fits)
 
     def _tensors(self) -> dict[str, Tensor]:
         """All tensors but the codes and the outliers."""
-        tensors = {
-            "codebook_weight": self.coder.codec.codebooks.stored(),
-            "decoder_weight": self.coder.stored.weight,
-            "exponent_weight": self.coder.stored.exponents,
-            "decoder_bias_weight": self.coder.bias,
-        }
+        tensors = code_tensors(self.coder.codec, self.coder.stored) | {"decoder_bias_weight": self.coder.bias}
         return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
     def _count_kept(self, tally: Tally, worst: Worst) -> int:
@@ -516,7 +511,7 @@ class Fit:
         others = worst.errors[~worst.cut]
         share = worth_keeping(max(self.table.num_rows - tally.cut, 1), self.table.dim, row_bytes)
         wanted = tally.cut + count_worst(others, tally.lost - tally.lost_by_cut, share)
-        return min(wanted, self.room.left_by(self.coder.codec.base) // row_bytes, len(worst.numbers))
+        return min(wanted, self.left // row_bytes, len(worst.numbers))
 
     def _quality(self, tally: Tally, kept: Worst) -> dict[str, float]:
         """The figures that `table_quality` gives; rows that are kept as they are lose nothing."""
@@ -533,26 +528,11 @@ class Fit:
         return {name: round(value, DIGITS) for name, value in figures.items()} | {"fitted_rows": len(self.shares)}
 
 
-def _plan(rows: Table, importance: RowWeights, rooms: list[ByteBudget], settings: TransformSettings) -> Codec:
-    """Chooses subspace, bits and storage, and fits a decoder to some of the rows of a sample."""
-    sample = Sample.draw(rows, importance, settings.sample_rows, settings.seed)
-    mean, variances, basis = principal_axes(rows, importance)
-    centred = sample.rows - mean
-    quantisers = Quantisers.fit((centred @ basis)[sample.resample(centred, QUANTISER_SAMPLE)], variances)
-    allocator = BitAllocator(quantisers.errors)
-
-    plans = [
-        (plan, room)
-        for room in rooms
-        if (plan := plan_one_stage(allocator, room, decoder_rounding(room.storage, variances, basis)))
-    ]
-    if not plans:
-        raise no_plan(rooms[0])
-    plan, room = min(plans, key=lambda each: each[0].error)
-
-    codec = Codec.from_quantisers(plan.base, quantisers, basis, mean, room.storage)
-    codec.train(sample, torch.zeros(len(sample.numbers), dtype=torch.bool, device=rows.device))
-    return codec
+def _plan(rows: Table, importance: RowWeights, sample: Sample, rooms: list[ByteBudget]) -> tuple[Codec, Plan]:
+    """Chooses subspace, bits and storage for one class, and fits a decoder to some of the rows of a sample."""
+    codec, plan = plan_codec(rows, importance, sample, rooms, most_classes=1)
+    codec.train(sample, torch.zeros(len(sample.numbers), dtype=torch.uint8, device=rows.device))
+    return codec, plan
 
 
 def _fit_decoder(codec: Codec, rows: Table, omega: Tensor, row_bytes: int, passes: int) -> tuple[StoredDecoder, float]:
@@ -561,12 +541,12 @@ def _fit_decoder(codec: Codec, rows: Table, omega: Tensor, row_bytes: int, passe
     Returns:
         The decoder, and the error, times ω, that no row below is an outlier with.
     """
-    nothing = torch.zeros(rows.num_rows, dtype=torch.bool, device=rows.device)
-    packed, errors = codec.encode_table(rows, omega, nothing)
+    one_class = torch.zeros(rows.num_rows, dtype=torch.uint8, device=rows.device)
+    coded, errors = RowCodes.encode(codec, rows, omega, one_class)
     errors = omega * errors
     outliers = errors.argsort(descending=True, stable=True)[: count_outliers(errors, rows.dim, row_bytes)]
     usual = omega.index_fill(0, outliers, 0)
     for _ in range(passes):
-        stored = codec.improve_table(rows, usual, packed)
+        coded, stored = coded.improve(rows, usual, one_class)
     worth = worth_keeping(rows.num_rows, rows.dim, row_bytes)
     return stored, _ENTRY * worth * float(errors.sum() - errors[outliers].sum())

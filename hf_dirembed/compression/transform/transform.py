@@ -1,7 +1,7 @@
 """Transform coding: a subspace's latents in few bits each, and a decoder fitted to what the bits can say.
 
-Every row gets the same bits of the leading latents; what is left of the rows of frequent tokens gets a second stage
-(successive refinement). Decoder and codes are then fitted to each other in turn. Outliers are kept as they are.
+Rows are sorted into classes by what their errors count, and each class has its own bits for every latent. Decoder and
+codes are then fitted to each other in turn. Outliers are kept as they are.
 """
 
 from __future__ import annotations
@@ -13,22 +13,26 @@ import torch
 from torch import Tensor
 
 from ...errors import BudgetError, OptionError, TableError
-from ...remote.codes_dirembed import CODEBOOK_SHAPE, PACKED_CODES, Refinement, TableLayout
+from ...remote.codes_dirembed import CODEBOOK_SHAPE, MAX_CLASSES, PACKED_CODES, RowClass, TableLayout
 from ..coded import CodedTable
 from ..distortion import TEMPERING, Measure
 from ..row_weights import RowWeights, Sample
 from ..subspace import eigenbasis, exact_chunks, second_moment
 from ..table import Table
-from .codec import Codec
+from .allocation import CODE_ENTRY_BYTES
+from .codec import ClassCodes, Codec, storable_scales
 from .decoder import DecoderStorage
 from .outliers import RESERVED_SHARE, count_outliers, outlier_bytes
-from .plan import ROW_NUMBER_ITEMSIZE, ByteBudget, StagePlan, plan_stages
-from .quantisation import QUANTISER_SAMPLE, BitAllocator, Quantisers
-from .refinement import plan_refinement
+from .plan import ByteBudget, Plan, Spectrum, plan_classes
+from .quantisation import CODES_OF_BITS, QUANTISER_SAMPLE, Quantisers
+from .row_codes import RowCodes
+from .trellis import Codebooks
 
 
 DECODER_DTYPES = (torch.float16, torch.float8_e4m3fn)  # the narrower one leaves more room for codes
 _ROUNDING_LEFT = 0.4  # of a decoder's rounding, once the codes are fitted to the rounded decoder
+_CODEBOOK_SHARE = 0.01
+_NEARLY_CONSTANT = 1e-4  # of the largest deviation
 _LENGTHS = 1e-15, 1e17  # of rows, whose squares and importance are held in float32
 
 
@@ -118,42 +122,48 @@ def transform(
         importance = measure.importance(rows)
     check_lengths(rows, importance)
 
-    # bits, codebooks and decoder, with some room reserved for outliers
+    # classes, bits, codebooks and decoder, with some room reserved for outliers
     row_bytes = outlier_bytes(table.dim, dtype)
     reserved = min(row_bytes * int(cut.sum()), int(RESERVED_SHARE * max_bytes), room - least)
     planned = [replace(each, num_bytes=room - reserved) for each in rooms]
     sample = Sample.draw(rows, importance, settings.sample_rows, settings.seed)
-    codec, refined = _plan(rows, importance, sample, planned)
-    codec.train(sample, refined[sample.numbers])
-    packed, errors = codec.encode_table(rows, importance.omega, refined)
+    codec, plan = plan_codec(rows, importance, sample, planned)
+    codec.train(sample, plan.row_class[sample.numbers])
+    coded, errors = RowCodes.encode(codec, rows, importance.omega, plan.row_class)
     errors = importance.omega * errors
 
     # which rows are kept as they are, and codes and decoder fitted to the others
     storing = ByteBudget(room, table.num_rows, table.dim, codec.storage)
-    outliers, refined = _keep_outliers(errors, cut, refined, importance, codec, storing, row_bytes)
-    packed, omega = packed.refining(refined), importance.omega.masked_fill(outliers, 0)
+    outliers, row_class = _keep_outliers(errors, cut, plan, importance, storing, row_bytes)
+    omega = importance.omega.masked_fill(outliers, 0)
     for _ in range(settings.passes):
-        decoder = codec.improve_table(rows, omega, packed)
+        coded, decoder = coded.improve(rows, omega, row_class)
 
-    tensors = packed.tensors(decoder)
+    tensors = coded.tensors(decoder)
     bias = codec.bias if factor is None else codec.bias @ torch.linalg.inv(factor).to(codec.bias)
     tensors["decoder_bias_weight"] = bias.to(dtype)
     if outliers.any():
         tensors["outlier_weight"] = torch.cat([chunk[outliers[part]].to(dtype) for part, chunk in table.chunks()])
         tensors["outlier_rows_weight"] = outliers.nonzero().squeeze(1).to(torch.int32)
-    layout = layout_of(codec, int(refined.sum()), int(outliers.sum()))
+    layout = layout_of(codec, [len(each) for each in coded.packed], int(outliers.sum()))
     return CodedTable(layout, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
 
 
-def fixed_bytes(dim: int, dtype: torch.dtype) -> int:
-    """Bytes that do not depend on the codes: of the decoder's bias and of the codebook."""
-    return dim * dtype.itemsize + prod(CODEBOOK_SHAPE)
+def fixed_bytes(num_rows: int, dim: int, dtype: torch.dtype) -> int:
+    """Bytes that do not depend on the codes: of the decoder's bias, and of the scales of the rows."""
+    return dim * dtype.itemsize + num_rows
+
+
+def has_own_codebook(max_bytes: int) -> bool:
+    """Whether a table's bytes are so many that a codebook of its own is worth its share of them."""
+    return prod(CODEBOOK_SHAPE) <= _CODEBOOK_SHARE * max_bytes
 
 
 def code_bytes(num_rows: int, dim: int, *, latents: int, bits: int) -> int:
     """Bytes of some latents of every row in so many bits each, and of their decoder where it is stored narrowly."""
     decoder = min(DecoderStorage(each, None).num_bytes(latents, dim) for each in DECODER_DTYPES)
-    return num_rows * latents * bits // 8 + decoder
+    entries = CODE_ENTRY_BYTES * latents * len(CODES_OF_BITS[bits])
+    return num_rows * latents * bits // 8 + decoder + entries
 
 
 def byte_budgets_of(
@@ -170,7 +180,9 @@ def byte_budgets_of(
     Raises:
         BudgetError: If the bytes do not hold any code of the table.
     """
-    room = max_bytes - fixed_bytes(table.dim, dtype)
+    room = max_bytes - fixed_bytes(table.num_rows, table.dim, dtype)
+    if has_own_codebook(max_bytes):
+        room -= prod(CODEBOOK_SHAPE)
     rooms = [ByteBudget(room, table.num_rows, table.dim, DecoderStorage(each, factor)) for each in DECODER_DTYPES]
     least = code_bytes(table.num_rows, table.dim, latents=1, bits=8)  # one byte a row, for its strongest latent
     if room < least:
@@ -182,19 +194,18 @@ def byte_budgets_of(
     return rooms, least
 
 
-def layout_of(codec: Codec, refined_rows: int, outliers: int) -> TableLayout:
-    """The layout of a codec's codes, with so many rows of a second stage, and so many that are kept as they are."""
-    refinement = None
-    if codec.refinement is not None:
-        refinement = Refinement(refined_rows, codec.refinement.allocation.counts)
+def layout_of(codec: Codec, num_rows: list[int], outliers: int) -> TableLayout:
+    """The layout of a codec's codes, with so many rows of each class, and so many that are kept as they are."""
+    counts = [each.counts for each in codec.classes]
+    further = [RowClass(each, rows) for each, rows in zip(counts[1:], num_rows[1:], strict=True)]
     return TableLayout(
         method="transform",
-        rank=len(codec.decoder),
+        rank=codec.rank,
         codes=PACKED_CODES,
         decoder=str(codec.storage.dtype).removeprefix("torch."),
         bias=True,
-        bit_allocation=codec.base.counts,
-        refinement=refinement,
+        classes=(RowClass(counts[0]), *further),
+        codebook="own" if codec.codebooks.own else "gaussian",
         outliers=outliers or None,
     )
 
@@ -217,27 +228,54 @@ def check_lengths(rows: Table, importance: RowWeights) -> None:
         )
 
 
-def _plan(rows: Table, importance: RowWeights, sample: Sample, rooms: list[ByteBudget]) -> tuple[Codec, Tensor]:
-    """Chooses subspace, bits, storage and refined rows: the quantisers as a codec, and which rows are refined."""
+def plan_codec(
+    rows: Table, importance: RowWeights, sample: Sample, rooms: list[ByteBudget], *, most_classes: int = MAX_CLASSES
+) -> tuple[Codec, Plan]:
+    """Chooses subspace, classes, bits and storage: the quantisers as a codec, and the plan.
+
+    Args:
+        rows: The table, in the metric.
+        importance: What an error of each row counts.
+        sample: Rows that stand for all.
+        rooms: The bytes for codes and decoder, for each dtype that the decoder may be stored in.
+        most_classes: How many classes of rows there may be.
+
+    Raises:
+        BudgetError: If no plan fits.
+    """
     mean, variances, basis = principal_axes(rows, importance)
     centred = sample.rows - mean
-    quantisers = Quantisers.fit((centred @ basis)[sample.resample(centred, QUANTISER_SAMPLE)], variances)
-    allocator = BitAllocator(quantisers.errors)
-    order = importance.order
+    latents = centred @ basis
+    deviations = _without_noise(variances.clamp_min(0).sqrt())
+    scales = storable_scales(latents, deviations)
+    drawn = sample.resample(centred, QUANTISER_SAMPLE)
+    own = has_own_codebook(rooms[0].num_bytes)
+    codebooks = None if own else Codebooks.gaussian(latents.device)
+    quantisers = Quantisers.fit((latents / scales.unsqueeze(1))[drawn], codebooks)
+    spectrum = Spectrum(importance, sample, latents, scales, variances, quantisers)
 
-    plans: list[tuple[StagePlan, ByteBudget]] = []
+    plans: list[tuple[Plan, ByteBudget]] = []
     for room in rooms:
         rounding = decoder_rounding(room.storage, variances, basis)
-        if plan := plan_stages(allocator, importance.share[order], room, rounding):
+        if plan := plan_classes(spectrum, room, rounding, most=most_classes):
             plans.append((plan, room))
     if not plans:
         raise no_plan(rooms[0])
-    stages, room = min(plans, key=lambda each: each[0].error)
+    plan, room = min(plans, key=lambda each: each[0].error)
 
-    codec = Codec.from_quantisers(stages.base, quantisers, basis, mean, room.storage)
-    if stages.refinement_bytes:
-        return _refine(codec, stages, room, importance, sample, quantisers, basis)
-    return codec, torch.zeros(rows.num_rows, dtype=torch.bool, device=rows.device)
+    # the unit of a latent is its standard deviation over all rows
+    units = torch.where(deviations > 0, deviations, 1)[: plan.rank]
+    classes = [
+        ClassCodes.of(allocation, quantisers, _without_noise(of_class) / units)
+        for allocation, of_class in zip(plan.allocations, spectrum.deviations(plan), strict=True)
+    ]
+    decoder = units.unsqueeze(1) * basis[:, : plan.rank].T
+    return Codec(classes, quantisers.codebooks, decoder, mean, room.storage), plan
+
+
+def _without_noise(deviations: Tensor) -> Tensor:
+    """Deviations of latents, (rank,), those that are rounding noise beside the largest set to 0."""
+    return torch.where(deviations > _NEARLY_CONSTANT * deviations.max(), deviations, 0)
 
 
 def no_plan(room: ByteBudget) -> BudgetError:
@@ -253,61 +291,33 @@ def decoder_rounding(storage: DecoderStorage, variances: Tensor, basis: Tensor) 
     return _ROUNDING_LEFT * variances.clamp_min(0) * (stored - basis.T).square().sum(dim=1)
 
 
-def _refine(
-    codec: Codec,
-    stages: StagePlan,
-    room: ByteBudget,
-    importance: RowWeights,
-    sample: Sample,
-    quantisers: Quantisers,
-    basis: Tensor,
-) -> tuple[Codec, Tensor]:
-    """Adds a second stage, for as many of the rows, the most important first, as there is room for."""
-    order = importance.order
-    nothing = torch.zeros(room.num_rows, dtype=torch.bool, device=order.device)
-    left = room.left_by_both(codec.base, room.dim, room.dim - codec.base.rank)
-    roughly = nothing.index_fill(0, order[: room.refinable_rows(left, stages.refinement_bytes) or 1], True)
-    chosen = roughly[sample.numbers]
-    if not chosen.any():  # too few rows to learn a second stage from
-        return codec, nothing
-    heavy = Sample(sample.numbers[chosen], sample.rows[chosen], sample.omega[chosen])
-    plan = plan_refinement(codec, quantisers, basis, heavy, importance.share[order], room, stages.refinement_bytes)
-    if plan is None:
-        return codec, nothing
-    return codec.refined_by(plan.stage, plan.further), nothing.index_fill(0, order[: plan.rows], True)
-
-
 def _keep_outliers(
-    errors: Tensor,
-    cut: Tensor,
-    refined: Tensor,
-    importance: RowWeights,
-    codec: Codec,
-    room: ByteBudget,
-    row_bytes: int,
+    errors: Tensor, cut: Tensor, plan: Plan, importance: RowWeights, room: ByteBudget, row_bytes: int
 ) -> tuple[Tensor, Tensor]:
-    """Which rows are kept as they are, those that are cut off first, and which rows are still refined.
+    """Which rows are kept as they are, those that are cut off first, and the class of every row.
 
-    Kept rows take the bytes that are left, and those of the least important refined rows.
+    Kept rows take the bytes that are left, and the further bytes of the least important rows that have any.
     """
     number = int(cut.sum()) + count_outliers(errors[~cut], room.dim, row_bytes)
     worst = errors.masked_fill(cut, torch.inf).argsort(descending=True, stable=True)
-    outliers, left = torch.zeros_like(refined), room.left_by(codec.base)
+    outliers, row_class = torch.zeros_like(cut), plan.row_class.clone()
 
-    if codec.refinement is None:
-        outliers[worst[: min(number, left // row_bytes)]] = True
-        return outliers, refined
-
-    further = codec.refinement.allocation
-    refined_bytes = further.num_bytes + ROW_NUMBER_ITEMSIZE
-    left = room.left_by_both(codec.base, further.rank, len(codec.decoder) - codec.base.rank)
-    number = min(number, (left - refined_bytes) // row_bytes)  # one refined row stays in any case
+    # the bytes that are left, and those that rows have beyond the first class's
+    sizes = torch.tensor([each.num_bytes for each in plan.allocations], device=cut.device)
+    further = (sizes - sizes[0])[row_class.long()]
+    left = room.left_by(plan)
+    number = min(number, max(0, left + int(further.sum()) // 2) // row_bytes)
     outliers[worst[:number]] = True
 
-    order = importance.order[(refined & ~outliers)[importance.order]][: (left - number * row_bytes) // refined_bytes]
-    if not len(order):
-        return torch.zeros_like(outliers), refined
-    return outliers, torch.zeros_like(refined).index_fill(0, order, True)
+    # outliers need no further bytes themselves; then the least important rows give theirs
+    others = importance.order.flip(0)
+    given = torch.cat([worst[:number], others[~outliers[others]]])
+    given = given[further[given] > 0]
+    missing = number * row_bytes - left
+    if missing > 0:
+        saved = further[given].cumsum(dim=0)
+        row_class[given[: int((saved < missing).sum()) + 1]] = 0
+    return outliers, row_class
 
 
 def principal_axes(rows: Table, importance: RowWeights) -> tuple[Tensor, Tensor, Tensor]:

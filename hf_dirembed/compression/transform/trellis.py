@@ -8,15 +8,18 @@ import torch
 from torch import Tensor
 
 from ...remote.codes_dirembed import BIT_WIDTHS
+from ...remote.kernels_dirembed import HALF, gaussian_codebook
 from .states import NUM_STATES, POSITIVE
 
 
-LARGEST_LEVEL = 127.5  # of 8 bits
+LARGEST_LEVEL = 127.5  # of 8 bits, which the codebook has
 _SURVIVOR_BYTES = 1 << 28  # of the survivors' symbols that a device holds until the best path is known
 # Where training starts: of the 256 quantiles of a Gaussian, state s has the one whose number is a multiple of s,
 # modulo 256; so states that a symbol chooses between, and those that meet, are far apart. Of all odd multiples these,
-# at 4, 2 and 1 bits, leave a Gaussian the least error after training. Levels start too wide: those of tails are slow.
-_MULTIPLES, _STRETCH = (69, 71, 115), 1.15
+# at 4, 3, 2 and 1 bits, leave a Gaussian the least error after training. Levels start too wide, as those of tails are
+# slow.
+_MULTIPLES, _STRETCH = (69, 115, 71, 115), 1.15
+_GAUSSIAN_UNITS = (0.02748, 0.02586, 0.02369, 0.01772)  # of the shared codebook, as `Codebooks` has them
 _TRAINING_SYMBOLS, _LLOYD_ROUNDS, _OVER_RELAXATION = 100_000, 10, 1.5
 
 
@@ -27,7 +30,7 @@ def best_states(targets: Tensor, importance: Tensor, levels: Tensor, width: int)
         targets: (n, count) float32, what the levels shall approximate.
         importance: (count,) what the squared error of each latent counts.
         levels: (256,) float32, of the trellis's states.
-        width: Bits of a symbol: 4, 2 or 1.
+        width: Bits of a symbol: 4, 3, 2 or 1.
 
     Returns:
         (n, count) uint8. Symbols are in their lowest `width` bits; of these [`trellis_states`] makes the states again.
@@ -114,21 +117,19 @@ def quantise(targets: Tensor, importance: Tensor, levels: Tensor, width: int) ->
     Args:
         targets: (n, count) float32.
         importance: (count,) what the squared error of each latent counts.
-        levels: (3, 256) float32, of the trellis's states at 4, 2 and 1 bits.
-        width: 8, 4, 2 or 1.
+        levels: (4, 256) float32, of the trellis's states at 4, 3, 2 and 1 bits.
+        width: 4, 3, 2 or 1.
 
     Returns:
         (n, count) uint8 symbols, and (n, count) levels.
 
     Example:
-        >>> symbols, levels = quantise(torch.tensor([[0.2, -9.9]]), torch.ones(2), torch.zeros(3, 256), width=8)
-        >>> symbols.tolist(), levels.tolist()
-        ([[128, 118]], [[0.5, -9.5]])
+        >>> levels = torch.arange(256.0).repeat(4, 1)
+        >>> symbols, found = quantise(torch.tensor([[33.2, 1.9]]), torch.ones(2), levels, width=4)
+        >>> symbols.tolist(), found.tolist()
+        ([[1, 2]], [[33.0, 2.0]])
     """
-    if width == 8:
-        rounded = round_to_levels(targets)
-        return (rounded + LARGEST_LEVEL).to(torch.uint8), rounded
-    book = levels[BIT_WIDTHS.index(width) - 1]
+    book = levels[BIT_WIDTHS.index(width)]
     states = best_states(targets, importance, book, width)
     return states & ((1 << width) - 1), book[states.int()]
 
@@ -145,15 +146,23 @@ def round_to_levels(latents: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Codebooks:
-    """The levels of the trellis's states at 4, 2 and 1 bits.
+    """The levels of the trellis's states at 4, 3, 2 and 1 bits.
 
     Attributes:
-        levels: (3, 256) half-integers up to ±127.5.
-        units: (3,) what a level's 1 is in standard deviations of the latents.
+        levels: (4, 256) half-integers up to ±127.5.
+        units: (4,) what a level's 1 is in standard deviations of the latents.
+        own: Whether they were trained for a table, which then has them in its files.
     """
 
     levels: Tensor
     units: Tensor
+    own: bool = True
+
+    @classmethod
+    def gaussian(cls, device: torch.device) -> Codebooks:
+        """Those that tables share which are too small to have their own."""
+        levels = gaussian_codebook(device).float() + HALF
+        return cls(levels, torch.tensor(_GAUSSIAN_UNITS, device=device), own=False)
 
     @classmethod
     def train(cls, latents: Tensor) -> Codebooks:
@@ -165,7 +174,7 @@ class Codebooks:
         Example:
             >>> latents = torch.randn(1000, 100, generator=torch.Generator().manual_seed(0))
             >>> codebooks = Codebooks.train(latents)
-            >>> levels = codebooks.levels[1] * codebooks.units[1]  # of 2 bits
+            >>> levels = codebooks.levels[2] * codebooks.units[2]  # of 2 bits
             >>> found = levels[best_states(latents, torch.ones(100), levels, width=2).int()]
             >>> bool((found - latents).square().mean() < 1.28 / 16)  # the bound is 1/16
             True
@@ -175,12 +184,12 @@ class Codebooks:
         states = torch.arange(NUM_STATES)
         quantiles = _STRETCH * torch.special.ndtri((states.double() + 0.5) / NUM_STATES).to(latents)
         starts = [quantiles[multiple * states % NUM_STATES] for multiple in _MULTIPLES]
-        levels = torch.stack([_lloyd(latents, *each) for each in zip(starts, BIT_WIDTHS[1:], strict=True)])
+        levels = torch.stack([_lloyd(latents, *each) for each in zip(starts, BIT_WIDTHS, strict=True)])
         units = levels.abs().amax(dim=1) / LARGEST_LEVEL
         return cls(round_to_levels(levels / units.unsqueeze(1)), units)
 
     def stored(self) -> Tensor:
-        """The levels as files have them: (3, 256) int8, less ½."""
+        """The levels as files have them: (4, 256) int8, less ½."""
         return self.levels.floor().to(torch.int8)
 
 

@@ -18,6 +18,7 @@ from .states import NUM_STATES, POSITIVE
 _LANES = 64  # rows that are searched in step: vectors are full, and path costs stay in a core's nearest caches
 _UNROLLED = 4  # symbols that are compared at a time, in registers
 _SMALLEST = numpy.float32(POSITIVE)
+_FUSED = {"contract"}  # a product and a sum may be rounded once
 _UNREACHABLE = numpy.float32(1e30)  # the path cost of what the stream cannot start on
 _DEAREST = numpy.int32(numpy.iinfo(numpy.int32).max)
 
@@ -29,7 +30,7 @@ def cheapest_paths(targets: Tensor, importance: Tensor, levels: Tensor, width: i
         targets: (steps, n) float32, in the order of the stream.
         importance: (steps,) float32, up to 1: what the squared error of each step counts.
         levels: (256,) float32, of the trellis's states.
-        width: Bits of a symbol: 4, 2 or 1.
+        width: Bits of a symbol: 4, 3, 2 or 1.
 
     Returns:
         (steps, n) uint8: the newest symbol of each is in its lowest bits, those before above.
@@ -64,25 +65,28 @@ def _search_of(width: int) -> Callable[..., None]:
         survivors = numpy.empty((steps, pasts, _LANES), dtype=numpy.uint8)
         costs = numpy.empty((2, pasts, _LANES), dtype=numpy.float32)  # before and after a step
         target = numpy.zeros(_LANES, dtype=numpy.float32)
+        scaled = numpy.empty(NUM_STATES, dtype=numpy.float32)
 
         for first in range(thread * _LANES, num_rows, threads * _LANES):
             rows = min(_LANES, num_rows - first)
             costs[0] = _UNREACHABLE
-            costs[0, 0] = 0  # the stream starts on zeros
+            costs[0, 0] = _SMALLEST  # the stream starts on zeros
             for step in range(steps):
-                target[:rows] = targets[step, first : first + rows]
+                root = numpy.sqrt(importance[step])
+                scaled[:] = levels * root
+                target[:rows] = targets[step, first : first + rows] * root
                 before, after = costs[step & 1], costs[1 - (step & 1)]
-                _survive(before, target, importance[step], levels, width, after, survivors[step])
+                _survive(before, target, scaled, width, after, survivors[step])
             _trace_back(costs[steps & 1], survivors, width, states[:, first : first + rows])
 
     try:
-        return numba.njit(nogil=True, cache=True)(search)
+        return numba.njit(nogil=True, cache=True, fastmath=_FUSED)(search)
     except RuntimeError:  # no place for numba's cache can be written to
-        return numba.njit(nogil=True)(search)
+        return numba.njit(nogil=True, fastmath=_FUSED)(search)
 
 
-@numba.njit(inline="always")
-def _survive(before, target, importance, levels, width, after, survivors):  # type: ignore[no-untyped-def]
+@numba.njit(inline="always", fastmath=_FUSED)
+def _survive(before, target, levels, width, after, survivors):  # type: ignore[no-untyped-def]
     """Every past goes on with every symbol; of all states with the same new past the cheapest survives.
 
     Which, its oldest symbol says. Costs are positive floats, whose order is that of their bits; so each carries its
@@ -98,9 +102,9 @@ def _survive(before, target, importance, levels, width, after, survivors):  # ty
                 for oldest in range(part, part + unrolled):
                     state = oldest * pasts + past
                     error = target[lane] - levels[state]
-                    cost = before[state >> width, lane] + (importance * (error * error) + _SMALLEST)
+                    cost = before[state >> width, lane] + error * error
                     cheapest = min(cheapest, (numpy.float32(cost).view(numpy.int32) & clear) | numpy.int32(oldest))
-            after[past, lane] = numpy.int32(cheapest).view(numpy.float32)
+            after[past, lane] = numpy.int32(cheapest).view(numpy.float32) + _SMALLEST
             survivors[past, lane] = cheapest & keep
 
 

@@ -1,0 +1,141 @@
+"""The codes of all rows while codes and decoder are fitted to each other, and as files hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...remote.codes_dirembed import code_bytes
+from ...remote.kernels_dirembed import count_classes, pack, pack_rows, sections, trellis_states
+from ..table import Table
+from .codec import Codec, Symbols
+from .decoder import StoredDecoder
+
+
+@dataclass
+class RowCodes:
+    """The packed codes of all rows of a table, class by class.
+
+    Attributes:
+        codec: What they are codes of.
+        row_class: (num_rows,) uint8, the class of each row.
+        scales: (num_rows,) float32, what the latents of each row are multiplied by.
+        packed: For each class, (its rows, bytes) uint8.
+    """
+
+    codec: Codec
+    row_class: Tensor
+    scales: Tensor
+    packed: list[Tensor]
+
+    @classmethod
+    def encode(cls, codec: Codec, table: Table, omega: Tensor, row_class: Tensor) -> tuple[RowCodes, Tensor]:
+        """Codes all rows, and fits the decoder to them.
+
+        Args:
+            codec: What codes them; its decoder changes.
+            table: The rows y.
+            omega: (num_rows,) what an error of each counts.
+            row_class: (num_rows,) uint8, the class of each.
+
+        Returns:
+            The codes, and what they leave of each row, ‖y - ŷ‖², (num_rows,) float64.
+        """
+        coded, errors, fit = cls.empty(codec, row_class), torch.empty_like(omega), codec.new_fit()
+        for part, rows in table.chunks():
+            for number, mine, slots in coded._by_class(part):
+                found = codec.encode(rows[mine], number)
+                coded._put(number, part, mine, slots, found)
+                fit.add(rows[mine], codec.latents(found, number), omega[part][mine].float())
+                errors[part][mine] = found.errors.to(errors)
+        codec.refit(fit)
+        return coded, errors
+
+    @classmethod
+    def empty(cls, codec: Codec, row_class: Tensor) -> RowCodes:
+        """Makes room for the codes of all rows, whose classes are `row_class`, (num_rows,) uint8."""
+        rows_of = torch.bincount(row_class.long(), minlength=len(codec.classes)).tolist()
+        sizes = [code_bytes(each.counts) for each in codec.classes]
+        packed = [row_class.new_empty(shape) for shape in zip(rows_of, sizes, strict=True)]
+        return cls(codec, row_class, torch.ones(len(row_class), device=row_class.device), packed)
+
+    def improve(self, table: Table, omega: Tensor, row_class: Tensor) -> tuple[RowCodes, StoredDecoder]:
+        """Codes all rows anew for the decoder there is, and fits that to them once more.
+
+        Args:
+            table: The rows y.
+            omega: (num_rows,) what an error of each counts.
+            row_class: (num_rows,) uint8, the class of each from now on; these codes have to be forgotten.
+
+        Returns:
+            The codes, and the decoder as it is stored.
+        """
+        codec, fit = self.codec, self.codec.new_fit()
+        coded = RowCodes.empty(codec, row_class)
+        for part, rows in table.chunks():
+            of_class = {number: (mine, slots) for number, mine, slots in self._by_class(part)}
+            for number, mine, slots in coded._by_class(part):
+                # rows that were of another class begin anew
+                stayed = self.row_class[part][mine] == number
+                begun = codec.encode(rows[mine[~stayed]], number)
+                symbols = begun.symbols.new_empty(len(mine), begun.symbols.shape[1])
+                scales = self.scales[part][mine]
+                symbols[~stayed], scales[~stayed] = begun.symbols, begun.scales
+                if number in of_class:
+                    before, old_slots = of_class[number]
+                    old = self.packed[number][old_slots][row_class[part][before] == number]
+                    symbols[stayed] = _symbols(old, codec.classes[number].counts)
+
+                found = codec.improve(rows[mine], symbols, scales, number)
+                coded._put(number, part, mine, slots, found)
+                fit.add(rows[mine], codec.latents(found, number), omega[part][mine].float())
+        return coded, codec.refit(fit)
+
+    def _put(self, number: int, part: slice, mine: Tensor, slots: slice, found: Symbols) -> None:
+        """Packs what was found of rows of one class."""
+        self.packed[number][slots] = pack(found.symbols, self.codec.classes[number].counts)
+        self.scales[part][mine] = found.scales
+
+    def _by_class(self, part: slice) -> Iterator[tuple[int, Tensor, slice]]:
+        """Of some rows, those of each class: its number, which rows they are, and where their codes are."""
+        for number in range(len(self.codec.classes)):
+            mine = (self.row_class[part] == number).nonzero().squeeze(1)
+            if len(mine):
+                first = int((self.row_class[: part.start] == number).sum())
+                yield number, mine, slice(first, first + len(mine))
+
+    def tensors(self, decoder: StoredDecoder) -> dict[str, Tensor]:
+        """What files hold, by name: the codes, what they stand for, and their decoder."""
+        first, *further = self.packed
+        weight = first.new_empty(len(self.row_class), first.shape[1])
+        for number, packed in enumerate(self.packed):
+            weight[self.row_class == number] = packed[:, : first.shape[1]]
+        rows = pack_rows(self.row_class, self.scales)
+        tensors = {"weight": weight, "row_weight": rows, **code_tensors(self.codec, decoder)}
+        if further:
+            tensors["class_counts_weight"] = count_classes(rows, len(self.packed))
+            tensors["further_weight"] = torch.cat([packed[:, first.shape[1] :].flatten() for packed in further])
+        return tensors
+
+
+def code_tensors(codec: Codec, decoder: StoredDecoder) -> dict[str, Tensor]:
+    """What files hold of codes beside the codes themselves, by name."""
+    classes = codec.classes
+    codebook = {"codebook_weight": codec.codebooks.stored()} if codec.codebooks.own else {}
+    return codebook | {
+        "latents_weight": torch.cat([each.latents for each in classes]).to(torch.int32),
+        "steps_weight": torch.cat([each.exponents for each in classes]),
+        "decoder_weight": decoder.weight,
+        "exponent_weight": decoder.exponents,
+    }
+
+
+def _symbols(packed: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """The symbols of packed rows, (n, codes) uint8."""
+    states = trellis_states(packed, counts).to(torch.uint8)
+    for width, section, _ in sections(counts):
+        states[:, section] &= (1 << width) - 1
+    return states

@@ -24,7 +24,8 @@ BEFORE
 model = transformers.AutoModelForMaskedLM.from_pretrained("me/tiny", **options).eval()
 tensors = load_file(expected)
 with torch.no_grad():
-    assert torch.equal(model(input_ids=tensors["input_ids"]).logits, tensors["logits"])
+    logits = model(input_ids=tensors["input_ids"]).logits
+    torch.testing.assert_close(logits, tensors["logits"])  # compiled heads, and those that are not, round differently
 print(type(model).__module__)
 """
 

@@ -194,7 +194,7 @@ def test_codes_that_something_changed_are_noticed(method: str, loader: Any, tmp_
         tensors = {key: tensor.clone() for key, tensor in intact.items()}
         tensors[f"{TABLE}.{name}"].view(torch.uint8).view(-1)[0] ^= 1
         save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-        if name in ("decoder_weight", "decoder_bias_weight"):
+        if name in ("decoder_weight", "decoder_bias_weight", "outlier_weight"):
             loader.from_pretrained(tmp_path)
             continue
         expected = f"codes of {TABLE} have the checksum .* changed"
@@ -204,6 +204,23 @@ def test_codes_that_something_changed_are_noticed(method: str, loader: Any, tmp_
             loader.from_pretrained(tmp_path)
     forge(lambda c: c["dirembed"]["record"]["tables"][TABLE].pop("checksum"))(tmp_path)
     loader.from_pretrained(tmp_path)  # nobody has said what they were
+
+
+@pytest.mark.parametrize("method", ["transform", "direction"])
+def test_any_dtype_may_be_loaded(method: str, tmp_path: Path) -> None:
+    """The model's own, a wider and a narrower one; outliers and float codes are in it too."""
+    dense = FAMILIES["bert"].make("AutoModelForMaskedLM").bfloat16()
+    with torch.no_grad():
+        dense.get_input_embeddings().weight[5] *= 1e5  # an outlier
+    budget = {"bits": 6} if method == "transform" else {"rank": 5}
+    model = hf_dirembed.compress(dense, method=method, **budget)
+    assert (model.get_input_embeddings().layout.outliers == 1) == (method == "transform")
+    model.save_pretrained(tmp_path)
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        loaded = AutoModelForMaskedLM.from_pretrained(tmp_path, dtype=dtype)
+        again = loaded.get_input_embeddings().weight
+        assert loaded.dtype == dtype
+        assert torch.equal(again.float(), model.get_input_embeddings().weight.to(again.dtype).float())
 
 
 def test_a_checksum_follows_codes_that_were_trained(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from ..errors import CheckpointError, TableError
 from ..pipeline import compress_model
 from ..remote.codes_dirembed import checksum_of_bytes
 from ..remote.configuration_dirembed import MODEL_TYPE
-from ..remote.modeling_dirembed import shards_of
+from ..remote.modeling_dirembed import checked_codes, shards_of
 from ..remote.tables_dirembed import table_at, tied_modules
 from ..request import CompressionRequest
 from ..tables import VocabularyTable, choose_tables
@@ -165,7 +165,7 @@ class StoredTables:
 
             # once their checksum is taken, the model need not hold these codes
             if in_files:
-                checked = checksum_of_bytes(_bytes_of_codes(module.codes(), in_files))
+                checked = checksum_of_bytes(_bytes_of_codes(checked_codes(module), in_files))
                 module.record = replace(module.record, checksum=checked)
                 for prefix, matrix in module.matrices():
                     for name in _BY_ROW:

@@ -196,14 +196,22 @@ def check_keys(model: PreTrainedModel, info: Any, ignore_mismatched: bool) -> No
         raise CheckpointError(f"the checkpoint lacks most of the model that its config describes: {AGAIN}")
 
 
+def checked_codes(table: CompressedTable) -> dict[str, Tensor]:
+    """The codes that the checksum is taken of: outliers are none, which have the dtype that the model is loaded in."""
+    return {name: tensor for name, tensor in table.codes().items() if not name.endswith("outlier_weight")}
+
+
 def check_checksum(table: CompressedTable, path: str) -> None:
-    """Refuses codes that are not those that the record tells of.
+    """Refuses codes that are not those that the record tells of; float codes that were cast are not compared.
 
     Raises:
         CheckpointError: If something has changed them.
     """
-    codes, stated = table.codes(), table.record.checksum
+    codes, stated = checked_codes(table), table.record.checksum
     if stated is None or any(tensor.is_meta or hasattr(tensor, "device_mesh") for tensor in codes.values()):
+        return
+    layouts = [(matrix.layout, str(matrix.weight.dtype)) for _, matrix in table.matrices()]
+    if any(not layout.packed and dtype != f"torch.{layout.codes}" for layout, dtype in layouts):
         return
     if (found := checksum(codes)) != stated:
         raise CheckpointError(
@@ -599,7 +607,7 @@ def _narrow_decoders(table: CompressedTable, names: set[str], state: dict[str, T
 def _current_record(table: CompressedTable) -> TableRecord:
     """The record of a table with the checksum of the codes that it has now."""
     table.write_codes()
-    codes = table.codes()
+    codes = checked_codes(table)
     known = not any(tensor.is_meta or hasattr(tensor, "device_mesh") for tensor in codes.values())
     return replace(table.record, checksum=checksum(codes) if known else table.record.checksum)
 

@@ -193,7 +193,7 @@ def test_classes_against_all_cuts(most: int) -> None:
     generator = torch.Generator().manual_seed(most)
     variances = torch.rand(5, 48, generator=generator).double() * torch.tensor([50.0, 9, 4, 2, 1]).unsqueeze(1)
     left = torch.stack([torch.full((48,), 0.28**bits) for bits in range(MAX_BITS + 1)])
-    rows = RowsByShare(torch.tensor([0, 100, 300, 1000, 3000, 8000]), variances, torch.ones(5))
+    rows = RowsByShare(torch.tensor([0, 100, 300, 1000, 3000, 8000]), variances)
     segments, room, sizes = rows.segments(48, left, 8000), 8000 * 12, range(1, 33)
     found = segments.best_classes(room, most, forbidden=99)
     assert found is not None

@@ -108,12 +108,10 @@ class RowsByShare:
     Attributes:
         edges: (parts + 1,) int64, ascending: where in the order the parts begin and end.
         variances: (parts, rank) the weighted variance of each latent, summed over the rows of each part.
-        weights: (parts,) ω, summed over the rows of each part.
     """
 
     edges: Tensor
     variances: Tensor
-    weights: Tensor
 
     def segments(self, rank: int, left: Tensor, num_rows: int) -> Segments:
         """All runs of parts, with latents beyond a rank left out.

@@ -115,7 +115,7 @@ class Spectrum:
         share = self._sums(self.importance.share, edges).unsqueeze(1)
         usual = share * self.variances.double().cpu().clamp_min(0) * float(self.importance.omega.sum())
         variances = (rows * sums + _TYPICAL_ROWS * usual) / (rows + _TYPICAL_ROWS)
-        return RowsByShare(edges, variances, self._sums(self.importance.omega, edges))
+        return RowsByShare(edges, variances)
 
     def deviations(self, plan: Plan) -> list[Tensor]:
         """The standard deviation of each latent of a plan, over the rows' scales, in rows of each class: (rank,) each.

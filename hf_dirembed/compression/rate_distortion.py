@@ -69,6 +69,25 @@ class RateDistortion:
         Raises:
             TableError: If it is negative or not finite.
         """
+        level = self.water_level(bits)
+        return self._error(math.log2(level)) if level else 0.0
+
+    def water_level(self, bits: float) -> float:
+        """The water level θ at a rate: components with a variance below it get no bits.
+
+        Args:
+            bits: Per weight, as for `distortion`.
+
+        Returns:
+            The level; 0 where there is no variance.
+
+        Raises:
+            TableError: If the rate is negative or not finite.
+
+        Example:
+            >>> round(RateDistortion(torch.ones(10), torch.tensor([4.0, 1.0])).water_level(bits=1.5), 9)
+            0.25
+        """
         if not 0 <= bits < float("inf"):
             raise TableError(f"bits={bits}: give a rate that is at least 0")
         if not self.variance:
@@ -77,8 +96,7 @@ class RateDistortion:
         # With all components above the water, the mean of ½ log₂(pᵢ sⱼ / θ) is the rate; θ is never below that.
         mean_log = self._logs.mean() + self._spectrum.log2().mean()
         low = float(mean_log) - 2 * total / (len(self._rows) * len(self._spectrum))
-        level = self._bisect(low, lambda level: self._bits(level) > total)
-        return self._error(level)
+        return float(2 ** self._bisect(low, lambda level: self._bits(level) > total))
 
     def rate(self, distortion: float) -> float:
         """The fewest bits per weight that reach a distortion.

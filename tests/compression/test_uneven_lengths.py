@@ -19,6 +19,7 @@ from hf_dirembed.compression import compress_table
 from hf_dirembed.compression.row_weights import RowWeights
 from hf_dirembed.compression.subspace import row_cosines
 from hf_dirembed.compression.table import Table
+from hf_dirembed.compression.transform.codec import _REACH, storable_scales
 
 
 V = 2000
@@ -148,3 +149,38 @@ def test_people_are_told(number: int, tmp_path: Path) -> None:
         assert (
             f"{shortened} of the rows, far longer than most, keep their direction (mean cosine {cosine:.4f})" in card
         )
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_rows_that_are_far_out_along_one_axis_cost_no_more_than_others(bits: float) -> None:
+    rows = gaussian(64)
+    never_trained = chosen(V // 20)
+    rows[never_trained] *= 0.03
+    rows[never_trained, 5] += 1.5  # several times what others have there, with nothing beside it
+
+    coded = compress_table(rows, bits=bits)
+    squares = (coded.reconstruct() - rows).square().sum(dim=1)
+    far, others = squares[never_trained].mean(), squares[~never_trained].mean()
+    assert far < 1.5 * others
+    assert others < 1.3 * (compress_table(gaussian(64), bits=bits).reconstruct() - gaussian(64)).square().sum(1).mean()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.floats(1e-3, 1.0))
+def test_scales_are_those_that_cost_least(seed: int, left: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    units = torch.randn(8, 16, generator=generator) * torch.rand(8, 1, generator=generator).square() * 3
+    units[::2, seed % 16] = torch.randn(4, generator=generator) * 20
+    power = torch.rand(16, generator=generator)
+    lost = left * float(power.sum())
+
+    def cost(scales: Tensor) -> Tensor:
+        beyond = (units.abs() - _REACH * scales.unsqueeze(1)).clamp_min(0).square() @ power
+        return lost * scales.square() + beyond
+
+    # the best of a fine grid, and what is chosen a quarter of an octave from it at most; no scale is below 2^-8
+    usual = units.square().mean(dim=1).sqrt()
+    every = usual * 2 ** (torch.arange(8 * 64) / 64).unsqueeze(1)
+    best = every.gather(0, torch.stack([cost(each) for each in every]).argmin(dim=0, keepdim=True)).clamp_min(2**-8)
+    steps = 4 * (storable_scales(units, power, lost) / best).log2().abs()
+    assert (steps <= 1 + 4 / 64 + 1e-4).all()

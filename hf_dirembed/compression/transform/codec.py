@@ -8,13 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...remote.codes_dirembed import BIT_WIDTHS, OCTAVE
+from ...remote.codes_dirembed import BIT_WIDTHS, OCTAVE, QUARTER
 from ...remote.kernels_dirembed import code_steps, pack, pack_rows, row_scales, trellis_states
 from ..row_weights import Sample
 from .allocation import Allocation
 from .decoder import DecoderFit, DecoderStorage, StoredDecoder
 from .quantisation import Quantisers
 from .trellis import Codebooks, quantise
+
+
+_REACH = 3.5  # standard deviations of a latent that its levels reach: what lies further out is cut off
+_SCALE_STEPS = 32  # a row may have a scale of up to 256 times the usual length of its latents
 
 
 @dataclass(frozen=True)
@@ -26,12 +30,14 @@ class ClassCodes:
         latents: (codes,) int64, the latent that each adds to; no two of one width add to the same.
         exponents: (codes,) int8, the step of each, in eighths of a power of two.
         deviations: (rank,) the standard deviation of each latent in rows of the class, over the scales of the rows.
+        left: (rank,) the share of each latent's variance that its codes are expected to leave.
     """
 
     counts: tuple[int, ...]
     latents: Tensor
     exponents: Tensor
     deviations: Tensor
+    left: Tensor
 
     @classmethod
     def of(cls, allocation: Allocation, quantisers: Quantisers, deviations: Tensor) -> ClassCodes:
@@ -50,7 +56,8 @@ class ClassCodes:
             named.append(latents)
         every = torch.cat(steps)
         exponents = (OCTAVE * every.clamp_min(torch.finfo(every.dtype).tiny).log2()).round().clamp(-127, 127)
-        return cls(allocation.counts, torch.cat(named), exponents.to(torch.int8), deviations)
+        left = quantisers.left[:, : len(bits)].gather(0, bits.unsqueeze(0)).squeeze(0)
+        return cls(allocation.counts, torch.cat(named), exponents.to(torch.int8), deviations, left)
 
     @property
     def num_codes(self) -> int:
@@ -61,6 +68,12 @@ class ClassCodes:
     def steps(self) -> Tensor:
         """(codes,) float32, what a half-integer of each is in its latent's unit."""
         return code_steps(self.exponents, torch.float32)
+
+    def scales(self, latents: Tensor, lengths: Tensor) -> Tensor:
+        """The scales of rows with some latents, (n, rank), whose errors count `lengths` each, (rank,): (n,)."""
+        coded = torch.zeros_like(self.left, dtype=torch.bool).index_fill(0, self.latents, True) & (self.deviations > 0)
+        deviations, power = self.deviations[coded], lengths[coded] * self.deviations[coded].square()
+        return storable_scales(latents[:, coded] / deviations, power, float(self.left[coded] @ power))
 
     def sections(self) -> Iterator[tuple[int, slice]]:
         """Each width that any codes have, with these codes."""
@@ -127,7 +140,7 @@ class Codec:
         codes = self.classes[number]
         products = (rows - self.bias) @ self.decoder.T
         lengths = self.decoder.square().sum(dim=1).clamp_min(torch.finfo(products.dtype).tiny)
-        scales = storable_scales(products / lengths, codes.deviations, codes.latents)
+        scales = codes.scales(products / lengths, lengths)
         nothing = rows.new_zeros(len(rows), codes.num_codes)
         begun = Symbols(nothing.byte(), nothing, scales, scales)
         return self._sweep(rows, products, begun, number, keep_better=False)
@@ -206,18 +219,31 @@ class Codec:
         self.refit(fit)
 
 
-def storable_scales(latents: Tensor, deviations: Tensor, coded: Tensor | None = None) -> Tensor:
-    """The scales of rows, (n,) float32, rounded as they are stored, that leave latents of their usual size.
+def storable_scales(units: Tensor, power: Tensor, lost: float) -> Tensor:
+    """The scales of rows at which codes lose least, (n,) float32, rounded as they are stored.
+
+    What the levels leave of a row grows with the square of its scale; what lies beyond their reach falls with it. A
+    row whose latents are all of the usual size gets the scale that says so. One that is far out along a few axes,
+    such as the rows of tokens that were never trained, gets a larger one.
 
     Args:
-        latents: (n, rank).
-        deviations: (rank,) their standard deviations, for rows of scale 1; 0 for those that say nothing.
-        coded: The latents that are coded, some of them more than once; by default all.
+        units: (n, k) the latents that are coded, in their standard deviations in rows of scale 1.
+        power: (k,) what an error of one standard deviation of each counts.
+        lost: The error that the codes leave of a row of scale 1.
     """
-    varying = deviations > 0
-    if coded is not None:
-        varying &= torch.zeros_like(varying).index_fill(0, coded, True)
-    if not varying.any():
-        return latents.new_ones(len(latents))
-    lengths = (latents[:, varying] / deviations[varying]).square().mean(dim=1).sqrt()
-    return row_scales(pack_rows(torch.zeros_like(lengths), lengths))
+    if not units.shape[1]:
+        return units.new_ones(len(units))
+    scales = units.square().mean(dim=1).sqrt()
+
+    # the cost is convex in the scale: its slope is bisected, over the steps in which scales are stored
+    far = (units.abs().amax(dim=1) > _REACH * scales).nonzero().squeeze(1)
+    lengths, least = units[far].abs(), scales[far]
+    low, high = torch.full_like(least, -1), torch.full_like(least, _SCALE_STEPS - 1)
+    for _ in range(_SCALE_STEPS.bit_length() - 1):
+        middle = (low + high) / 2
+        tried = least * 2 ** (middle / QUARTER)
+        beyond = (lengths - _REACH * tried.unsqueeze(1)).clamp_min_(0) @ power
+        rising = lost * tried >= _REACH * beyond
+        low, high = torch.where(rising, low, middle), torch.where(rising, middle, high)
+    scales[far] = least * 2 ** (((low + high) / 2).clamp_min(0) / QUARTER)
+    return row_scales(pack_rows(torch.zeros_like(scales), scales))

@@ -16,6 +16,7 @@ from ...errors import BudgetError, OptionError, TableError
 from ...remote.codes_dirembed import CODEBOOK_SHAPE, MAX_CLASSES, PACKED_CODES, RowClass, TableLayout
 from ..coded import CodedTable
 from ..distortion import TEMPERING, Measure
+from ..rate_distortion import RateDistortion
 from ..row_weights import RowWeights, Sample
 from ..subspace import eigenbasis, exact_chunks, second_moment
 from ..table import Table
@@ -30,6 +31,7 @@ from .trellis import Codebooks
 
 
 DECODER_DTYPES = (torch.float16, torch.float8_e4m3fn)  # the narrower one leaves more room for codes
+_OVER_BOUND = 1.5  # what codes leave over what the rate-distortion bound says, roughly
 _ROUNDING_LEFT = 0.4  # of a decoder's rounding, once the codes are fitted to the rounded decoder
 _CODEBOOK_SHARE = 0.01
 _NEARLY_CONSTANT = 1e-4  # of the largest deviation
@@ -247,7 +249,7 @@ def plan_codec(
     centred = sample.rows - mean
     latents = centred @ basis
     deviations = _without_noise(variances.clamp_min(0).sqrt())
-    scales = storable_scales(latents, deviations)
+    scales = _usual_scales(latents, deviations, 8 * rooms[0].num_bytes / (rows.num_rows * rows.dim))
     drawn = sample.resample(centred, QUANTISER_SAMPLE)
     own = has_own_codebook(rooms[0].num_bytes)
     codebooks = None if own else Codebooks.gaussian(latents.device)
@@ -271,6 +273,16 @@ def plan_codec(
     ]
     decoder = units.unsqueeze(1) * basis[:, : plan.rank].T
     return Codec(classes, quantisers.codebooks, decoder, mean, room.storage), plan
+
+
+def _usual_scales(latents: Tensor, deviations: Tensor, bits: float) -> Tensor:
+    """The scales of rows, (n,), whose bits are still to be planned: those that about so many bits per weight want."""
+    power = deviations.square()
+    bound = RateDistortion(power.new_ones(1), power)
+    if not bound.variance:
+        return latents.new_ones(len(latents))
+    coded = power > bound.water_level(bits)
+    return storable_scales(latents[:, coded] / deviations[coded], power[coded], _OVER_BOUND * bound.distortion(bits))
 
 
 def _without_noise(deviations: Tensor) -> Tensor:

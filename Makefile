@@ -1,6 +1,6 @@
 PYTHON ?= python3
 
-.PHONY: demo test style quality
+.PHONY: demo test style quality docs dist figures
 
 demo:
 	hf-dirembed demo
@@ -16,3 +16,17 @@ quality:
 	ruff check .
 	ruff format --check .
 	mypy
+
+# The site of the documentation, into build/site; every warning is an error.
+docs:
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
+
+# What a release uploads, into dist: sdist and wheel, checked as PyPI reads them.
+dist:
+	rm -rf dist
+	$(PYTHON) -m build --outdir dist
+	$(PYTHON) -m twine check --strict dist/*
+
+# The commands that make each page of figures; `make figures PAGE=benchmarks/paper.md` runs those of one.
+figures:
+	$(PYTHON) tools/figures.py $(PAGE)

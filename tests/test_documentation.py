@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import doctest
 import re
-from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
 
@@ -85,17 +84,7 @@ def test_commands(page: str) -> None:
 
 
 def test_workflow() -> None:
-    """It runs the README's command on the oldest Python and on one more; its actions are pinned, its rights few."""
-    text = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
-    workflow = yaml.safe_load(text)
-    (job,) = workflow["jobs"].values()
-    commands = [step["run"] for step in job["steps"] if "run" in step]
+    """It runs the README's command."""
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    commands = [step["run"] for step in workflow["jobs"]["test"]["steps"] if "run" in step]
     assert commands[0] == re.search(r"## Tests\n\n```bash\n(.*)\n```", PAGES["README.md"])[1]
-    settings = ConfigParser()
-    settings.read(ROOT / "setup.cfg", encoding="utf-8")
-    oldest = settings["options"]["python_requires"].removeprefix(">=")
-    assert oldest == job["strategy"]["matrix"]["python"][0]
-    assert workflow["permissions"] == {"contents": "read"}
-    used = re.findall(r"uses: (.*)", text)
-    assert len(used) == sum("uses" in step for step in job["steps"])
-    assert all(re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action) for action in used)

@@ -6,6 +6,7 @@ import doctest
 import importlib.util
 import re
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -34,26 +35,26 @@ def figures():
 
 
 def test_examples(figures) -> None:
-    assert doctest.testmod(figures) == (0, 3)
+    assert doctest.testmod(figures).failed == 0
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_tables_repeat_the_record(page: str, figures) -> None:
-    """The figures of a table, numbers with a decimal point, are all in one part of the record."""
+    """The figures of a table are in one part of the record, those of a row in one row or column there."""
     parts = figures.groups()
     for section in figures.sections(page, (ROOT / page).read_text(encoding="utf-8")):
         for table in section.tables:
-            found = [number for number in figures.numbers(table.body) if number.as_tuple().exponent]
+            found = figures.series(table)
             if table.measured and found:
                 assert figures.source_of(found, parts), (
                     f"the table {table.head} under {section.headings[-1]!r} has figures that no part of the record "
-                    f"has: put the table that a command printed into benchmarks/, or write {figures.NO_FIGURES} above it"
+                    f"has: put what a command printed into benchmarks/, or write {figures.NO_FIGURES} above it"
                 )
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_text_repeats_the_record(page: str, figures) -> None:
-    known = [number for numbers in figures.groups().values() for number in numbers]
+    known = [number for lines in figures.groups().values() for line in lines for number in line]
     text = re.sub(r"^```.*?^```|^\|.*?$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.M | re.S)
     for paragraph in text.split("\n\n"):
         if figures.NO_FIGURES in paragraph:
@@ -71,7 +72,7 @@ def test_text_repeats_the_record(page: str, figures) -> None:
 def test_the_record_has_commands_and_machines(figures) -> None:
     for section in figures.record():
         for table in section.tables:
-            if table.measured and any(number.as_tuple().exponent for number in figures.numbers(table.body)):
+            if table.measured and figures.series(table):
                 text = " ".join(section.texts)
                 assert any(f"`{start}" in text or f"\n{start}" in text for start in figures.STARTS), (
                     f"{section.page}, {section.headings[-1]!r}: no command says what made {table.head}"
@@ -150,8 +151,13 @@ def test_a_page_is_made_again(figures, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_what_is_not_in_the_record_is_found(figures) -> None:
-    parts = figures.groups()
-    (name,) = (name for name in parts if name.endswith("Where it runs"))
-    known = figures.numbers("24.9 of 69.8")
-    assert figures.source_of(known, {name: parts[name]}) == name
-    assert figures.source_of([*known, *figures.numbers("123.456")], parts) is None
+    """Of the numbers that README and docs repeat, each a little off."""
+    parts, tried, found = figures.groups(), 0, 0
+    for page in PAGES:
+        for section in figures.sections(page, (ROOT / page).read_text(encoding="utf-8")):
+            for rows in (figures.series(table) for table in section.tables if table.measured):
+                for row, place in [(row, place) for row, each in enumerate(rows) for place in range(len(each))]:
+                    off = [list(each) for each in rows]
+                    off[row][place] += Decimal(17).scaleb(off[row][place].as_tuple().exponent)
+                    tried, found = tried + 1, found + (figures.source_of(off, parts) is None)
+    assert found >= 0.75 * tried

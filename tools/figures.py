@@ -170,28 +170,65 @@ def record() -> list[Section]:
     return [each for page in pages for each in sections(f"{RECORD}/{page.name}", page.read_text(encoding="utf-8"))]
 
 
-def groups() -> dict[str, list[Decimal]]:
-    """The numbers of each part of the record, by its name: every section below a page's title, and every result file.
+def series(table: Figures) -> list[list[Decimal]]:
+    """The figures of a table, row by row; of a row whose cells are like `1.05 / 1.07`, the firsts and the seconds.
 
-    A section counts with those below it, its text with its tables.
+    Figures are numbers with a decimal point; others are taken for settings, like 4 bits.
+
+    Example:
+        >>> table = Figures(["| a |", "| - |", "| 1.5 / 2.5 | 4 | 3.5 / 0.5 |"], first=0)
+        >>> [[str(number) for number in each] for each in series(table)]
+        [['1.5', '3.5'], ['2.5', '0.5']]
+    """
+    found = []
+    for line in table.body.splitlines():
+        split = [cell.split("/") for cell in cells(line)]
+        for place in range(max(map(len, split))):
+            row = numbers(" ".join(cell[place] for cell in split if place < len(cell)))
+            found.append([number for number in row if number.as_tuple().exponent])
+    return [each for each in found if each]
+
+
+def lines_of(table: Figures) -> list[list[Decimal]]:
+    """The numbers of each row and of each column of a table."""
+    rows = [cells(line) for line in (table.lines[0], *table.lines[2:])]
+    columns = zip(*rows, strict=False)
+    return [numbers(" ".join(line)) for line in (*rows, *columns)]
+
+
+def groups() -> dict[str, list[list[Decimal]]]:
+    """The numbers of each part of the record, by its name, line by line.
+
+    A part is a section below a page's title, with those below it, or a file of results. A line is a row or column of a
+    table, a paragraph, or all of a file.
     """
     found, recorded = {}, record()
     for section in recorded:
         depth = len(section.headings)
         if depth > 1:
             within = [s for s in recorded if s.page == section.page and s.headings[:depth] == section.headings]
-            lines = [line for each in within for table in each.tables for line in table.lines]
-            found[f"{section.page}: {section.headings[-1]}"] = numbers("\n".join([*section.texts, *lines]))
+            lines = [line for each in within for table in each.tables for line in lines_of(table)]
+            texts = "\n".join(section.texts).split("\n\n")
+            found[f"{section.page}: {section.headings[-1]}"] = [*lines, *map(numbers, texts)]
     for pattern in RESULTS:
         for file in sorted(ROOT.glob(pattern)):
-            found[file.relative_to(ROOT).as_posix()] = numbers(file.read_text(encoding="utf-8"))
+            found[file.relative_to(ROOT).as_posix()] = [numbers(file.read_text(encoding="utf-8"))]
     return found
 
 
-def source_of(figures: list[Decimal], parts: dict[str, list[Decimal]]) -> str | None:
-    """The part of the record that has all of some figures, at the digits that they show; None where none has."""
-    for name, known in parts.items():
-        if all(any(shows(figure, number) for number in known) for figure in figures):
+def source_of(figures: list[list[Decimal]], parts: dict[str, list[list[Decimal]]]) -> str | None:
+    """The part of the record that has all of some figures, at the digits that they show; None where none has.
+
+    Args:
+        figures: Those of each row, as [`series`] gives them; each row has to be within one line of the part.
+        parts: The record.
+    """
+
+    def within(row: list[Decimal], line: list[Decimal]) -> bool:
+        return all(any(shows(figure, number) for number in line) for figure in row)
+
+    for name, lines in parts.items():
+        if all(any(within(row, line) for line in lines) for row in figures):
             return name
     return None
 

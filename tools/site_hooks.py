@@ -15,7 +15,7 @@ from typing import Any
 
 
 ROOT = Path(__file__).parents[1]
-PLACES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks", "model_cards")
+PLACES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks", "examples", "model_cards")
 SUFFIXES = (".md", ".png", ".svg")
 GUIDES = "Guides"  # the section of the navigation that pages go to which it does not name
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")

@@ -259,13 +259,24 @@ def time_limit() -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
+NOT_TRIED = (
+    "No tiny stock model could be made of these that runs on text and survives its own saving and loading. That says "
+    "nothing of real models, whose configs have the sizes that they need."
+)
+
+
 def report(outcomes: dict[tuple[str, str], Outcome]) -> str:
     """The page: a summary, a table of what works, and the reasons of the rest."""
     lines = [
         "# Architectures",
         "",
-        "Made by `python benchmarks/families.py`, with tiny random models of every language-model class that "
-        f"transformers {transformers.__version__} has.",
+        "Which architectures of transformers can be compressed. `python benchmarks/families.py` wrote this page: it "
+        f"makes a tiny random model of every language-model class that transformers {transformers.__version__} has, "
+        "compresses all its tables, saves and loads it, and compares its answers with those of the same model "
+        "expanded.",
+        "",
+        "The third column counts the architectures of which such a tiny model could be made and run at all, before "
+        "anything was compressed; the last, those of them that then worked compressed.",
         "",
         "| class | in transformers | can be built here | work compressed |",
         "| --- | --- | --- | --- |",
@@ -275,14 +286,20 @@ def report(outcomes: dict[tuple[str, str], Outcome]) -> str:
         built, works = sum(o.built for o in found), sum(o.works for o in found)
         lines.append(f"| `{auto}` | {len(found)} | {built} | {works} ({100 * works / max(built, 1):.0f} %) |")
     lines += ["", "## What works", ""]
-    lines += ["Every table is compressed; what is tied shares the codes of the table that it is tied to.", ""]
+    lines += [
+        "All vocabulary tables of these are compressed. An `input` table is what token ids look up, a `head` is what "
+        "hidden states are multiplied with for the logits, and a `tied head` shares the codes of the input table.",
+        "",
+    ]
     for auto in TASKS:
         lines += [f"### `{auto}`", "", "| architecture | tables |", "| --- | --- |"]
         working = [(t, o) for (t, name), o in sorted(outcomes.items()) if name == auto and o.works]
         lines += [f"| `{model_type}` | {', '.join(o.tables)} |" for model_type, o in working] + [""]
-    for title, built in (("What does not", True), ("What could not be built, the stock model neither", False)):
+    for title, built in (("What does not", True), ("What could not be tried", False)):
         rest = [(key, o) for key, o in sorted(outcomes.items()) if not o.works and o.built == built]
-        lines += [f"## {title}", "", "| architecture | class | why |", "| --- | --- | --- |"]
+        lines += [f"## {title}", ""]
+        lines += [] if built else [NOT_TRIED, ""]
+        lines += ["| architecture | class | why |", "| --- | --- | --- |"]
         lines += [f"| `{model_type}` | `{auto}` | {o.reason} |" for (model_type, auto), o in rest] + [""]
     return "\n".join(lines).rstrip() + "\n"
 

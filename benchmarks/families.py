@@ -270,7 +270,8 @@ def report(outcomes: dict[tuple[str, str], Outcome]) -> str:
     lines = [
         "# Architectures",
         "",
-        "Which architectures of transformers can be compressed. `python benchmarks/families.py` wrote this page: it "
+        "This page lists the architectures of transformers that can be compressed. "
+        "`python benchmarks/families.py` wrote it: it "
         f"makes a tiny random model of every language-model class that transformers {transformers.__version__} has, "
         "compresses all its tables, saves and loads it, and compares its answers with those of the same model "
         "expanded.",

@@ -80,6 +80,14 @@ def test_the_record_has_commands_and_machines(figures) -> None:
                 assert figures.MACHINE.search(text), f"{section.page}, {section.headings[-1]!r} names no machine"
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "benchmarks").glob("*.md")), ids=lambda page: page.name)
+def test_codecs_have_numbers(page: Path) -> None:
+    """A page that calls a codec the present one is wrong as soon as there is another."""
+    text = " ".join(page.read_text(encoding="utf-8").split())
+    assert not re.search(r"codec as it is|of the present codec|codec before the present one|with the codec now", text)
+    assert "codec 1" in text or "codec 2" in text
+
+
 def test_commands_name_scripts_that_there_are(figures) -> None:
     for section in figures.record():
         for command, _ in section.commands:

@@ -1,6 +1,10 @@
 PYTHON ?= python3
 
-.PHONY: demo test style quality docs dist figures
+.PHONY: kernels demo test style quality docs dist figures
+
+# The library in C, as `pip install -e .` builds it, anew after a change of its sources.
+kernels:
+	$(PYTHON) setup.py build_ext --inplace
 
 demo:
 	hf-dirembed demo

@@ -2,16 +2,13 @@
 
 python -m benchmarks.fitting all-MiniLM-L6-v2 multilingual-e5-small [--bits 2] [--rows 30000 120000 480000] [--dim 384]
 
-A model's first time includes compiling the search for trellis codes, which later processes find done; the others are
-the median of `--repeats`. Memory is the peak above what the loaded model, or the table, takes already.
+Times are the median of `--repeats`. Memory is the peak above what the loaded model, or the table, takes already.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -85,40 +82,32 @@ def of_rows(rows: int, dim: int, bits: float, threads: int) -> Measured:
     return measure(lambda: transform(Table(table), int(bits * rows * dim / 8), dtype=table.dtype), rows, dim)
 
 
-def alone(function: Callable[..., Measured], *arguments: object, compiled: Path | None = None) -> Measured:
-    """Calls a function in a process of its own, whose compiled code is kept in a folder."""
-    if compiled is not None:
-        os.environ["NUMBA_CACHE_DIR"] = str(compiled)
+def alone(function: Callable[..., Measured], *arguments: object) -> Measured:
+    """Calls a function in a process of its own."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def main() -> None:
     given = parse()
-    with tempfile.TemporaryDirectory() as compiled:
-        if given.models:
-            print("| model | table | first time, s | later, s | core seconds | peak above the model, MiB |")
-            print("| --- | --- | --- | --- | --- | --- |")
-        for number, name in enumerate(given.models):
-            folder = Path(compiled, str(number))
-            runs = [
-                alone(of_model, name, given.bits, given.languages, given.threads, compiled=folder)
-                for _ in range(1 + given.repeats)
-            ]
-            first, later = runs[0], runs[1:] or runs
-            print(
-                f"| {Path(name).name} | {first.rows:,} x {first.dim} | {first.seconds:.1f} "
-                f"| {statistics.median(run.seconds for run in later):.1f} "
-                f"| {statistics.median(run.core_seconds for run in later):.1f} | {later[-1].mib} |",
-                flush=True,
-            )
-        if given.rows:
-            print("\n| rows | table, MiB | fit, s | per 1,000 rows, s | peak above the table, MiB |")
-            print("| --- | --- | --- | --- | --- |")
-        for rows in given.rows:
-            run = alone(of_rows, rows, given.dim, given.bits, given.threads)
-            size, thousand = 4 * rows * given.dim / MIB, 1000 * run.seconds / rows
-            print(f"| {rows:,} | {size:,.0f} | {run.seconds:.1f} | {thousand:.2f} | {run.mib} |", flush=True)
+    if given.models:
+        print("| model | table | fit, s | core seconds | peak above the model, MiB |")
+        print("| --- | --- | --- | --- | --- |")
+    for name in given.models:
+        runs = [alone(of_model, name, given.bits, given.languages, given.threads) for _ in range(given.repeats)]
+        print(
+            f"| {Path(name).name} | {runs[0].rows:,} x {runs[0].dim} "
+            f"| {statistics.median(run.seconds for run in runs):.1f} "
+            f"| {statistics.median(run.core_seconds for run in runs):.1f} | {runs[-1].mib} |",
+            flush=True,
+        )
+    if given.rows:
+        print("\n| rows | table, MiB | fit, s | per 1,000 rows, s | peak above the table, MiB |")
+        print("| --- | --- | --- | --- | --- |")
+    for rows in given.rows:
+        run = alone(of_rows, rows, given.dim, given.bits, given.threads)
+        size, thousand = 4 * rows * given.dim / MIB, 1000 * run.seconds / rows
+        print(f"| {rows:,} | {size:,.0f} | {run.seconds:.1f} | {thousand:.2f} | {run.mib} |", flush=True)
 
 
 if __name__ == "__main__":

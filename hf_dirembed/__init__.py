@@ -24,7 +24,7 @@ from .errors import (
 from .hub.publishing import write_upload_card
 from .integrations import quantizer  # noqa: F401 (it registers itself)
 from .integrations.quantization_config import DirEmbedQuantizationConfig
-from .kernels import read_rows, rows_product
+from .kernels import compiled, patch_rows, read_rows, rows_product
 from .remote.codes_dirembed import CompressionSpec, TableLayout
 from .remote.configuration_dirembed import MODEL_TYPE, DirEmbedConfig
 from .remote.modules_dirembed import CompressedEmbedding, CompressedLinear
@@ -38,7 +38,9 @@ package.compress_table = compress_table
 package.shadow_latents = LatentShadow
 package.find_tables = find_tables
 package.before_upload = write_upload_card
+package.compiled = compiled
 package.read_rows = read_rows
+package.patch_rows = patch_rows
 package.rows_product = rows_product
 
 __all__ = [

@@ -50,7 +50,7 @@ def test_the_same_seed_gives_the_same_bytes(
     assert one == two
     (record,) = json.loads(one["config.json"])["dirembed"]["record"]["tables"].values()
     settings = record["settings"]
-    assert settings["versions"].keys() == {"hf_dirembed", "torch", "transformers", "numba", "numpy", "wordfreq"}
+    assert settings["versions"].keys() == {"hf_dirembed", "torch", "transformers", "numpy", "wordfreq"}
     assert all(version(name) == made_with for name, made_with in settings["versions"].items())
     assert settings["threads"] == 1
     assert settings["languages"] == ["en"]

@@ -276,20 +276,24 @@ def test_meta_tensors_have_a_product():
     assert [each.shape for each in found] == [(2, 150), (2, 3, RANK)]
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_kernels_of_the_package_are_taken_on_cpus(monkeypatch, dtype):
-    """In float32, whatever 16 bits come in; float64 and other devices take the plain way."""
+def test_kernels_of_the_package_are_taken_on_cpus(monkeypatch, dtype, compiled):
+    """Where they run: in float32, whatever 16 bits come in; float64 and other devices take the plain way."""
     rows, latents = draw_rows(150, CLASSES, RANK)
     calls = []
 
-    def product(rows: PackedRows, states: Tensor) -> Tensor:
+    def product(rows: PackedRows, states: Tensor, offsets: Tensor | None, dtype: torch.dtype) -> Tensor:
         calls.append((states.dtype, states.shape))
-        return states @ latents.float().T
+        assert offsets is None
+        return (states @ latents.float().T).to(dtype)
 
-    def read(rows: PackedRows, ids: Tensor) -> Tensor:
+    def read(rows: PackedRows, ids: Tensor, exponents: Tensor | None) -> Tensor:
         calls.append((ids.dtype, ids.shape))
+        assert exponents is None
         return latents[ids].float()
 
+    monkeypatch.setattr(package, "compiled", lambda: compiled)
     monkeypatch.setattr(package, "rows_product", product)
     monkeypatch.setattr(package, "read_rows", read)
     states = torch.randn(2, 3, RANK).to(dtype)
@@ -297,5 +301,5 @@ def test_kernels_of_the_package_are_taken_on_cpus(monkeypatch, dtype):
     found, read_latents = rows_product(states, rows), read_rows(rows, ids, dtype)
     assert_product(found.view(6, -1), states.view(6, -1), latents)
     assert (read_latents - latents[ids.long()]).abs().max() < 1e-3
-    expected = [(torch.float32, (6, RANK)), (torch.int64, (20,))]
-    assert calls == ([] if dtype == torch.float64 else expected)
+    expected = [(torch.float32, (6, RANK)), (torch.int32, (4, 5))]
+    assert calls == (expected if compiled and dtype != torch.float64 else [])

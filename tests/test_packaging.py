@@ -1,8 +1,9 @@
-"""What is published: the wheel has the package and nothing else, the sdist all that its tests need."""
+"""What is published: the wheel has the package with its library, the sdist all that it takes to build and test it."""
 
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -47,7 +48,9 @@ def test_the_wheel_has_the_package_and_nothing_else(dist: Path) -> None:
         assert "hf-dirembed = hf_dirembed_command:main" in file.read(entries).decode()
         assert re.search(r"^License(-Expression)?: Apache-2.0$", file.read(metadata).decode(), re.MULTILINE)
     package = {name for name in names if ".dist-info/" not in name}
-    assert package == {name for name in tracked() if name.startswith("hf_dirembed")}
+    built = {"hf_dirembed/kernels/_dirembed.so"} if shutil.which("cc") else set()  # of csrc
+    assert package == {name for name in tracked() if name.startswith("hf_dirembed") and "csrc/" not in name} | built
+    assert re.search(r"-py3-none-(?!any)\w+\.whl$", wheel.name)
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
@@ -57,7 +60,8 @@ def test_the_sdist_has_all_that_is_needed_to_test_it(dist: Path) -> None:
         names = {member.name.partition("/")[2] for member in file.getmembers() if member.isfile()}
     rooms = ("hf_dirembed", "tests/", "benchmarks/", "docs/", "model_cards/")
     needed = {name for name in tracked() if name.startswith(rooms)}
-    needed |= {"LICENSE", "README.md", "SECURITY.md", "CITATION.cff", "pyproject.toml", "setup.cfg", "constraints.txt"}
+    needed |= {"LICENSE", "README.md", "SECURITY.md", "CITATION.cff", "pyproject.toml", "setup.cfg", "setup.py"}
+    needed |= {"constraints.txt"}
     assert needed <= names
     assert not [name for name in names if name.endswith((".pyc", ".safetensors")) or name.startswith(".ci")]
 

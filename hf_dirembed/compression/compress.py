@@ -31,7 +31,7 @@ logger = logging.get_logger(__name__)
 METHODS = ("transform", "direction", "autoencoder", "svd")
 WEIGHING = ("transform", "direction")  # that is, rows by how often their tokens are expected
 SETTINGS = {"transform": TransformSettings, "autoencoder": AutoencoderSettings}
-VERSIONS = ("hf_dirembed", "torch", "transformers", "numba", "numpy", "wordfreq")  # that the bytes may depend on
+VERSIONS = ("hf_dirembed", "torch", "transformers", "numpy", "wordfreq")  # that the bytes may depend on
 
 Settings = TransformSettings | AutoencoderSettings
 

@@ -1,24 +1,12 @@
-"""Compiled kernels for CPUs: they read rows of packed codes, and multiply states with all of them.
+"""Kernels for CPUs, in C: they read rows of packed codes, multiply states with all of them, and search the trellis.
 
-Numba is imported at their first call: not everybody who imports the package runs packed codes.
+They are built when the package is installed; [`in_use`] says what runs. Where they could not be built or do not load,
+[`compiled`] is false, and plain operations of torch run in their place.
 """
 
-from __future__ import annotations
-
-from torch import Tensor
-
-from ..remote.kernels_dirembed import PackedRows
+from .library import compiled, in_use
+from .products import rows_product
+from .reading import patch_rows, read_rows
 
 
-def read_rows(rows: PackedRows, ids: Tensor) -> Tensor:
-    """The latents of rows, as [`hf_dirembed.kernels.reading.read_rows`] gives them."""
-    from .reading import read_rows as compiled
-
-    return compiled(rows, ids)
-
-
-def rows_product(rows: PackedRows, states: Tensor) -> Tensor:
-    """Products with the latents of all rows, as [`hf_dirembed.kernels.products.rows_product`] gives them."""
-    from .products import rows_product as compiled
-
-    return compiled(rows, states)
+__all__ = ["compiled", "in_use", "patch_rows", "read_rows", "rows_product"]

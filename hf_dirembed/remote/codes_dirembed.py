@@ -146,6 +146,22 @@ class RowClass:
         return code_bytes(self.bit_allocation)
 
 
+def further_offsets(classes: tuple[RowClass, ...]) -> tuple[int, ...]:
+    """Where the rows of each class begin in the bytes that rows of the first class do not have, and where these end.
+
+    Args:
+        classes: Of a table, the first with the fewest bytes.
+
+    Example:
+        >>> further_offsets((RowClass((0, 0, 4, 8)), RowClass((2, 2, 4, 4), rows=100), RowClass((9, 0, 0, 0), rows=1)))
+        (0, 0, 200, 203)
+    """
+    offsets = [0]
+    for each in classes:
+        offsets.append(offsets[-1] + (each.rows or 0) * (each.num_bytes - classes[0].num_bytes))
+    return tuple(offsets)
+
+
 @dataclass(frozen=True)
 class TableLayout:
     """How one compressed table is laid out.
@@ -244,7 +260,12 @@ class TableLayout:
     @property
     def further_bytes(self) -> int:
         """Bytes of all rows beyond the code matrix's, which rows of the first class do not have."""
-        return sum((each.rows or 0) * (each.num_bytes - self.code_width) for each in self.classes)
+        return self.further_offsets[-1] if self.classes else 0
+
+    @property
+    def further_offsets(self) -> tuple[int, ...]:
+        """Where each class begins in the further bytes, and where these end, as [`further_offsets`] has it."""
+        return further_offsets(self.classes)
 
     @property
     def num_codes(self) -> int:

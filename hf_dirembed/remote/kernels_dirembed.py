@@ -30,6 +30,7 @@ from .codes_dirembed import (
     RowClass,
     TableError,
     code_bytes,
+    further_offsets,
 )
 
 
@@ -341,7 +342,7 @@ class PackedRows(NamedTuple):
             raise TableError("packed codes do not fit their classes: pass the tensors of one module")
         if self.class_counts is not None and self.further is not None:
             blocks = -(-len(self.weight) // CLASS_BLOCK)
-            room = sum((each.rows or 0) * (each.num_bytes - self.classes[0].num_bytes) for each in self.classes)
+            room = further_offsets(self.classes)[-1]
             fits = (self.class_counts.dtype, self.class_counts.shape) == (
                 torch.int32,
                 (blocks, len(self.classes) - 1),
@@ -389,7 +390,7 @@ class PackedRows(NamedTuple):
         if not own:
             return of_every
         assert self.further is not None
-        begin = sum((each.rows or 0) * (each.num_bytes - self.weight.shape[1]) for each in self.classes[:number])
+        begin = further_offsets(self.classes)[number]
         numbers = begin + slots.unsqueeze(-1).long() * own + torch.arange(own, device=ids.device)
         return torch.cat([of_every, self.further[numbers]], dim=-1)
 

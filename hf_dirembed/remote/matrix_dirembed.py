@@ -22,7 +22,7 @@ from .codes_dirembed import (
     TableRecord,
 )
 from .kernels_dirembed import PackedRows, count_classes, gaussian_codebook, pack_rows, row_classes
-from .products_dirembed import is_traced, package, product_dtype, read_rows
+from .products_dirembed import is_traced, package, product_dtype, read_rows, runs_compiled, scaled
 
 
 CACHE_LINE = 64  # bytes; what torch's own allocations are aligned to
@@ -240,10 +240,8 @@ class CompressedMatrix(nn.Module):
     def further_bytes(self, number: int) -> Tensor:
         """The bytes of a class's rows behind those in `weight`, (its rows, bytes), where they are in memory."""
         assert self.further_weight is not None
-        of_class = [(each.rows or 0, each.num_bytes - self.layout.code_width) for each in self.layout.classes]
-        begin = sum(rows * own for rows, own in of_class[:number])
-        rows, own = of_class[number]
-        return self.further_weight[begin : begin + rows * own].view(rows, own)
+        each, (begin, end) = self.layout.classes[number], self.layout.further_offsets[number : number + 2]
+        return self.further_weight[begin:end].view(each.rows or 0, each.num_bytes - self.layout.code_width)
 
     def check_codes(self) -> None:
         """Refuses packed codes that could make kernels read beyond them; those that are not in memory pass.
@@ -268,7 +266,7 @@ class CompressedMatrix(nn.Module):
 
         if not self.layout.packed:
             return F.embedding(ids, self.weight).to(self.dtype)
-        latents = self.scaled(read_rows(self.packed_rows(), ids, self.dtype))
+        latents = read_rows(self.packed_rows(), ids, self.dtype, self.exponent_weight)
         return latents if shadow is None else shadow.carry_row_gradients(latents, ids, self)
 
     @property
@@ -285,22 +283,32 @@ class CompressedMatrix(nn.Module):
         """What is in the unit of packed latents, (..., rank), times their powers of two; float latents as they are."""
         if self.exponent_weight is None:
             return latents
-        return latents * torch.exp2(self.exponent_weight.to(latents.dtype))
+        return scaled(latents, self.exponent_weight)
 
     def decode(self, ids: Tensor) -> Tensor:
         """Rows of the matrix: (...,) row numbers to (..., dim)."""
         dtype = product_dtype(self.dtype, self.weight.device)
         decoder, bias = self.decoder_in(dtype)
         rows = self.latents_of(ids).to(dtype) @ decoder
+        outliers, numbers, zero_row = self.outlier_weight, self.outlier_rows_weight, self.layout.zero_row
+
+        # Nobody else has these rows: where no gradient is asked for, they are changed where they are.
+        learns = torch.is_grad_enabled() and any(_learns(each) for each in (rows, bias, outliers))
+        if package.patch_rows is not None and not learns and rows.dtype == dtype and runs_compiled(ids, rows):
+            rows = (rows if bias is None else rows.add_(bias)).to(self.dtype)
+            if numbers is not None or zero_row is not None:
+                package.patch_rows(rows, ids, numbers, outliers, zero_row)
+            return rows
+
         if bias is not None:
             rows = rows + bias
         rows = rows.to(self.dtype)
-        if self.outlier_rows_weight is not None and self.outlier_weight is not None:
-            slots, is_outlier = find_slots(self.outlier_rows_weight, ids, len(self.weight))
-            kept = F.embedding(slots, self.outlier_weight).to(rows.dtype)
+        if numbers is not None and outliers is not None:
+            slots, is_outlier = find_slots(numbers, ids, len(self.weight))
+            kept = F.embedding(slots, outliers).to(rows.dtype)
             rows = torch.where(is_outlier.unsqueeze(-1), kept, rows)
-        if self.layout.zero_row is not None:
-            rows = rows.masked_fill((ids == self.layout.zero_row).unsqueeze(-1), 0)
+        if zero_row is not None:
+            rows = rows.masked_fill((ids == zero_row).unsqueeze(-1), 0)
         return rows
 
     def decoder_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -531,6 +539,10 @@ def find_slots(some_rows: Tensor, ids: Tensor, num_rows: int) -> tuple[Tensor, T
     else:
         slots = torch.searchsorted(some_rows, ids.to(some_rows.dtype)).clamp(max=len(some_rows) - 1)
     return slots, some_rows[slots] == ids
+
+
+def _learns(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad
 
 
 def _narrower(name: str, dtype: torch.dtype) -> torch.dtype:

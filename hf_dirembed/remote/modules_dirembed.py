@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .codes_dirembed import CODE_TENSORS, BlocksLayout, ModelError, TableLayout, TableRecord
 from .matrix_dirembed import DENSE_CHUNK, CompressedMatrix
-from .products_dirembed import package, product_dtype, rows_product
+from .products_dirembed import is_traced, package, product_dtype, rows_product
 from .resizing_dirembed import resize_rows
 from .stock_dirembed import DecodedWeight, StockEmbedding, shell_of
 
@@ -565,23 +565,26 @@ class CompressedLinear(CompressedMatrix):
 
         # the logits of the codes
         states = F.linear(hidden_states, decoder)
+        offsets = None if decoder_bias is None else hidden_states @ decoder_bias
         if self.layout.packed:
-            logits = rows_product(self.scaled(states), self.packed_rows())
+            rounded = given if self.bias is None else None  # what else is added is added to sums that are not rounded
+            logits = rows_product(self.scaled(states), self.packed_rows(), offsets, rounded)
             if shadow is not None:
                 logits = shadow.carry_product_gradients(logits, states, self)
         else:
             logits = F.linear(states, self.weight.to(states.dtype))
+            logits = logits if offsets is None else logits + offsets.unsqueeze(-1)
 
-        # what is beside the codes: the decoder's bias, rows kept as they are, the row of zeros
-        if decoder_bias is not None:
-            logits = logits + (hidden_states @ decoder_bias).unsqueeze(-1)
+        # what is beside the codes: rows kept as they are, the row of zeros
+        in_place = not (torch.is_grad_enabled() or is_traced(logits))  # and no copies of logits are made
         if self.outlier_rows_weight is not None and self.outlier_weight is not None:
             outliers = self.outlier_weight.to(dtype) if widened else self.outlier_weight
             exact = F.linear(hidden_states, outliers).to(logits.dtype)
-            logits = logits.index_copy(-1, self.outlier_rows_weight.long(), exact)  # int64 is what ONNX has
+            copy = logits.index_copy_ if in_place else logits.index_copy
+            logits = copy(-1, self.outlier_rows_weight.long(), exact)  # int64 is what ONNX has
         if self.layout.zero_row is not None:
             zero = torch.tensor([self.layout.zero_row], device=logits.device)
-            logits = logits.index_fill(-1, zero, 0)
+            logits = logits.index_fill_(-1, zero, 0) if in_place else logits.index_fill(-1, zero, 0)
 
         logits = logits if self.bias is None else logits + self.bias.to(logits.dtype)
         return logits.to(given) if widened else logits

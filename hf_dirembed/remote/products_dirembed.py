@@ -35,16 +35,22 @@ class Package:
         shadow_latents: The floats that learn in place of a matrix's packed codes.
         find_tables: Every vocabulary table of a model, compressed or not.
         before_upload: Called with model, folder and repo before `push_to_hub` uploads the folder.
-        read_rows: `PackedRows.read` on CPUs: packed rows and (n,) int64 row numbers to (n, rank) float32.
-        rows_product: The product on CPUs: packed rows and (n, rank) float32 states to (n, V) float32.
+        compiled: Whether the compiled kernels for CPUs run here; if they do not, none of the next three is called.
+        read_rows: `PackedRows.read` on CPUs: packed rows, row numbers and (rank,) exponents of latents, or None, to
+            (..., rank) float32.
+        patch_rows: Puts outliers and the row of zeros in the place of what codes stand for.
+        rows_product: The product on CPUs: packed rows, (n, rank) float32 states, (n,) float32 offsets, or None, and
+            the dtype of the result, to (n, V).
     """
 
     compress_table: Callable[..., Any] | None = None
     shadow_latents: Callable[[Any], nn.Module] | None = None
     find_tables: Callable[[Any], list[Any]] | None = None
     before_upload: Callable[[Any, str, str], None] | None = None
-    read_rows: Callable[[PackedRows, Tensor], Tensor] | None = None
-    rows_product: Callable[[PackedRows, Tensor], Tensor] | None = None
+    compiled: Callable[[], bool] = bool
+    read_rows: Callable[[PackedRows, Tensor, Tensor | None], Tensor] | None = None
+    patch_rows: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, int | None], None] | None = None
+    rows_product: Callable[[PackedRows, Tensor, Tensor | None, torch.dtype], Tensor] | None = None
 
 
 package = Package()
@@ -70,13 +76,39 @@ def is_traced(*tensors: Tensor) -> bool:
     )
 
 
-def read_rows(rows: PackedRows, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def runs_compiled(*tensors: Tensor) -> bool:
+    """Whether the compiled kernels for CPUs take tensors: the one rule for it.
+
+    They do where the package is installed with its library, for tensors on the CPU that hold numbers, while nothing is
+    recorded, compiled or transformed.
+
+    Example:
+        >>> runs_compiled(torch.ones(1)) == package.compiled(), runs_compiled(torch.ones(1, device="meta"))
+        (True, False)
+    """
+    return all(each.is_cpu for each in tensors) and not is_traced(*tensors) and package.compiled()
+
+
+def scaled(latents: Tensor, exponents: Tensor | None) -> Tensor:
+    """Latents, (..., rank), times the powers of two of their exponents, (rank,) int8.
+
+    Example:
+        >>> scaled(torch.ones(2, 3), torch.tensor([0, 1, -1], dtype=torch.int8)).tolist()
+        [[1.0, 2.0, 0.5], [1.0, 2.0, 0.5]]
+    """
+    return latents if exponents is None else latents * torch.exp2(exponents.to(latents.dtype))
+
+
+def read_rows(
+    rows: PackedRows, ids: Tensor, dtype: torch.dtype = torch.float32, exponents: Tensor | None = None
+) -> Tensor:
     """The latents of rows, in the unit of their steps.
 
     Args:
         rows: The packed rows, checked.
         ids: (...,) integers, the numbers of the rows.
         dtype: The dtype of the latents; float32 where it is narrower.
+        exponents: (rank,) int8, of powers of two that the latents are multiplied by; None for none.
 
     Returns:
         (..., rank) floats.
@@ -93,17 +125,19 @@ def read_rows(rows: PackedRows, ids: Tensor, dtype: torch.dtype = torch.float32)
         tensor([[-151.2500,    0.0000]])
     """
     dtype = torch.promote_types(dtype, torch.float32)
-    if dtype == torch.float32 and not is_traced(ids, rows.weight):
-        flat = ids.reshape(-1)
-        if rows.weight.device.type == "cpu" and package.read_rows is not None:
-            return package.read_rows(rows, flat.long()).view(*ids.shape, rows.rank)
-        if rows.weight.is_cuda and triton_works(rows.weight.device):
-            return triton_read(rows, flat.long()).view(*ids.shape, rows.rank)
-    return rows.read(ids, dtype)
+    if dtype == torch.float32:
+        if package.read_rows is not None and runs_compiled(ids, rows.weight):
+            return package.read_rows(rows, ids, exponents)
+        if rows.weight.is_cuda and not is_traced(ids, rows.weight) and triton_works(rows.weight.device):
+            latents = triton_read(rows, ids.reshape(-1).long()).view(*ids.shape, rows.rank)
+            return scaled(latents, exponents)
+    return scaled(rows.read(ids, dtype), exponents)
 
 
-def rows_product(states: Tensor, rows: PackedRows) -> Tensor:
-    """The product of states with the latents of all rows, `states @ latents.T`.
+def rows_product(
+    states: Tensor, rows: PackedRows, offsets: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The product of states with the latents of all rows, `states @ latents.T`, plus a number for each state.
 
     Sums are taken in float32, in float64 for float64, and rounded once. Memory beyond the result is a buffer of a few
     megabytes. Gradients reach the states.
@@ -111,9 +145,11 @@ def rows_product(states: Tensor, rows: PackedRows) -> Tensor:
     Args:
         states: (..., rank) floats of any dtype, on the device of the rows.
         rows: The packed rows, checked; V of them.
+        offsets: (...,) is added to all products of each state, in the dtype of the states; None for nothing.
+        dtype: Of the result; by default that of the states.
 
     Returns:
-        (..., V) in the dtype of the states.
+        (..., V).
 
     Raises:
         TableError: If the states have another length than the latents.
@@ -131,17 +167,18 @@ def rows_product(states: Tensor, rows: PackedRows) -> Tensor:
     """
     if states.shape[-1] != rows.rank:
         raise TableError(f"states {tuple(states.shape)} do not fit {rows.rank} latents: pass those of one module")
-    dtype = product_dtype(states.dtype, states.device)
+    inner, dtype = product_dtype(states.dtype, states.device), dtype or states.dtype
+    learns = torch.is_grad_enabled() and (states.requires_grad or (offsets is not None and offsets.requires_grad))
     if is_traced(states, rows.weight):
-        latents = read_rows(rows, torch.arange(len(rows.weight), device=states.device), dtype)
-        return F.linear(states.to(dtype), latents.to(dtype)).to(states.dtype)
-
-    flat = states.reshape(-1, rows.rank).to(dtype)
-    if torch.is_grad_enabled() and states.requires_grad:
-        product = _RowsProduct.apply(flat, *rows)
+        latents = read_rows(rows, torch.arange(len(rows.weight), device=states.device), inner)
+        product = F.linear(states.to(inner), latents.to(inner))
     else:
-        product = _product(flat, rows)
-    return product.view(*states.shape[:-1], len(rows.weight)).to(states.dtype)
+        flat, shape = states.reshape(-1, rows.rank).to(inner), (*states.shape[:-1], len(rows.weight))
+        if inner == torch.float32 and not learns and package.rows_product is not None and runs_compiled(rows.weight):
+            added = None if offsets is None else offsets.reshape(-1).to(inner)
+            return package.rows_product(rows, flat, added, dtype).view(shape)
+        product = (_RowsProduct.apply(flat, *rows) if learns else _product(flat, rows)).view(shape)
+    return (product if offsets is None else product + offsets.unsqueeze(-1)).to(dtype)
 
 
 class _RowsProduct(torch.autograd.Function):
@@ -171,8 +208,8 @@ class _RowsProduct(torch.autograd.Function):
 def _product(states: Tensor, rows: PackedRows) -> Tensor:
     """The product of (n, rank) states, by the fastest way there is; without autograd."""
     device = rows.weight.device
-    if device.type == "cpu" and package.rows_product is not None and states.dtype == torch.float32:
-        return package.rows_product(rows, states.contiguous())
+    if states.dtype == torch.float32 and package.rows_product is not None and runs_compiled(rows.weight):
+        return package.rows_product(rows, states, None, states.dtype)
     narrow = states.dtype.itemsize <= 4 and len(states) <= TRITON_STATES
     if device.type == "cuda" and narrow and triton_works(device):
         return triton_product(rows, states.contiguous())

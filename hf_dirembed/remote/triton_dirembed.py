@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .codes_dirembed import CLASS_BITS, QUARTER, SCALE_BIAS, RowClass
+from .codes_dirembed import CLASS_BITS, QUARTER, SCALE_BIAS, RowClass, further_offsets
 from .kernels_dirembed import PackedRows, code_steps, row_classes, row_scales, windows
 
 
@@ -180,11 +180,8 @@ def _derive(rows: PackedRows) -> _Derived:
     found = [windows(each.bit_allocation) for each in rows.classes]
     numbers = torch.stack([torch.cat([window[part] for window in found]) for part in range(4)])
     steps, latent_codes = code_steps(rows.steps, torch.float32), _latent_codes(rows).to(device)
-    class_numbers, begin = [], 0
-    for each in rows.classes:
-        own = each.num_bytes - rows.weight.shape[1]
-        class_numbers.append((own, begin))
-        begin += (each.rows or 0) * own
+    own = [each.num_bytes - rows.weight.shape[1] for each in rows.classes]
+    class_numbers = list(zip(own, further_offsets(rows.classes), strict=False))
     of_classes = torch.tensor(class_numbers, dtype=torch.int64, device=device)
     scales = row_scales(torch.arange(256, device=device).to(torch.uint8))
     return _Derived(

@@ -1,27 +1,28 @@
-"""Compiled kernels against plain operations; damaged tables, threads, forks and processes that share a cache."""
+"""Compiled kernels against plain operations, of every kind that the CPU runs; damaged tables, threads and forks."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from drawn_rows import any_rows, assert_product, draw_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numba.core.caching import CacheImpl
 from torch import Tensor
 
-from hf_dirembed.kernels import read_rows, rows_product, threads
-from hf_dirembed.kernels.compiling import compiled
-from hf_dirembed.kernels.threads import Course, course_of, share_out
-from hf_dirembed.remote.codes_dirembed import TableError
+from hf_dirembed.compression.transform.viterbi import cheapest_paths
+from hf_dirembed.kernels import compiled, library, patch_rows, read_rows, rows_product
+from hf_dirembed.remote.codes_dirembed import BIT_WIDTHS, TableError
 from hf_dirembed.remote.kernels_dirembed import PackedRows
+from hf_dirembed.remote.matrix_dirembed import find_slots
+from hf_dirembed.remote.products_dirembed import scaled
 
+
+pytestmark = pytest.mark.skipif(not compiled(), reason="the library is not built: python setup.py build_ext --inplace")
 
 ALLOCATIONS = [(3, 3, 9, 1), (50, 20, 30, 40), (20, 30, 4, 70)]
 TOLERANCE = 2e-6
@@ -31,23 +32,70 @@ def all_latents(rows: PackedRows) -> Tensor:
     return rows.read(torch.arange(len(rows.weight)), torch.float64)
 
 
-@settings(max_examples=150, deadline=None)
-@given(any_rows(), st.data())
-def test_reading_is_bit_by_bit_that_of_plain_operations(rows: PackedRows, data: st.DataObject) -> None:
+def kinds() -> list[str]:
+    """The kernels that this CPU runs, the best first."""
+    found = library.library()
+    names = [found.dirembed_kernels_name(number) for number in range(4)] if found else []
+    return [name.decode() for name in names if name]
+
+
+def choose(kind: str) -> None:
+    library.library().dirembed_choose(kinds().index(kind))
+
+
+@pytest.fixture(params=kinds())
+def kind(request: pytest.FixtureRequest) -> Iterator[str]:
+    choose(request.param)
+    yield request.param
+    choose(kinds()[0])
+
+
+@pytest.fixture(autouse=True)
+def no_others_choice() -> Iterator[None]:
+    yield
+    if kinds():
+        choose(kinds()[0])
+
+
+@settings(max_examples=200, deadline=None)
+@given(any_rows(), st.sampled_from(kinds() or [""]), st.data())
+def test_reading_is_bit_by_bit_that_of_plain_operations(rows: PackedRows, of_kind: str, data: st.DataObject) -> None:
+    choose(of_kind)
     last = len(rows.weight) - 1
     ids = torch.tensor([last, 0, *data.draw(st.lists(st.integers(0, last), max_size=20))])
     assert torch.equal(read_rows(rows, ids), rows.read(ids, torch.float32))
     assert torch.equal(read_rows(rows, ids[:2].view(2, 1, 1).int()), rows.read(ids[:2].view(2, 1, 1), torch.float32))
     assert read_rows(rows, ids[:0].view(3, 0)).shape == (3, 0, rows.rank)
+    exponents = torch.randint(-40, 41, (rows.rank,)).to(torch.int8)
+    assert torch.equal(read_rows(rows, ids, exponents), scaled(rows.read(ids, torch.float32), exponents))
+
+
+@pytest.mark.usefixtures("kind")
+def test_every_step_scale_and_exponent_is_that_of_plain_operations() -> None:
+    """Those that no draw may come upon: all bytes of rows, all steps, all powers of two."""
+    rows = draw_rows(256, 256, [(0, 0, 0, 256)])
+    steps = torch.arange(-128, 128).to(torch.int8)
+    rows = rows._replace(rows=torch.arange(256).to(torch.uint8) & 252, steps=steps, latents=torch.arange(256).int())
+    ids = torch.arange(256)
+    assert torch.equal(read_rows(rows, ids), rows.read(ids, torch.float32))
+    exponents = torch.arange(-126, 130).clamp(max=127).to(torch.int8)  # of -128 and -127 floats are not normal
+    assert torch.equal(read_rows(rows, ids, exponents), scaled(rows.read(ids, torch.float32), exponents))
 
 
 @settings(max_examples=150, deadline=None)
-@given(any_rows(), st.sampled_from([0, 1, 2, 4, 5, 8, 9, 17, 70]))
-def test_products_match_brute_force(rows: PackedRows, num_states: int) -> None:
-    states = torch.randn(num_states, rows.rank)
-    assert_product(rows_product(rows, states), states, all_latents(rows), TOLERANCE)
+@given(any_rows(), st.sampled_from([0, 1, 2, 4, 5, 8, 9, 17, 70]), st.sampled_from(kinds() or [""]))
+def test_products_match_brute_force(rows: PackedRows, num_states: int, of_kind: str) -> None:
+    choose(of_kind)
+    states, offsets = torch.randn(num_states, rows.rank), torch.randn(num_states)
+    product = rows_product(rows, states)
+    assert_product(product, states, all_latents(rows), TOLERANCE)
+    with_offsets = rows_product(rows, states, offsets)
+    assert torch.allclose(with_offsets, product + offsets.unsqueeze(1), rtol=1e-5, atol=1e-5)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(rows_product(rows, states, offsets, dtype), with_offsets.to(dtype))
 
 
+@pytest.mark.usefixtures("kind")
 @pytest.mark.parametrize("allocations", [ALLOCATIONS[:1], ALLOCATIONS])
 @pytest.mark.parametrize("most_threads", [2, 3])
 def test_shared_work_is_the_same(
@@ -56,13 +104,33 @@ def test_shared_work_is_the_same(
     rows, ids = draw_rows(2000, 150, allocations), torch.randint(0, 2000, (5, 333))
     cases = [torch.randn(num_states, 150) for num_states in (1, 3, 20, 100)]
     alone = [read_rows(rows, ids), *(rows_product(rows, states) for states in cases)]
-    monkeypatch.setattr(threads, "WORTH_A_THREAD", 1.0)
-    monkeypatch.setattr(threads, "PART_TIME", 1000.0)
+    monkeypatch.setattr(library, "WORTH_A_THREAD", 1.0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: most_threads)
     shared = [read_rows(rows, ids), *(rows_product(rows, states) for states in cases)]
     assert all(torch.equal(one, other) for one, other in zip(alone, shared, strict=True))
 
 
+def test_threads() -> None:
+    """Little work is done alone, more by as many threads as it is worth."""
+    assert [library.threads_for(work) for work in (0, 1e5)] == [1, 1]
+    assert library.threads_for(1e12) == torch.get_num_threads()
+
+
+@pytest.mark.parametrize("width", BIT_WIDTHS)
+def test_searches_of_all_kinds_find_the_same(width: int) -> None:
+    """Where costs are rounded alike; without fused products they may find what is as cheap."""
+    targets, importance, levels = 3 * torch.randn(77, 40), torch.rand(40), 3 * torch.randn(256)
+    found = {}
+    for each in kinds():
+        choose(each)
+        found[each] = cheapest_paths(targets, importance, levels, width)
+    errors = {name: (levels[states.int()] - targets).square() @ importance for name, states in found.items()}
+    for name, states in found.items():
+        assert name == "plain" or torch.equal(states, found[kinds()[0]])
+        assert torch.allclose(errors[name], errors[kinds()[0]], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("kind")
 def test_infinite_states_reach_the_rows_that_have_them_only() -> None:
     rows = draw_rows(100, 150, [(1, 3, 20, 9), (2, 3, 30, 9)])
     states = torch.randn(2, 150)
@@ -75,16 +143,15 @@ def test_infinite_states_reach_the_rows_that_have_them_only() -> None:
         assert product[state, ~touched].isfinite().all()
 
 
-def test_strided_tensors_are_read() -> None:
+def test_strided_and_widened_tensors_are_read() -> None:
     rows = draw_rows(300, 40, [(1, 3, 10, 9), (2, 3, 20, 9)])
-    strided = {
-        name: torch.stack([each, each], dim=-1)[..., 0]
-        for name, each in rows._asdict().items()
-        if isinstance(each, Tensor)
-    }
+    tensors = {name: each for name, each in rows._asdict().items() if isinstance(each, Tensor)}
+    strided = {name: torch.stack([each, each], dim=-1)[..., 0] for name, each in tensors.items()}
+    widened = {name: each.float() for name, each in tensors.items() if each.ndim == 1}  # as some scripts cast all
     states, ids = torch.randn(40, 3).T, torch.arange(300).repeat(2)[::2]
-    assert torch.equal(read_rows(rows._replace(**strided), ids), read_rows(rows, ids))
-    assert torch.equal(rows_product(rows._replace(**strided), states), rows_product(rows, states.contiguous()))
+    for others in (strided, widened):
+        assert torch.equal(read_rows(rows._replace(**others), ids), read_rows(rows, ids))
+        assert torch.equal(rows_product(rows._replace(**others), states), rows_product(rows, states.contiguous()))
 
 
 def test_other_defaults_of_torch_change_nothing() -> None:
@@ -135,109 +202,85 @@ def test_damaged_tables_are_refused() -> None:
         with pytest.raises(TableError, match="do not fit"):
             rows_product(damaged, torch.randn(1, 40))
     for latent in (-1, 40):
+        damaged = rows._replace(latents=torch.full_like(rows.latents, latent))
         with pytest.raises(TableError, match="do not fit"):
-            read_rows(rows._replace(latents=torch.full_like(rows.latents, latent)), torch.arange(2))
+            read_rows(damaged, torch.arange(2))
+        with pytest.raises(TableError, match="do not fit"):
+            rows_product(damaged, torch.randn(1, 40))
 
 
-def test_changed_codebooks_and_steps_are_noticed() -> None:
-    rows, states = draw_rows(100, 40, [(1, 3, 10, 9)]), torch.randn(2, 40)
+def test_changes_are_noticed_wherever_they_are_written() -> None:
+    """Also those that torch does not count: nothing that tensors hold is kept from call to call."""
+    rows, states, ids = draw_rows(100, 40, [(1, 3, 10, 9)]), torch.randn(2, 40), torch.arange(100)
     rows_product(rows, states)
-    for each in (rows.codebook, rows.steps, rows.latents, rows.rows):
-        each.numpy()[:] = each.flip(0).numpy()  # torch does not count it as a change
+    for each in (rows.codebook, rows.steps, rows.latents, rows.rows, rows.weight):
+        each.numpy()[:] = each.flip(0).numpy()
         assert_product(rows_product(rows, states), states, all_latents(rows), TOLERANCE)
-        assert torch.equal(read_rows(rows, torch.arange(100)), rows.read(torch.arange(100), torch.float32))
+        assert torch.equal(read_rows(rows, ids), rows.read(ids, torch.float32))
 
 
-def test_courses() -> None:
-    """Little work is done alone; more by all threads, in parts; products with many states by torch."""
-    assert course_of(1000, 0, 4) == course_of(1000, 64, 4)._replace(threads=1) == Course(1, 1)
-    assert course_of(0, 100, 4) == Course(1, 1, unpacked=True)
-    assert course_of(10**9, 1, 1) == Course(1, 1)
-    for states in (1, 8, 64):
-        courses = [course_of(codes, states, 4) for codes in (10**4, 10**5, 10**6, 10**7, 10**8, 10**9)]
-        assert courses == sorted(courses)
-        assert courses[-1].threads == 4
-        assert courses[-1].parts > 100
-        assert not courses[-1].unpacked
-    assert course_of(10**9, 65, 4).unpacked
+def test_tensors_that_move_or_shrink_are_noticed() -> None:
+    """The same objects, with other memory behind them, or less of it."""
+    rows, ids = draw_rows(100, 40, [(1, 3, 10, 9)]), torch.arange(50)
+    read_rows(rows, ids)
+    for each in (rows.weight, rows.rows, rows.steps, rows.codebook):
+        each.data = each.flip(0)
+        assert torch.equal(read_rows(rows, ids), rows.read(ids, torch.float32))
+    rows.weight.resize_(50, rows.weight.shape[1])
+    with pytest.raises(TableError, match="do not fit"):
+        read_rows(rows, ids)
+    rows.rows.resize_(50)
+    assert torch.equal(read_rows(rows, ids), rows.read(ids, torch.float32))
+    with pytest.raises(IndexError):
+        read_rows(rows, ids + 1)
 
 
-@pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 1000])
-@pytest.mark.parametrize("course", [Course(1, 1), Course(2, 2), Course(3, 50), Course(5, 1)])
-def test_shared_parts_make_the_whole(length: int, course: Course) -> None:
-    parts: list[tuple[int, int]] = []
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 30), max_size=8, unique=True), st.sampled_from([None, 0, 7]), st.data())
+def test_rows_that_are_kept_are_put_in_place(numbers: list[int], zero_row: int | None, data: st.DataObject) -> None:
+    ids = torch.tensor(data.draw(st.lists(st.integers(0, 30), max_size=20)), dtype=torch.int64)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        kept, rows = torch.randn(len(numbers), 5).to(dtype), torch.randn(len(ids), 5).to(dtype)
+        sorted_numbers = torch.tensor(sorted(numbers), dtype=torch.int32)
+        expected = rows
+        if numbers:
+            slots, found = find_slots(sorted_numbers, ids, 31)
+            expected = torch.where(found.unsqueeze(-1), kept[slots], rows)
+        if zero_row is not None:
+            expected = expected.masked_fill((ids == zero_row).unsqueeze(-1), 0)
+        patch_rows(rows, ids, sorted_numbers if numbers else None, kept if numbers else None, zero_row)
+        assert torch.equal(rows, expected)
 
-    def work(first: int, last: int) -> int:
-        parts.append((first, last))
-        return int(first <= 64 < last)
 
-    assert share_out(work, length, 64, course) == int(length > 64)
-    assert sorted(place for part in parts for place in range(*part)) == list(range(length))
-    assert all(first % 64 == 0 for first, _ in parts)
+def test_many_threads_read_and_multiply_at_once() -> None:
+    tables = [draw_rows(500, 150, ALLOCATIONS, seed) for seed in range(4)]
+    states, ids = torch.randn(3, 150), torch.arange(500)
+    expected = [(rows.read(ids, torch.float32), rows_product(rows, states)) for rows in tables]
 
+    def work(number: int) -> bool:
+        rows, (latents, product) = tables[number % 4], expected[number % 4]
+        return torch.equal(read_rows(rows, ids), latents) and torch.equal(rows_product(rows, states), product)
 
-def test_errors_of_other_threads_are_raised() -> None:
-    def work(first: int, last: int) -> int:
-        raise RuntimeError(f"part {first}")
-
-    with pytest.raises(RuntimeError, match="part"):
-        share_out(work, 100, 1, Course(2, 4))
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(200)))
 
 
 def product_of_a_child(rows: PackedRows, states: Tensor, connection: object) -> None:
-    connection.send(share_out(lambda first, last: 0, 1000, 1, Course(2, 10)))  # type: ignore[attr-defined]
+    library.WORTH_A_THREAD = 1.0
+    torch.get_num_threads = lambda: 3
     connection.send(rows_product(rows, states).tolist())  # type: ignore[attr-defined]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs forks")
-def test_forks_have_threads_of_their_own() -> None:
-    rows, states = draw_rows(100, 40, [(1, 3, 10, 9)]), torch.randn(1, 40)
-    share_out(lambda first, last: 0, 1000, 1, Course(2, 10))  # the pool of this process
+def test_forks_have_threads_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, states = draw_rows(1000, 40, [(1, 3, 10, 9)]), torch.randn(1, 40)
+    monkeypatch.setattr(library, "WORTH_A_THREAD", 1.0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    expected = rows_product(rows, states).tolist()
     ours, theirs = multiprocessing.Pipe()
     child = multiprocessing.get_context("fork").Process(target=product_of_a_child, args=(rows, states, theirs))
     child.start()
     assert ours.poll(60)
-    assert ours.recv() == 0
-    assert ours.poll(60)
-    assert ours.recv() == rows_product(rows, states).tolist()
+    assert ours.recv() == expected
     child.join()
     assert child.exitcode == 0
-
-
-PROGRAM = f"""
-import sys
-sys.path.insert(0, {os.path.dirname(__file__)!r})
-import torch
-from drawn_rows import draw_rows
-from hf_dirembed.kernels import products, read_rows, reading, rows_product
-
-rows = draw_rows(200, 40, [(1, 3, 10, 9), (2, 3, 20, 9)])
-expected = rows.read(torch.arange(200), torch.float32)
-assert torch.equal(read_rows(rows, torch.arange(200)), expected)
-for num_states in (1, 4, 8):
-    states = torch.randn(num_states, 40)
-    assert torch.allclose(rows_product(rows, states), states @ expected.T, rtol=1e-3, atol=1e-2)
-kernels = [reading._read, *map(products._kernel_of, (1, 4, 8))]
-print([sum(each.stats.cache_hits.values()) for each in kernels])
-"""
-
-
-def run_program(cache: Path) -> subprocess.Popen[str]:
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache)}
-    return subprocess.Popen([sys.executable, "-c", PROGRAM], env=environment, stdout=subprocess.PIPE, text=True)
-
-
-def test_processes_compile_into_one_cache_at_once_and_others_load_it(tmp_path: Path) -> None:
-    processes = [run_program(tmp_path) for _ in range(4)]
-    assert [each.wait() for each in processes] == [0] * 4
-    for each in processes:
-        each.communicate()
-    output, _ = run_program(tmp_path).communicate()
-    assert output.strip() == "[1, 1, 1, 1]"
-
-
-def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
-    kernel = compiled(lambda number: number + 1)
-    assert kernel(2) == 3
-    assert not kernel.stats.cache_path

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...remote.codes_dirembed import BIT_WIDTHS
+from ...remote.codes_dirembed import BIT_WIDTHS, STATE_BITS
 from ...remote.kernels_dirembed import HALF, gaussian_codebook
-from .states import NUM_STATES, POSITIVE
+from ...remote.products_dirembed import runs_compiled
+from .viterbi import cheapest_paths
 
 
+NUM_STATES = 1 << STATE_BITS
+POSITIVE = 1e-3  # added to each squared error: path costs must stay positive, as their bits are compared
 LARGEST_LEVEL = 127.5  # of 8 bits, which the codebook has
 _SURVIVOR_BYTES = 1 << 28  # of the survivors' symbols that a device holds until the best path is known
 # Where training starts: of the 256 quantiles of a Gaussian, state s has the one whose number is a multiple of s,
@@ -45,23 +48,19 @@ def best_states(targets: Tensor, importance: Tensor, levels: Tensor, width: int)
         >>> bool(error < 0.1175)  # the least of a scalar quantiser of 2 bits (Max 1960); the bound is 1/16
         True
     """
-    # The stream runs from the last latent to the first.
-    stream = targets.T.flip(0)
-    importance = importance.flip(0) / importance.max().clamp_min(torch.finfo(importance.dtype).tiny)
-    if targets.device.type == "cpu":
-        from .viterbi import cheapest_paths  # compiles: only those who compress shall wait for it
-
-        found = cheapest_paths(stream, importance, levels, width)
-    else:
-        found = _cheapest_paths(stream, importance, levels, width)
-    return found.flip(0).T
+    importance = importance / importance.max().clamp_min(torch.finfo(importance.dtype).tiny)
+    if runs_compiled(targets):
+        return cheapest_paths(targets, importance, levels, width)
+    return _cheapest_paths(targets, importance, levels, width)
 
 
 def _cheapest_paths(targets: Tensor, importance: Tensor, levels: Tensor, width: int) -> Tensor:
     """What `viterbi.cheapest_paths` does, in torch's operations, for other devices."""
-    most = max(1, _SURVIVOR_BYTES // (len(targets) * (NUM_STATES >> width)))
-    parts = targets.split(most, dim=1)
-    return torch.cat([_trace_back(*_search(part, importance, levels, width), width) for part in parts], dim=1)
+    stream, importance = targets.T.flip(0), importance.flip(0)  # it runs from the last latent to the first
+    most = max(1, _SURVIVOR_BYTES // max(1, len(stream) * (NUM_STATES >> width)))
+    parts = stream.split(most, dim=1)
+    found = [_trace_back(*_search(part, importance, levels, width), width) for part in parts]
+    return torch.cat(found, dim=1).flip(0).T
 
 
 def _trace_back(costs: Tensor, survivors: Tensor, width: int) -> Tensor:

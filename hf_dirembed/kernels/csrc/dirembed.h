@@ -75,6 +75,13 @@ typedef struct {
     uint8_t *states;         /* (rows, count) is filled in */
 } trellis_search;
 
+/* The levels of two neighbouring codes of one width, whose 8 + width bits are the index, as floats; width after width. */
+typedef struct {
+    float levels[2];
+} pair;
+#define PAIRS 7680
+#define FIRST_PAIR(part) (8192 - (8192 >> (part)))
+
 #define TILE_STATES 4 /* hidden states that are multiplied at a time, where there are several */
 #define MOST_LANES 16 /* floats of the widest vectors: buffers are as long as multiples of it */
 
@@ -83,6 +90,9 @@ typedef struct {
     const char *name;
     /* The levels of a row's codes, less 1/2. It writes up to CHUNK bytes behind the last, any values. */
     void (*unpack)(const row_class *of, const uint8_t *row, const int8_t *codebook, int8_t *levels);
+    /* The levels as floats, likewise; `levels` is room for what `unpack` writes, and `pairs` is of the codebook. */
+    void (*unpack_wide)(const row_class *of, const uint8_t *row, const int8_t *codebook, const pair *pairs,
+                        int8_t *levels, float *wide);
     /* (rows, num_states) sums over `count` codes of rows' levels times factors; num_states is 1 or TILE_STATES. */
     void (*multiply)(const float *levels, int64_t stride, int64_t rows, const float *factors, int64_t factor_stride,
                      int64_t num_states, int64_t count, float *totals);

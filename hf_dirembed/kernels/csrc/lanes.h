@@ -7,7 +7,8 @@
  *            SUM(a)           of a float vector's lanes;
  *            PUT_BYTES(p, a)  the lowest byte of each integer, to memory;
  *            TILE_ROWS        rows that are multiplied with TILE_STATES states at a time, as many as registers hold;
- *            UNPACK           a function of its own, where `unpack_words` is not the fastest.
+ *            UNPACK           a function of its own, where `unpack_words` is not the fastest, and looking levels up in
+ *                             pairs is not either.
  */
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
@@ -18,17 +19,20 @@ INLINE void store(float *to, floats value) { *(loose_floats *)to = value; }
 
 /* ---- unpacking ---- */
 
-#define CODES_OF_WORD 8 /* codes of w bits take w bytes */
+/* Codes whose states are all in a word of 64 bits, at any offset within a byte; whole bytes of them. */
+#define CODES_OF_WORD(width) ((width) == 4 ? 8 : (width) == 1 ? 32 : 16)
 
 #ifndef UNPACK
 #define UNPACK unpack_words
 INLINE int8_t *unpack_section(const uint8_t *row, int64_t bit, int64_t count, int width, const int8_t *book,
                               int8_t *levels) {
-    for (int64_t left = count; left > 0; left -= CODES_OF_WORD, bit += CODES_OF_WORD * width) {
-        uint64_t word = load_word(row + (bit >> 3)) >> (bit & 7);
+    const int codes = CODES_OF_WORD(width);
+    const uint8_t *from = row + (bit >> 3);
+    for (int64_t left = count; left > 0; left -= codes, from += codes * width / 8) {
+        uint64_t word = load_word(from) >> (bit & 7);
         if (left * width < 64) word &= ((uint64_t)1 << (left * width)) - 1; /* behind the last code there are zeros */
-        for (int code = 0; code < CODES_OF_WORD; code++) levels[code] = book[(word >> (code * width)) & 255];
-        levels += left < CODES_OF_WORD ? left : CODES_OF_WORD;
+        _Pragma("GCC unroll 32") for (int code = 0; code < codes; code++) levels[code] = book[(word >> (code * width)) & 255];
+        levels += left < codes ? left : codes;
     }
     return levels;
 }
@@ -38,6 +42,37 @@ static void unpack_words(const row_class *of, const uint8_t *row, const int8_t *
     levels = unpack_section(row, of->sections[1].bit, of->sections[1].count, 3, codebook + NUM_STATES, levels);
     levels = unpack_section(row, of->sections[2].bit, of->sections[2].count, 2, codebook + 2 * NUM_STATES, levels);
     unpack_section(row, of->sections[3].bit, of->sections[3].count, 1, codebook + 3 * NUM_STATES, levels);
+}
+
+INLINE float *widen_section(const uint8_t *row, int64_t bit, int64_t count, int width, const pair *pairs, float *wide) {
+    const uint64_t mask = (NUM_STATES << width) - 1;
+    const int codes = CODES_OF_WORD(width);
+    const uint8_t *from = row + (bit >> 3);
+    for (int64_t left = count; left > 0; left -= codes, from += codes * width / 8) {
+        uint64_t word = load_word(from) >> (bit & 7);
+        if (left * width < 64) word &= ((uint64_t)1 << (left * width)) - 1;
+        _Pragma("GCC unroll 16") for (int code = 0; code < codes; code += 2)
+            memcpy(wide + code, &pairs[(word >> (code * width)) & mask], sizeof(pair));
+        wide += left < codes ? left : codes;
+    }
+    return wide;
+}
+
+static void unpack_wide(const row_class *of, const uint8_t *row, const int8_t *codebook, const pair *pairs,
+                        int8_t *levels, float *wide) {
+    (void)codebook, (void)levels;
+    wide = widen_section(row, of->sections[0].bit, of->sections[0].count, 4, pairs + FIRST_PAIR(0), wide);
+    wide = widen_section(row, of->sections[1].bit, of->sections[1].count, 3, pairs + FIRST_PAIR(1), wide);
+    wide = widen_section(row, of->sections[2].bit, of->sections[2].count, 2, pairs + FIRST_PAIR(2), wide);
+    wide = widen_section(row, of->sections[3].bit, of->sections[3].count, 1, pairs + FIRST_PAIR(3), wide);
+    for (int code = 0; code < CHUNK; code++) wide[code] = 0; /* what is multiplied by 0 must be finite */
+}
+#else
+static void unpack_wide(const row_class *of, const uint8_t *row, const int8_t *codebook, const pair *pairs,
+                        int8_t *levels, float *wide) {
+    (void)pairs;
+    UNPACK(of, row, codebook, levels);
+    for (int64_t code = 0; code < padded(of->codes); code++) wide[code] = (float)levels[code] + 0.5f;
 }
 #endif
 
@@ -170,4 +205,4 @@ static size_t search_bytes(int64_t count, int64_t width) {
     return (2 * pasts * LANES + NUM_STATES + LANES) * sizeof(float) + (size_t)count * pasts * LANES;
 }
 
-const cpu_kernels KERNELS = {NAME, UNPACK, multiply, search_any, LANES, search_bytes};
+const cpu_kernels KERNELS = {NAME, UNPACK, unpack_wide, multiply, search_any, LANES, search_bytes};

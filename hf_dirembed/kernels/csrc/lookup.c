@@ -4,32 +4,44 @@
 #include <math.h>
 #include <stdlib.h>
 
-#define MOST_ROWS 64 /* in a part of the work */
+#define PART_ROWS 256
 
 typedef struct {
     const packed_table *table;
-    const float *factors, *powers; /* of all codes, and of all latents or NULL */
+    const float *powers; /* of all latents, or NULL */
     const int64_t *ids;
     float *out;
     int64_t bytes, codes; /* the most of any class */
 } reading;
 
-/* What each code's level is multiplied by; 0 where there is a latent that the table has not. */
-static int make_factors(const packed_table *table, float *factors) {
+/* What a thread has for itself: a row's bytes, levels and values, and of each class that it met what the levels are
+ * multiplied by. */
+typedef struct {
+    uint8_t *scratch;
+    int8_t *levels;
+    float *values, *factors; /* of all codes of all classes */
+    int met[MAX_CLASSES];
+} room;
+
+/* The factors of a class; 0 where one of its codes adds to a latent that the table has not. */
+static int meet(const packed_table *table, int number, room *at) {
+    const row_class *of = &table->classes[number];
     int fine = 1;
-    for (int64_t code = 0; code < table->num_codes; code++) {
-        factors[code] = code_step(table->steps[code]);
+    for (int64_t code = of->first_code; code < of->first_code + of->codes; code++) {
+        at->factors[code] = code_step(table->steps[code]);
         fine &= table->latents[code] >= 0 && table->latents[code] < table->rank;
     }
-    return fine;
+    return at->met[number] = fine;
 }
 
 /* Every product and sum is rounded as torch's plain operations round it, in their order: nothing may be fused here. */
-static void read_row(const reading *work, const row_class *of, const uint8_t *address, float scale, int8_t *levels,
-                     float *values, float *out) {
+static void read_row(const reading *work, const row_class *of, const uint8_t *address, float scale, const room *at,
+                     float *out) {
     const packed_table *table = work->table;
-    const float *factors = work->factors + of->first_code;
+    const float *factors = at->factors + of->first_code;
     const int32_t *latents = table->latents + of->first_code;
+    int8_t *levels = at->levels;
+    float *values = at->values;
 
     chosen_kernels()->unpack(of, address, table->codebook, levels);
     for (int64_t code = 0; code < of->codes; code++) values[code] = ((float)levels[code] + 0.5f) * factors[code];
@@ -44,12 +56,12 @@ static void read_row(const reading *work, const row_class *of, const uint8_t *ad
 static int read_part(void *context, int64_t first, int64_t last) {
     const reading *work = context;
     const packed_table *table = work->table;
-    size_t scratch_bytes = (size_t)padded(work->bytes + READABLE), level_bytes = (size_t)padded(work->codes) + CHUNK;
-    uint8_t *scratch = room_for(scratch_bytes + level_bytes * (1 + sizeof(float)));
-    if (!scratch) return NO_MEMORY;
-    int8_t *levels = (int8_t *)scratch + scratch_bytes;
-    float *values = (float *)(levels + level_bytes);
-    memset(scratch, 0, scratch_bytes);
+    size_t bytes = (size_t)padded(work->bytes + READABLE), codes = (size_t)padded(work->codes) + CHUNK;
+    uint8_t *memory = room_for(bytes + codes * (1 + sizeof(float)) + (size_t)table->num_codes * sizeof(float));
+    if (!memory) return NO_MEMORY;
+    float *values = (float *)(memory + bytes + codes);
+    room at = {memory, (int8_t *)memory + bytes, values, values + codes, {0}};
+    memset(memory, 0, bytes);
 
     int found = FINE;
     for (int64_t place = first; place < last && found == FINE; place++) {
@@ -61,14 +73,13 @@ static int read_part(void *context, int64_t first, int64_t last) {
         uint8_t row_byte = table->row_bytes[row];
         int number = class_of(row_byte);
         int64_t slot = number > 0 && number < table->num_classes ? slot_of(table, row, number) : 0;
-        const uint8_t *address = address_of(table, row, number, slot, scratch);
-        if (!address)
+        const uint8_t *address = address_of(table, row, number, slot, at.scratch);
+        if (!address || !(at.met[number] || meet(table, number, &at)))
             found = DAMAGED;
         else
-            read_row(work, &table->classes[number], address, row_scale(row_byte), levels, values,
-                     work->out + place * table->rank);
+            read_row(work, &table->classes[number], address, row_scale(row_byte), &at, work->out + place * table->rank);
     }
-    free(scratch);
+    free(memory);
     return found;
 }
 
@@ -80,17 +91,13 @@ static int read_part(void *context, int64_t first, int64_t last) {
  */
 EXPORTED int dirembed_read(const packed_table *table, const int8_t *exponents, const int64_t *ids, int64_t count,
                            float *out, int64_t threads) {
-    size_t codes = (size_t)padded(table->num_codes), latents = exponents ? (size_t)table->rank : 0;
-    float *factors = room_for((codes + latents) * sizeof(float)), *powers = factors + codes;
-    if (!factors) return NO_MEMORY;
-    for (size_t latent = 0; latent < latents; latent++) powers[latent] = ldexpf(1.0f, exponents[latent]);
+    float *powers = exponents ? room_for((size_t)table->rank * sizeof *powers) : NULL;
+    if (exponents && !powers) return NO_MEMORY;
+    for (int64_t latent = 0; exponents && latent < table->rank; latent++) powers[latent] = ldexpf(1, exponents[latent]);
 
-    int found = DAMAGED;
-    if (make_factors(table, factors)) {
-        reading work = {table, factors, exponents ? powers : NULL, ids, out, most_bytes(table), most_codes(table)};
-        found = share_out(read_part, &work, count, threads > 1 ? MOST_ROWS : count > 0 ? count : 1, threads);
-    }
-    free(factors);
+    reading work = {table, powers, ids, out, most_bytes(table), most_codes(table)};
+    int found = share_out(read_part, &work, count, PART_ROWS, threads);
+    free(powers);
     return found;
 }
 

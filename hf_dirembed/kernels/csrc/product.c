@@ -4,10 +4,12 @@
 #include <stdlib.h>
 
 #define BLOCKS_OF_PART 4
+#define FEW_ROWS 8 /* with few states so many rows are unpacked before they are multiplied, else a block's */
 
 typedef struct {
     const packed_table *table;
     const cpu_kernels *kernels;
+    const pair *pairs;
     const float *factors; /* (classes, padded states, stride) what each code's level is multiplied by */
     const float *offsets; /* (num_states,) or NULL */
     void *out;
@@ -32,6 +34,19 @@ static int make_factors(const product *work, const float *states, float *factors
         }
     }
     return FINE;
+}
+
+/* Made at each call anew: it takes microseconds, and what is not kept cannot be out of date. */
+static const pair *make_pairs(const int8_t *codebook, pair *pairs) {
+    pair *to = pairs;
+    for (int part = 0; part < NUM_WIDTHS; part++) {
+        const int8_t *book = codebook + part * NUM_STATES;
+        for (int window = 0; window < NUM_STATES << WIDTH_OF(part); window++, to++) {
+            to->levels[0] = (float)book[window & (NUM_STATES - 1)] + 0.5f;
+            to->levels[1] = (float)book[window >> WIDTH_OF(part)] + 0.5f;
+        }
+    }
+    return pairs;
 }
 
 /* A float rounded to the nearest of 16 bits, to even ones between two. */
@@ -61,42 +76,45 @@ static void put(const product *work, int64_t state, const float *totals, const i
 typedef struct {
     uint8_t *scratch;
     int8_t *levels; /* of one row */
-    float *wide;    /* of a block's rows: 1/2 more, as floats */
+    float *wide;    /* of several rows: 1/2 more, as floats */
     float *totals;
 } room;
 
-/* Unpacks the rows of a block that are of one class; how many they are, or -1 where the table is damaged. */
-static int64_t unpack_rows(const product *work, int number, int64_t block, int64_t last, room *at, int64_t *rows) {
+/* The products of some rows of one class, `before` of which come before them in the table; FINE or DAMAGED. */
+static int multiply_rows(const product *work, int number, int64_t before, const int64_t *rows, int64_t count,
+                         room *at) {
     const packed_table *table = work->table;
     const row_class *of = &table->classes[number];
-    int64_t count = 0, codes = padded(of->codes), slot = 0;
-    if (number > 0) slot = table->class_counts[block / CLASS_BLOCK * (table->num_classes - 1) + number - 1];
-    for (int64_t row = block; row < last; row++) {
-        if (class_of(table->row_bytes[row]) != number) continue;
-        const uint8_t *address = address_of(table, row, number, slot++, at->scratch);
-        if (!address) return -1;
-        work->kernels->unpack(of, address, table->codebook, at->levels);
-        float *wide = at->wide + count * work->stride;
-        for (int64_t code = 0; code < codes; code++) wide[code] = (float)at->levels[code] + 0.5f;
-        rows[count++] = row;
+    for (int64_t each = 0; each < count; each++) {
+        const uint8_t *address = address_of(table, rows[each], number, before + each, at->scratch);
+        if (!address) return DAMAGED;
+        work->kernels->unpack_wide(of, address, table->codebook, work->pairs, at->levels,
+                                   at->wide + each * work->stride);
     }
-    return count;
+    for (int64_t state = 0; state < work->num_states; state += work->group) {
+        const float *factors = work->factors + (number * work->padded_states + state) * work->stride;
+        work->kernels->multiply(at->wide, work->stride, count, factors, work->stride, work->group, padded(of->codes),
+                                at->totals);
+        put(work, state, at->totals, rows, count);
+    }
+    return FINE;
 }
 
 static int multiply_block(const product *work, int64_t block, int64_t last, room *at) {
     const packed_table *table = work->table;
-    int64_t rows[CLASS_BLOCK], seen = 0;
+    int64_t most = work->num_states > TILE_STATES ? CLASS_BLOCK : FEW_ROWS, seen = 0;
     for (int number = 0; number < table->num_classes; number++) {
-        int64_t count = unpack_rows(work, number, block, last, at, rows);
-        if (count < 0) return DAMAGED;
-        seen += count;
-        if (count == 0) continue;
-        for (int64_t state = 0; state < work->num_states; state += work->group) {
-            const float *factors = work->factors + (number * work->padded_states + state) * work->stride;
-            work->kernels->multiply(at->wide, work->stride, count, factors, work->stride, work->group,
-                                    padded(table->classes[number].codes), at->totals);
-            put(work, state, at->totals, rows, count);
+        int64_t rows[CLASS_BLOCK], count = 0, before = 0;
+        if (number > 0) before = table->class_counts[block / CLASS_BLOCK * (table->num_classes - 1) + number - 1];
+        for (int64_t row = block; row < last; row++) {
+            rows[count] = row;
+            count += class_of(table->row_bytes[row]) == number;
         }
+        for (int64_t done = 0; done < count; done += most) {
+            int64_t some = count - done < most ? count - done : most;
+            if (multiply_rows(work, number, before + done, rows + done, some, at) != FINE) return DAMAGED;
+        }
+        seen += count;
     }
     return seen == last - block ? FINE : DAMAGED; /* a row names a class that there is not */
 }
@@ -104,12 +122,12 @@ static int multiply_block(const product *work, int64_t block, int64_t last, room
 static int multiply_part(void *context, int64_t first, int64_t last) {
     const product *work = context;
     size_t scratch = (size_t)padded(work->bytes + READABLE), levels = (size_t)work->stride + CHUNK;
-    size_t wide = (size_t)(CLASS_BLOCK * work->stride) * sizeof(float);
+    size_t wide = (size_t)(CLASS_BLOCK * work->stride + CHUNK) * sizeof(float);
     uint8_t *memory = room_for(scratch + levels + wide + CLASS_BLOCK * TILE_STATES * sizeof(float));
     if (!memory) return NO_MEMORY;
     memset(memory, 0, scratch + levels);
     float *at_wide = (float *)(memory + scratch + levels);
-    room at = {memory, (int8_t *)memory + scratch, at_wide, at_wide + CLASS_BLOCK * work->stride};
+    room at = {memory, (int8_t *)memory + scratch, at_wide, at_wide + CLASS_BLOCK * work->stride + CHUNK};
 
     int found = FINE;
     for (int64_t block = first; block < last && found == FINE; block += CLASS_BLOCK)
@@ -138,9 +156,11 @@ EXPORTED int dirembed_multiply(const packed_table *table, const float *states, i
                     .stride = padded(most_codes(table)),
                     .bytes = most_bytes(table),
                     .narrow = narrow};
-    float *factors = room_for((size_t)(table->num_classes * padded_states * work.stride) * sizeof *factors);
+    size_t pairs = PAIRS * sizeof(pair);
+    float *factors = room_for((size_t)(table->num_classes * padded_states * work.stride) * sizeof *factors + pairs);
     if (!factors) return NO_MEMORY;
     work.factors = factors;
+    work.pairs = make_pairs(table->codebook, (pair *)(factors + table->num_classes * padded_states * work.stride));
 
     int found = make_factors(&work, states, factors);
     if (found == FINE)

@@ -93,6 +93,10 @@ typedef struct {
     /* The levels as floats, likewise; `levels` is room for what `unpack` writes, and `pairs` is of the codebook. */
     void (*unpack_wide)(const row_class *of, const uint8_t *row, const int8_t *codebook, const pair *pairs,
                         int8_t *levels, float *wide);
+    /* The sums over all codes of one row times factors, num_states of them, which is 1 or TILE_STATES: levels go from
+     * the table of pairs to registers. Factors are at the places of the codes; NULL where `unpack_wide` is faster. */
+    void (*multiply_packed)(const row_class *of, const uint8_t *row, const pair *pairs, const float *factors,
+                            int64_t factor_stride, int64_t num_states, float *totals);
     /* (rows, num_states) sums over `count` codes of rows' levels times factors; num_states is 1 or TILE_STATES. */
     void (*multiply)(const float *levels, int64_t stride, int64_t rows, const float *factors, int64_t factor_stride,
                      int64_t num_states, int64_t count, float *totals);
@@ -141,6 +145,16 @@ INLINE float root_power(int exponent, int shift) {
 INLINE float code_step(int8_t exponent) { return root_power(exponent, 3); }
 INLINE float row_scale(uint8_t row_byte) { return root_power((row_byte >> 2) - 32, 2); }
 INLINE int class_of(uint8_t row_byte) { return row_byte & (MAX_CLASSES - 1); }
+/* Where a row's codes are multiplied from the table of pairs, sections begin at multiples of PLACES, and factors are 0
+ * between them: places of a class, or of its sections before one. */
+#define PLACES 32
+INLINE int64_t places_before(const row_class *of, int part) {
+    int64_t places = 0;
+    for (int before = 0; before < part; before++)
+        places += (of->sections[before].count + PLACES - 1) / PLACES * PLACES;
+    return places;
+}
+
 INLINE int64_t padded(int64_t count) { return (count + CHUNK - 1) / CHUNK * CHUNK; }
 
 /* How many rows of its class, which is not the first, come before a row. */

@@ -67,7 +67,65 @@ static void unpack_wide(const row_class *of, const uint8_t *row, const int8_t *c
     wide = widen_section(row, of->sections[3].bit, of->sections[3].count, 1, pairs + FIRST_PAIR(3), wide);
     for (int code = 0; code < CHUNK; code++) wide[code] = 0; /* what is multiplied by 0 must be finite */
 }
+
+typedef uint64_t longs __attribute__((vector_size(4 * LANES)));
+
+/* The levels of LANES codes of a word, from the first on. */
+INLINE floats look_up(uint64_t word, int first, int width, const pair *pairs) {
+    const uint64_t mask = (NUM_STATES << width) - 1;
+    uint64_t found[LANES / 2];
+    _Pragma("GCC unroll 4") for (int each = 0; each < LANES / 2; each++)
+        memcpy(&found[each], &pairs[(word >> ((first + 2 * each) * width)) & mask], sizeof(pair));
+#if LANES == 8
+    return (floats)(longs){found[0], found[1], found[2], found[3]};
 #else
+    return (floats)(longs){found[0], found[1]};
+#endif
+}
+
+/* With one state a row has several sums, as each addition would wait for the one before. */
+INLINE const float *multiply_section(const uint8_t *row, int64_t bit, int64_t count, int width, const pair *pairs,
+                                     const float *factors, int64_t stride, const int states, floats *sums) {
+    const int codes = CODES_OF_WORD(width), several = states == 1 ? 4 : 1;
+    const uint8_t *from = row + (bit >> 3);
+    int64_t left = count;
+    for (; left > 0; left -= codes, from += codes * width / 8, factors += codes) {
+        uint64_t word = load_word(from) >> (bit & 7);
+        if (left * width < 64) word &= ((uint64_t)1 << (left * width)) - 1;
+        _Pragma("GCC unroll 8") for (int first = 0; first < codes; first += LANES) {
+            floats levels = look_up(word, first, width, pairs);
+            _Pragma("GCC unroll 4") for (int state = 0; state < states; state++) {
+                floats *sum = &sums[state + first / LANES % several];
+                *sum = FUSED(levels, load(factors + state * stride + first), *sum);
+            }
+        }
+    }
+    return factors + (count + PLACES - 1) / PLACES * PLACES - (count + codes - 1) / codes * codes;
+}
+
+INLINE void multiply_row(const row_class *of, const uint8_t *row, const pair *pairs, const float *factors,
+                         int64_t stride, const int states, float *totals) {
+    floats sums[TILE_STATES] = {{0}};
+    const section *each = of->sections;
+    factors = multiply_section(row, each[0].bit, each[0].count, 4, pairs + FIRST_PAIR(0), factors, stride, states, sums);
+    factors = multiply_section(row, each[1].bit, each[1].count, 3, pairs + FIRST_PAIR(1), factors, stride, states, sums);
+    factors = multiply_section(row, each[2].bit, each[2].count, 2, pairs + FIRST_PAIR(2), factors, stride, states, sums);
+    multiply_section(row, each[3].bit, each[3].count, 1, pairs + FIRST_PAIR(3), factors, stride, states, sums);
+    if (states == 1)
+        totals[0] = SUM((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    else
+        _Pragma("GCC unroll 4") for (int state = 0; state < states; state++) totals[state] = SUM(sums[state]);
+}
+
+static void multiply_packed(const row_class *of, const uint8_t *row, const pair *pairs, const float *factors,
+                            int64_t factor_stride, int64_t num_states, float *totals) {
+    if (num_states == 1)
+        multiply_row(of, row, pairs, factors, factor_stride, 1, totals);
+    else
+        multiply_row(of, row, pairs, factors, factor_stride, TILE_STATES, totals);
+}
+#else
+#define multiply_packed NULL
 static void unpack_wide(const row_class *of, const uint8_t *row, const int8_t *codebook, const pair *pairs,
                         int8_t *levels, float *wide) {
     (void)pairs;
@@ -205,4 +263,4 @@ static size_t search_bytes(int64_t count, int64_t width) {
     return (2 * pasts * LANES + NUM_STATES + LANES) * sizeof(float) + (size_t)count * pasts * LANES;
 }
 
-const cpu_kernels KERNELS = {NAME, UNPACK, unpack_wide, multiply, search_any, LANES, search_bytes};
+const cpu_kernels KERNELS = {NAME, UNPACK, unpack_wide, multiply_packed, multiply, search_any, LANES, search_bytes};

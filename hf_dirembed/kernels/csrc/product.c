@@ -14,10 +14,11 @@ typedef struct {
     const float *offsets; /* (num_states,) or NULL */
     void *out;
     int64_t num_states, padded_states, group, stride, bytes, narrow;
+    int straight; /* whether rows are multiplied one by one, from the table of pairs */
 } product;
 
 /* What the codes of each class are multiplied by, for each state: its number for the code's latent, times the code's
- * step. Behind the codes, and for states that only fill groups up, it is 0. */
+ * step. Behind the codes, between sections, and for states that only fill groups up, it is 0. */
 static int make_factors(const product *work, const float *states, float *factors) {
     const packed_table *table = work->table;
     memset(factors, 0, (size_t)(table->num_classes * work->padded_states * work->stride) * sizeof *factors);
@@ -28,9 +29,14 @@ static int make_factors(const product *work, const float *states, float *factors
         const int32_t *latents = table->latents + of->first_code;
         const int8_t *steps = table->steps + of->first_code;
         for (int64_t state = 0; state < work->num_states; state++) {
-            float *mine = factors + (number * work->padded_states + state) * work->stride;
-            for (int64_t code = 0; code < of->codes; code++)
-                mine[code] = states[state * table->rank + latents[code]] * code_step(steps[code]);
+            const float *of_state = states + state * table->rank;
+            for (int part = 0; part < NUM_WIDTHS; part++) {
+                int64_t first = of->sections[part].code;
+                float *mine = factors + (number * work->padded_states + state) * work->stride +
+                              (work->straight ? places_before(of, part) : first);
+                for (int64_t code = 0; code < of->sections[part].count; code++)
+                    mine[code] = of_state[latents[first + code]] * code_step(steps[first + code]);
+            }
         }
     }
     return FINE;
@@ -88,10 +94,15 @@ static int multiply_rows(const product *work, int number, int64_t before, const 
     for (int64_t each = 0; each < count; each++) {
         const uint8_t *address = address_of(table, rows[each], number, before + each, at->scratch);
         if (!address) return DAMAGED;
-        work->kernels->unpack_wide(of, address, table->codebook, work->pairs, at->levels,
+        if (work->straight)
+            work->kernels->multiply_packed(of, address, work->pairs, work->factors + number * work->padded_states * work->stride,
+                                           work->stride, work->group, at->totals + each * work->group);
+        else
+            work->kernels->unpack_wide(of, address, table->codebook, work->pairs, at->levels,
                                    at->wide + each * work->stride);
     }
-    for (int64_t state = 0; state < work->num_states; state += work->group) {
+    if (work->straight) put(work, 0, at->totals, rows, count);
+    for (int64_t state = 0; state < work->num_states && !work->straight; state += work->group) {
         const float *factors = work->factors + (number * work->padded_states + state) * work->stride;
         work->kernels->multiply(at->wide, work->stride, count, factors, work->stride, work->group, padded(of->codes),
                                 at->totals);
@@ -153,9 +164,14 @@ EXPORTED int dirembed_multiply(const packed_table *table, const float *states, i
                     .num_states = num_states,
                     .padded_states = padded_states,
                     .group = group,
-                    .stride = padded(most_codes(table)),
                     .bytes = most_bytes(table),
-                    .narrow = narrow};
+                    .narrow = narrow,
+                    .straight = num_states <= TILE_STATES && chosen_kernels()->multiply_packed != NULL};
+    for (int number = 0; number < table->num_classes; number++) {
+        const row_class *of = &table->classes[number];
+        int64_t places = padded(work.straight ? places_before(of, NUM_WIDTHS) : of->codes);
+        if (places > work.stride) work.stride = places;
+    }
     size_t pairs = PAIRS * sizeof(pair);
     float *factors = room_for((size_t)(table->num_classes * padded_states * work.stride) * sizeof *factors + pairs);
     if (!factors) return NO_MEMORY;

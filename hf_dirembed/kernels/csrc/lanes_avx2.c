@@ -12,7 +12,7 @@
 #define KERNELS kernels_avx2
 #define NAME "avx2"
 #define LANES 8
-#define TILE_ROWS 2
+#define TILE_ROWS 3
 #define FUSED(a, b, c) ((floats)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
 #define SMALLER(a, b) ((ints)_mm256_min_epi32((__m256i)(a), (__m256i)(b)))
 #define SUM(a) sum((__m256)(a))

@@ -13,7 +13,7 @@
 #define KERNELS kernels_avx512
 #define NAME "avx512"
 #define LANES 16
-#define TILE_ROWS 4
+#define TILE_ROWS 6
 #define UNPACK unpack_vectors
 #define FUSED(a, b, c) ((floats)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #define SMALLER(a, b) ((ints)_mm512_min_epi32((__m512i)(a), (__m512i)(b)))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 
-INTERFACE = 1  # DIREMBED_INTERFACE of csrc/dirembed.h: what functions take, and how structs are laid out
+INTERFACE = 2  # DIREMBED_INTERFACE of csrc/dirembed.h: what functions take, and how structs are laid out
 LIBRARY = Path(__file__).with_name("_dirembed.so")
 SOURCES = Path(__file__).with_name("csrc")
 FINE, DAMAGED, NO_SUCH_ID, NO_MEMORY = range(4)  # what functions give back
@@ -29,7 +29,9 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "dirembed_read": (ctypes.c_int, (_ADDRESS, _ADDRESS, _ADDRESS, _NUMBER, _ADDRESS, _NUMBER)),
     "dirembed_patch": (None, (_ADDRESS, _ADDRESS, _NUMBER, _NUMBER, _ADDRESS, _ADDRESS, _NUMBER, _NUMBER)),
     "dirembed_multiply": (ctypes.c_int, (_ADDRESS, _ADDRESS, _NUMBER, _ADDRESS, _ADDRESS, _NUMBER, _NUMBER)),
-    "dirembed_search": (ctypes.c_int, (_ADDRESS, _ADDRESS, _ADDRESS, _NUMBER, _NUMBER, _NUMBER, _ADDRESS, _NUMBER)),
+    "dirembed_search": (ctypes.c_int, (*[_ADDRESS] * 3, *[_NUMBER] * 3, _ADDRESS, _ADDRESS, _NUMBER)),
+    "dirembed_pack": (ctypes.c_int, (_ADDRESS, _ADDRESS, _NUMBER, _ADDRESS, _NUMBER)),
+    "dirembed_unpack": (ctypes.c_int, (_ADDRESS, _ADDRESS, _NUMBER, _ADDRESS, _ADDRESS, _ADDRESS, _NUMBER)),
 }
 
 

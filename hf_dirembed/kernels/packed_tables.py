@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +53,29 @@ class TableStruct(ctypes.Structure):
         *[(name, ctypes.c_int64) for name in ("num_rows", "shared", "num_codes", "rank", "num_classes")],
         ("classes", _Class * MAX_CLASSES),
     ]
+
+
+class ClassStruct(NamedTuple):
+    """`row_class` of csrc/dirembed.h: its address, as long as the struct is held."""
+
+    address: int
+    held: Any
+
+
+@functools.lru_cache(maxsize=64)
+def class_struct(row_class: RowClass) -> ClassStruct:
+    """A class as the library takes it where there is no other."""
+    struct = _Class()
+    _fill(struct, row_class, first_code=0, further=0)
+    return ClassStruct(ctypes.addressof(struct), struct)
+
+
+def _fill(struct: Any, row_class: RowClass, first_code: int, further: int) -> None:
+    struct.rows, struct.bytes, struct.codes = row_class.rows or 0, row_class.num_bytes, row_class.num_codes
+    struct.first_code, struct.further = first_code, further
+    for width, codes, bit in sections(row_class.bit_allocation):
+        section = struct.sections[BIT_WIDTHS.index(width)]
+        section.count, section.bit, section.code = codes.stop - codes.start, bit, codes.start
 
 
 class PackedTable(NamedTuple):
@@ -114,11 +138,7 @@ def _make_table(rows: PackedRows) -> tuple[PackedTable, bool]:
 
     first_code = 0
     for each, further, of in zip(rows.classes, further_offsets(rows.classes), struct.classes, strict=False):
-        of.rows, of.bytes, of.codes = each.rows or 0, each.num_bytes, each.num_codes
-        of.first_code, of.further = first_code, further
-        for width, codes, bit in sections(each.bit_allocation):
-            section = of.sections[BIT_WIDTHS.index(width)]
-            section.count, section.bit, section.code = codes.stop - codes.start, bit, codes.start
+        _fill(of, each, first_code, further)
         first_code += each.num_codes
 
     copies = [

@@ -95,7 +95,9 @@ def test_one_trellis_search_on_all_devices(
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         monkeypatch.setattr(library, "WORTH_A_THREAD", 1.0)
         monkeypatch.setattr(trellis, "_SURVIVOR_BYTES", num_bytes)
-        compiled.append(cheapest_paths(targets, importance, levels, width))
+        states, found = cheapest_paths(targets, importance, levels, width)
+        assert torch.equal(found, levels[states.int()])
+        compiled.append(states)
         stepwise.append(trellis._cheapest_paths(targets, importance, levels, width))
     for each in (compiled, stepwise):
         assert all(torch.equal(other, each[0]) for other in each[1:])
@@ -229,8 +231,11 @@ def test_improving_never_raises_a_row_s_error() -> None:
         errors = [left(found)]
         for _ in range(4):
             assert torch.allclose(found.errors.float(), errors[-1], rtol=1e-3, atol=1e-4)
-            assert torch.equal(codec.levels(found.symbols, number), found.levels)
-            found = codec.improve(mine, found.symbols, found.scales, number)
+            packed = pack(found.symbols, codec.classes[number].counts)
+            begun = codec.unpack(packed, found.scales, number)
+            assert torch.equal(begun.symbols, found.symbols)
+            assert torch.equal(begun.levels, found.levels)
+            found = codec.improve(mine, begun, number)
             errors.append(left(found))
             assert (errors[-1] <= errors[-2] * (1 + 1e-5) + 1e-6).all()
         assert errors[-1].sum() < 0.95 * errors[0].sum()

@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hf_dirembed.compression.transform.packing import pack_symbols, unpack_symbols
 from hf_dirembed.compression.transform.viterbi import cheapest_paths
 from hf_dirembed.kernels import compiled, library, patch_rows, read_rows, rows_product
 from hf_dirembed.remote.codes_dirembed import BIT_WIDTHS, TableError
-from hf_dirembed.remote.kernels_dirembed import PackedRows
+from hf_dirembed.remote.kernels_dirembed import PackedRows, pack
 from hf_dirembed.remote.matrix_dirembed import find_slots
-from hf_dirembed.remote.products_dirembed import scaled
+from hf_dirembed.remote.products_dirembed import package, scaled
 
 
 pytestmark = pytest.mark.skipif(not compiled(), reason="the library is not built: python setup.py build_ext --inplace")
@@ -123,11 +124,29 @@ def test_searches_of_all_kinds_find_the_same(width: int) -> None:
     found = {}
     for each in kinds():
         choose(each)
-        found[each] = cheapest_paths(targets, importance, levels, width)
+        found[each] = cheapest_paths(targets, importance, levels, width)[0]
     errors = {name: (levels[states.int()] - targets).square() @ importance for name, states in found.items()}
     for name, states in found.items():
         assert name == "plain" or torch.equal(states, found[kinds()[0]])
         assert torch.allclose(errors[name], errors[kinds()[0]], rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.tuples(*[st.integers(0, 40)] * 4).filter(any), st.integers(0, 300), st.integers(0, 99))
+def test_symbols_are_packed_as_by_plain_operations(counts: tuple[int, ...], num_rows: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    widths = [width for count, width in zip(counts, BIT_WIDTHS, strict=True) for _ in range(count)]
+    draws = [torch.randint(0, 1 << width, (num_rows,), generator=generator) for width in widths]
+    symbols, books = torch.stack(draws, dim=1).to(torch.uint8), torch.randn(4, 256, generator=generator)
+    packed = pack_symbols(symbols, counts)
+    assert torch.equal(packed, pack(symbols, counts))
+    found, levels = unpack_symbols(packed, counts, books)
+    assert torch.equal(found, symbols)
+    with pytest.MonkeyPatch.context() as without:
+        without.setattr(package, "compiled", lambda: False)
+        plain = unpack_symbols(packed, counts, books)
+    assert torch.equal(plain[0], symbols)
+    assert torch.equal(plain[1], levels)
 
 
 @pytest.mark.usefixtures("kind")

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ...remote.codes_dirembed import BIT_WIDTHS, OCTAVE, QUARTER
-from ...remote.kernels_dirembed import code_steps, pack, pack_rows, row_scales, trellis_states
+from ...remote.kernels_dirembed import code_steps, pack_rows, row_scales
 from ..row_weights import Sample
 from .allocation import Allocation
 from .decoder import DecoderFit, DecoderStorage, StoredDecoder
+from .packing import unpack_symbols
 from .quantisation import Quantisers
 from .trellis import Codebooks, quantise
 
@@ -100,6 +101,16 @@ class Symbols:
     scales: Tensor
     errors: Tensor
 
+    def merged(self, others: Symbols, mine: Tensor) -> Symbols:
+        """These rows and others in one order: `mine`, (n,), says which of all rows are these."""
+        both = ((getattr(each, name) for each in (self, others)) for name in ("symbols", "levels", "scales", "errors"))
+        merged = []
+        for own, other in both:
+            every = own.new_empty(len(mine), *own.shape[1:])
+            every[mine], every[~mine] = own, other.to(own.dtype)
+            merged.append(every)
+        return Symbols(*merged)
+
 
 @dataclass
 class Codec:
@@ -145,18 +156,14 @@ class Codec:
         begun = Symbols(nothing.byte(), nothing, scales, scales)
         return self._sweep(rows, products, begun, number, keep_better=False)
 
-    def improve(self, rows: Tensor, symbols: Tensor, scales: Tensor, number: int) -> Symbols:
-        """Codes rows anew for the decoder there is, from the symbols and scales they have; no row's error rises."""
-        begun = Symbols(symbols.clone(), self.levels(symbols, number), scales, scales)
+    def improve(self, rows: Tensor, begun: Symbols, number: int) -> Symbols:
+        """Codes rows anew for the decoder there is, from the codes they have, written over; no row's error rises."""
         return self._sweep(rows, (rows - self.bias) @ self.decoder.T, begun, number, keep_better=True)
 
-    def levels(self, symbols: Tensor, number: int) -> Tensor:
-        """The half-integers that the symbols of rows of a class stand for, (n, codes) both."""
-        counts = self.classes[number].counts
-        states, levels = trellis_states(pack(symbols, counts), counts), torch.empty_like(symbols, dtype=torch.float32)
-        for width, section in self.classes[number].sections():
-            levels[:, section] = self.codebooks.levels[BIT_WIDTHS.index(width)][states[:, section]]
-        return levels
+    def unpack(self, packed: Tensor, scales: Tensor, number: int) -> Symbols:
+        """Packed rows of a class, (n, bytes), and their scales, as symbols; what they leave of rows is not known."""
+        symbols, levels = unpack_symbols(packed, self.classes[number].counts, self.codebooks.levels)
+        return Symbols(symbols, levels, scales, torch.full_like(scales, torch.nan))
 
     def _sweep(self, rows: Tensor, products: Tensor, begun: Symbols, number: int, *, keep_better: bool) -> Symbols:
         """Codes one section after the other, each for what all others leave.
@@ -182,11 +189,11 @@ class Codec:
             moves = (after - before) * steps
             change = moves @ curvature  # of the slopes of all latents
 
-            # A row whose error would not fall keeps its codes.
+            # A row whose error would not fall keeps its codes; such rows are few.
             if keep_better:
-                better = (moves * (change[:, named] - 2 * sloping)).sum(dim=1, keepdim=True) < 0
-                found, after = torch.where(better, found, symbols[:, section]), torch.where(better, after, before)
-                moves, change = moves * better, change * better
+                kept = ~((moves * (change[:, named] - 2 * sloping)).sum(dim=1) < 0)
+                found[kept], after[kept] = symbols[kept, section], before[kept]
+                moves[kept], change[kept] = 0, 0
 
             symbols[:, section], levels[:, section] = found, after
             latents[:, named] += moves

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ...remote.codes_dirembed import code_bytes
-from ...remote.kernels_dirembed import count_classes, pack, pack_rows, sections, trellis_states
+from ...remote.kernels_dirembed import count_classes, pack_rows
 from ..table import Table
 from .codec import Codec, Symbols
 from .decoder import StoredDecoder
+from .packing import pack_symbols
 
 
 @dataclass
@@ -80,23 +81,22 @@ class RowCodes:
             for number, mine, slots in coded._by_class(part):
                 # rows that were of another class begin anew
                 stayed = self.row_class[part][mine] == number
-                begun = codec.encode(rows[mine[~stayed]], number)
-                symbols = begun.symbols.new_empty(len(mine), begun.symbols.shape[1])
-                scales = self.scales[part][mine]
-                symbols[~stayed], scales[~stayed] = begun.symbols, begun.scales
+                old = self.packed[number][:0]
                 if number in of_class:
                     before, old_slots = of_class[number]
                     old = self.packed[number][old_slots][row_class[part][before] == number]
-                    symbols[stayed] = _symbols(old, codec.classes[number].counts)
+                begun = codec.unpack(old, self.scales[part][mine[stayed]], number)
+                if len(old) < len(mine):
+                    begun = begun.merged(codec.encode(rows[mine[~stayed]], number), stayed)
 
-                found = codec.improve(rows[mine], symbols, scales, number)
+                found = codec.improve(rows[mine], begun, number)
                 coded._put(number, part, mine, slots, found)
                 fit.add(rows[mine], codec.latents(found, number), omega[part][mine].float())
         return coded, codec.refit(fit)
 
     def _put(self, number: int, part: slice, mine: Tensor, slots: slice, found: Symbols) -> None:
         """Packs what was found of rows of one class."""
-        self.packed[number][slots] = pack(found.symbols, self.codec.classes[number].counts)
+        self.packed[number][slots] = pack_symbols(found.symbols, self.codec.classes[number].counts)
         self.scales[part][mine] = found.scales
 
     def _by_class(self, part: slice) -> Iterator[tuple[int, Tensor, slice]]:
@@ -131,11 +131,3 @@ def code_tensors(codec: Codec, decoder: StoredDecoder) -> dict[str, Tensor]:
         "decoder_weight": decoder.weight,
         "exponent_weight": decoder.exponents,
     }
-
-
-def _symbols(packed: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """The symbols of packed rows, (n, codes) uint8."""
-    states = trellis_states(packed, counts).to(torch.uint8)
-    for width, section, _ in sections(counts):
-        states[:, section] &= (1 << width) - 1
-    return states

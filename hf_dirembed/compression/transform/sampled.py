@@ -19,7 +19,7 @@ from torch import Tensor
 from ...errors import TableError
 from ...processes import on_every_process
 from ...remote.codes_dirembed import code_bytes
-from ...remote.kernels_dirembed import pack, pack_rows
+from ...remote.kernels_dirembed import pack_rows
 from ..coded import CodedTable
 from ..distortion import Measure
 from ..quality import DIGITS, NOTHING
@@ -31,6 +31,7 @@ from ..table import Table
 from .codec import Codec
 from .decoder import StoredDecoder
 from .outliers import RESERVED_SHARE, count_outliers, count_worst, outlier_bytes, worth_keeping
+from .packing import pack_symbols
 from .plan import ByteBudget, Plan
 from .row_codes import RowCodes, code_tensors
 from .transform import TransformSettings, byte_budgets_of, check_lengths, layout_of, plan_codec
@@ -247,7 +248,7 @@ class RowCoder:
 
         return Coded(
             {
-                "weight": pack(coded.symbols, self.codec.classes[0].counts),
+                "weight": pack_symbols(coded.symbols, self.codec.classes[0].counts),
                 "row_weight": pack_rows(torch.zeros_like(coded.scales), coded.scales),
             },
             omega,

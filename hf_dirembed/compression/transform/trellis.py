@@ -48,14 +48,20 @@ def best_states(targets: Tensor, importance: Tensor, levels: Tensor, width: int)
         >>> bool(error < 0.1175)  # the least of a scalar quantiser of 2 bits (Max 1960); the bound is 1/16
         True
     """
+    return _best(targets, importance, levels, width)[0]
+
+
+def _best(targets: Tensor, importance: Tensor, levels: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """What `best_states` gives, and the levels of these states, (n, count)."""
     importance = importance / importance.max().clamp_min(torch.finfo(importance.dtype).tiny)
     if runs_compiled(targets):
         return cheapest_paths(targets, importance, levels, width)
-    return _cheapest_paths(targets, importance, levels, width)
+    states = _cheapest_paths(targets, importance, levels, width)
+    return states, levels[states.int()]
 
 
 def _cheapest_paths(targets: Tensor, importance: Tensor, levels: Tensor, width: int) -> Tensor:
-    """What `viterbi.cheapest_paths` does, in torch's operations, for other devices."""
+    """What `viterbi.cheapest_paths` finds, in torch's operations: for other devices, and without the library."""
     stream, importance = targets.T.flip(0), importance.flip(0)  # it runs from the last latent to the first
     most = max(1, _SURVIVOR_BYTES // max(1, len(stream) * (NUM_STATES >> width)))
     parts = stream.split(most, dim=1)
@@ -129,8 +135,8 @@ def quantise(targets: Tensor, importance: Tensor, levels: Tensor, width: int) ->
         ([[1, 2]], [[33.0, 2.0]])
     """
     book = levels[BIT_WIDTHS.index(width)]
-    states = best_states(targets, importance, book, width)
-    return states & ((1 << width) - 1), book[states.int()]
+    states, found = _best(targets, importance, book, width)
+    return states & ((1 << width) - 1), found
 
 
 def round_to_levels(latents: Tensor) -> Tensor:

@@ -21,7 +21,7 @@
 #include <string.h>
 
 /* Counted up whenever a function's arguments or a struct change; library.py has the same number. */
-#define DIREMBED_INTERFACE 1
+#define DIREMBED_INTERFACE 2
 
 #if defined(__GNUC__)
 #define EXPORTED __attribute__((visibility("default")))
@@ -73,6 +73,7 @@ typedef struct {
     const float *levels;     /* (NUM_STATES,) */
     int64_t rows, count, width;
     uint8_t *states;         /* (rows, count) is filled in */
+    float *found;            /* (rows, count) is filled in with the levels of the states; or NULL */
 } trellis_search;
 
 /* The levels of two neighbouring codes of one width, whose 8 + width bits are the index, as floats; width after width. */

@@ -223,6 +223,7 @@ INLINE void trace_back(const trellis_search *search, int64_t first, int64_t rows
         for (int64_t row = 0; row < rows; row++) {
             int state = of_step[past[row] * LANES + row] * pasts + past[row];
             states[row * search->count] = (uint8_t)state;
+            if (search->found) search->found[(first + row) * search->count + code] = search->levels[state];
             past[row] = state >> width;
         }
     }

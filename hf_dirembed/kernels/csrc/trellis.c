@@ -29,10 +29,11 @@ static int search_part(void *context, int64_t first, int64_t last) {
  * levels:     (NUM_STATES,) of the trellis's states.
  * width:      bits of a symbol: 4, 3, 2 or 1.
  * states:     (rows, count) is filled in. A state has its own symbol in its lowest bits, and those behind it above.
+ * found:      (rows, count) is filled in with the levels of the states, where it is not NULL.
  */
 EXPORTED int dirembed_search(const float *targets, const float *importance, const float *levels, int64_t rows,
-                             int64_t count, int64_t width, uint8_t *states, int64_t threads) {
-    trellis_search search = {targets, importance, levels, rows, count, width, states};
+                             int64_t count, int64_t width, uint8_t *states, float *found, int64_t threads) {
+    trellis_search search = {targets, importance, levels, rows, count, width, states, found};
     searching work = {&search, chosen_kernels()};
     if (rows == 0 || count == 0) return FINE;
     return share_out(search_part, &work, rows, GROUPS_OF_PART * work.kernels->lanes, threads);

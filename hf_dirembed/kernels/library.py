@@ -17,7 +17,11 @@ LIBRARY = Path(__file__).with_name("_dirembed.so")
 SOURCES = Path(__file__).with_name("csrc")
 FINE, DAMAGED, NO_SUCH_ID, NO_MEMORY = range(4)  # what functions give back
 WORTH_A_THREAD = 100_000.0  # nanoseconds: less work is not worth making another thread for
-_MEND = "torch's plain operations, which are slower, run in its place; build it with: pip install hf_dirembed"
+_MEND = (
+    "torch's plain operations, which are slower, run in its place. With a C compiler, build it by: make kernels (in a "
+    "checkout), or pip install --force-reinstall --no-deps --no-cache-dir hf_dirembed"
+)
+
 
 _ADDRESS, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -66,7 +70,7 @@ def sources_checksum() -> int:
 
 
 def _do_without(reason: str) -> None:
-    warnings.warn(f"hf_dirembed runs without its compiled kernels: {reason}; {_MEND}", stacklevel=3)
+    warnings.warn(f"hf_dirembed runs without its compiled kernels: {reason}: {_MEND}", stacklevel=3)
 
 
 def compiled() -> bool:

@@ -47,6 +47,8 @@ def convert(model: PreTrainedModel, spec: CompressionSpec, tensors: dict[str, di
     model.__class__ = derive_model_class(type(model), config_class)
     _forget_quantizer(model)
     model.tie_weights()
+    for path in compressed_tables(model):
+        table_at(model, path).seal_codes()
     return model
 
 

@@ -27,8 +27,8 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from ..errors import CheckpointError, DirEmbedError, ModelError, first_line
 from ..remote import modeling_dirembed
+from ..remote.checks_dirembed import shards_of
 from ..remote.configuration_dirembed import MODEL_TYPE
-from ..remote.modeling_dirembed import shards_of
 
 
 # What transformers raises, beside its own errors, on configs and weights that make no model.

@@ -28,9 +28,9 @@ from ..compression.row_files import JoinedRows, TableFiles
 from ..compression.table import RowSource
 from ..errors import CheckpointError, TableError
 from ..pipeline import compress_model
+from ..remote.checks_dirembed import checked_codes, shards_of
 from ..remote.codes_dirembed import checksum_of_bytes
 from ..remote.configuration_dirembed import MODEL_TYPE
-from ..remote.modeling_dirembed import checked_codes, shards_of
 from ..remote.tables_dirembed import table_at, tied_modules
 from ..request import CompressionRequest
 from ..tables import VocabularyTable, choose_tables

@@ -14,9 +14,9 @@ from transformers.modeling_utils import str_to_torch_dtype
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..errors import CheckpointError
+from ..remote.checks_dirembed import check_stored_dtypes, shards_of
 from ..remote.codes_dirembed import BlocksLayout, CompressionSpec, Layout, TableLayout, TableRecord
 from ..remote.configuration_dirembed import read_spec
-from ..remote.modeling_dirembed import check_stored_dtypes, shards_of
 from ..tables import VocabularyTable, find_tables
 from .loading import as_unreadable_error, model_class, model_on_meta, read_compressed_config, resolve_checkpoint
 from .safetensors_io import StoredFile

@@ -17,16 +17,10 @@ from transformers.quantizers import HfQuantizer, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError, ModelError
+from ..remote.checks_dirembed import AGAIN, check_checksum, check_files, check_table, finish_loading
 from ..remote.configuration_dirembed import MODEL_TYPE, derive_config_class, read_spec
 from ..remote.matrix_dirembed import CompressedMatrix
-from ..remote.modeling_dirembed import (
-    AGAIN,
-    check_checksum,
-    check_files,
-    check_table,
-    derive_model_class,
-    finish_loading,
-)
+from ..remote.modeling_dirembed import derive_model_class
 from ..remote.tables_dirembed import compressed_tables, swap_tables, table_at
 from .on_load import CompressionOnLoad, forget_quantisation, refuse_compressed
 from .quantization_config import DirEmbedQuantizationConfig

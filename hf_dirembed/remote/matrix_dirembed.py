@@ -5,7 +5,9 @@ This file travels with every compressed model, so it imports nothing of the pack
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,11 +23,17 @@ from .codes_dirembed import (
     TableLayout,
     TableRecord,
 )
+from .guarded_dirembed import CHANGED_CODES, CodesParameter, guard, intact, opened, plain, seal, unguard, verify
 from .kernels_dirembed import PackedRows, count_classes, gaussian_codebook, pack_rows, row_classes
 from .products_dirembed import is_traced, package, product_dtype, read_rows, runs_compiled, scaled
 
 
+DENSE_ROWS_WANTED = (
+    "which has codes and a decoder in the place of dense rows: leave it out of target_modules, or make a dense model "
+    "first with hf_dirembed.expand"
+)
 CACHE_LINE = 64  # bytes; what torch's own allocations are aligned to
+STEADY_ROWS = 8  # from which on float32 BLAS rounds each row of a product alike
 DENSE_CHUNK = 1 << 14  # rows decoded at a time when the whole table is asked for
 DECODER_TENSORS = ("decoder_weight", "decoder_bias_weight")  # of the code tensors, those that learn unless frozen
 INTEGER_TENSORS = ("weight", "codebook_weight", "further_weight")  # of packed codes, those that may hold any bits
@@ -153,6 +161,32 @@ class CompressedMatrix(nn.Module):
 
         self.reset_parameters()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in CODE_TENSORS and name not in DECODER_TENSORS and isinstance(value, nn.Parameter):
+            value = self._as_codes(name, value)
+        super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Like torch's; codes become parameters that refuse to be taken for weights."""
+        if name in CODE_TENSORS and name not in DECODER_TENSORS:
+            guard(param)
+        super().register_parameter(name, param)
+
+    def _as_codes(self, name: str, value: nn.Parameter) -> nn.Parameter:
+        """What a parameter of codes is to be; a float one of integers that are intact is these.
+
+        Raises:
+            ModelError: If it holds floats in the place of integers.
+        """
+        mine = self._parameters.get(name)
+        if mine is not None and not mine.is_floating_point() and value.is_floating_point():
+            kept = not value.is_meta and not mine.is_meta and intact(mine, value)
+            if not kept:
+                raise ModelError(CHANGED_CODES)
+            return mine
+        guard(value)
+        return value
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws random codes and decoder, as building a model from its config alone does."""
@@ -162,15 +196,16 @@ class CompressedMatrix(nn.Module):
         nn.init.normal_(self.decoder_weight, std=0.02)
         if self.decoder_bias_weight is not None:
             nn.init.zeros_(self.decoder_bias_weight)
-        if self.weight.is_floating_point():
-            nn.init.normal_(self.weight)
-        else:
-            self._reset_codes()
+        with opened(self.codes()):
+            if self.weight.is_floating_point():
+                nn.init.normal_(plain(self.weight))
+            else:
+                self._reset_codes()
 
-        if self.outlier_weight is not None:
-            nn.init.normal_(self.outlier_weight)
-        if self.outlier_rows_weight is not None:
-            torch.arange(len(self.outlier_rows_weight), out=self.outlier_rows_weight)
+            if self.outlier_weight is not None:
+                nn.init.normal_(plain(self.outlier_weight))
+            if self.outlier_rows_weight is not None:
+                torch.arange(len(self.outlier_rows_weight), out=plain(self.outlier_rows_weight))
 
     def _reset_codes(self) -> None:
         """Random packed codes; the first rows are of the classes of more bits."""
@@ -179,21 +214,22 @@ class CompressedMatrix(nn.Module):
         assert self.steps_weight is not None
         assert self.row_weight is not None
         for name in INTEGER_TENSORS:
-            if (codes := getattr(self, name)) is not None:
+            if getattr(self, name) is not None:
+                codes = plain(getattr(self, name))
                 codes.random_(torch.iinfo(codes.dtype).min, torch.iinfo(codes.dtype).max + 1)
-        self.exponent_weight.fill_(-7)  # as levels go up to 127.5
-        self.steps_weight.zero_()
+        plain(self.exponent_weight).fill_(-7)  # as levels go up to 127.5
+        plain(self.steps_weight).zero_()
 
         counts, device = [each.num_codes for each in self.layout.classes], self.weight.device
         of_classes = [torch.arange(count, device=device) % self.layout.rank for count in counts]
-        self.latents_weight.copy_(torch.cat(of_classes))
+        plain(self.latents_weight).copy_(torch.cat(of_classes))
 
         numbers = torch.arange(1, len(counts), device=device)
         sizes = torch.tensor([each.rows for each in self.layout.classes[1:]], dtype=torch.int64, device=device)
         classes = F.pad(numbers.repeat_interleave(sizes), (0, self.num_rows - int(sizes.sum())))
-        self.row_weight.copy_(pack_rows(classes, torch.ones(self.num_rows, device=device)))
+        plain(self.row_weight).copy_(pack_rows(classes, torch.ones(self.num_rows, device=device)))
         if self.class_counts_weight is not None:
-            self.class_counts_weight.copy_(count_classes(self.row_weight, len(counts)))
+            plain(self.class_counts_weight).copy_(count_classes(plain(self.row_weight), len(counts)))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -216,32 +252,55 @@ class CompressedMatrix(nn.Module):
         Raises:
             ModelError: If the codes are floats.
         """
-        latents, steps = self.latents_weight, self.steps_weight
-        if latents is None or steps is None or self.row_weight is None:
+        held = {name: plain(each) for name, each in self._parameters.items() if each is not None}
+        if "latents_weight" not in held:
             raise ModelError("these codes are floats, not packed integers: read them from `weight`")
+        weight, codebook = held["weight"], held.get("codebook_weight")
         return PackedRows(
-            weight=self.weight,
-            codebook=gaussian_codebook(self.weight.device) if self.codebook_weight is None else self.codebook_weight,
-            latents=latents,
-            steps=steps,
-            rows=self.row_weight,
+            weight=weight,
+            codebook=gaussian_codebook(weight.device) if codebook is None else codebook,
+            latents=held["latents_weight"],
+            steps=held["steps_weight"],
+            rows=held["row_weight"],
             classes=self.layout.classes,
             rank=self.layout.rank,
-            class_counts=self.class_counts_weight,
-            further=self.further_weight,
+            class_counts=held.get("class_counts_weight"),
+            further=held.get("further_weight"),
         )
+
+    def verify_codes(self, *, values: bool = False) -> None:
+        """Refuses codes that something has changed behind the layout's back.
+
+        Args:
+            values: Whether to compare all of them, as before they are saved, and not only where torch has counted a
+                write.
+
+        Raises:
+            ModelError: If something has.
+        """
+        if torch.compiler.is_compiling() or self.shadow is not None:
+            return
+        for name, tensor in self._parameters.items():
+            if type(tensor) is CodesParameter and name not in DECODER_TENSORS:
+                verify(tensor, values=values)
+
+    def seal_codes(self) -> None:
+        """Takes the codes for right as they are now."""
+        for tensor in self.codes().values():
+            seal(tensor)
 
     def row_classes(self) -> Tensor:
         """The class of every row, (num_rows,) int32; all zero where the codes are floats."""
         if self.row_weight is None:
             return torch.zeros(self.num_rows, dtype=torch.int32, device=self.weight.device)
-        return row_classes(self.row_weight)
+        return row_classes(plain(self.row_weight))
 
     def further_bytes(self, number: int) -> Tensor:
         """The bytes of a class's rows behind those in `weight`, (its rows, bytes), where they are in memory."""
         assert self.further_weight is not None
         each, (begin, end) = self.layout.classes[number], self.layout.further_offsets[number : number + 2]
-        return self.further_weight[begin:end].view(each.rows or 0, each.num_bytes - self.layout.code_width)
+        further = plain(self.further_weight)[begin:end]
+        return further.view(each.rows or 0, each.num_bytes - self.layout.code_width)
 
     def check_codes(self) -> None:
         """Refuses packed codes that could make kernels read beyond them; those that are not in memory pass.
@@ -261,12 +320,14 @@ class CompressedMatrix(nn.Module):
     def latents_of(self, ids: Tensor) -> Tensor:
         """The latents of rows, (..., rank), those of packed codes in float32 at least; zero where a row has none."""
         self.check_gradients()
+        self.verify_codes()
         if (shadow := self.active_shadow) is not None:
             shadow.refresh(self, ids)
 
         if not self.layout.packed:
-            return F.embedding(ids, self.weight).to(self.dtype)
-        latents = read_rows(self.packed_rows(), ids, self.dtype, self.exponent_weight)
+            return F.embedding(ids, plain(self.weight)).to(self.dtype)
+        exponents = None if self.exponent_weight is None else plain(self.exponent_weight)
+        latents = read_rows(self.packed_rows(), ids, self.dtype, exponents)
         return latents if shadow is None else shadow.carry_row_gradients(latents, ids, self)
 
     @property
@@ -283,14 +344,20 @@ class CompressedMatrix(nn.Module):
         """What is in the unit of packed latents, (..., rank), times their powers of two; float latents as they are."""
         if self.exponent_weight is None:
             return latents
-        return scaled(latents, self.exponent_weight)
+        return scaled(latents, plain(self.exponent_weight))
 
     def decode(self, ids: Tensor) -> Tensor:
-        """Rows of the matrix: (...,) row numbers to (..., dim)."""
+        """Rows of the matrix: (...,) row numbers to (..., dim).
+
+        On CPUs a row is the same to the bit, whatever is decoded with it: many models find the places of images in
+        their embeddings by `inputs_embeds == embedding(image_token_id)`.
+        """
         dtype = product_dtype(self.dtype, self.weight.device)
         decoder, bias = self.decoder_in(dtype)
-        rows = self.latents_of(ids).to(dtype) @ decoder
-        outliers, numbers, zero_row = self.outlier_weight, self.outlier_rows_weight, self.layout.zero_row
+        rows = _rowwise_product(self.latents_of(ids).to(dtype), decoder)
+        outliers = None if self.outlier_weight is None else plain(self.outlier_weight)
+        numbers = None if self.outlier_rows_weight is None else plain(self.outlier_rows_weight)
+        zero_row = self.layout.zero_row
 
         # Nobody else has these rows: where no gradient is asked for, they are changed where they are.
         learns = torch.is_grad_enabled() and any(_learns(each) for each in (rows, bias, outliers))
@@ -325,7 +392,12 @@ class CompressedMatrix(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> CompressedMatrix:
         self._wide.clear()
-        return super()._apply(fn, recurse)
+        self.verify_codes()
+        with opened(self.codes()):
+            super()._apply(fn, recurse)
+        for tensor in self.codes().values():  # from and to the meta device, torch makes new parameters
+            guard(tensor)
+        return self
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
@@ -392,7 +464,7 @@ class CompressedMatrix(nn.Module):
         """
         for tensor in self.code_tensors().values():
             if tensor.device.type == "cpu" and tensor.is_floating_point() and tensor.data_ptr() % CACHE_LINE:
-                tensor.data = tensor.data.clone()
+                tensor.data = plain(tensor).detach().clone()
 
     def requires_grad_(self, requires_grad: bool = True) -> CompressedMatrix:
         """Like torch's, but does not unfreeze the codes; see [`unfreeze_codes`]."""
@@ -468,16 +540,67 @@ class CompressedMatrix(nn.Module):
             self.write_codes()
         return super().train(mode)
 
-    def _save_to_state_dict(self, *args: Any) -> None:
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.write_codes()
-        super()._save_to_state_dict(*args)
+        self.verify_codes()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["layout"] = self.layout.to_dict()
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+        taken = self._codes_to_load(state_dict, prefix, local_metadata)
+        with opened(self.codes()):
+            super()._load_from_state_dict(taken, prefix, local_metadata, *args)
         self._wide.clear()
         self.check_codes()
         if self.shadow is not None:
             self.shadow.follow(self)
+
+    def _codes_to_load(self, state_dict: Mapping[str, Tensor], prefix: str, metadata: Any) -> Mapping[str, Tensor]:
+        """A state dict whose codes are integers again where an average or a cast left them what they are.
+
+        Raises:
+            ModelError: If it holds floats that are no codes, codes without their decoder that are others than here, or
+                codes of another layout.
+        """
+        names = self.code_tensors()
+        found = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+        stated = metadata.get("layout")
+        if found and stated is not None and reading_of(stated) != reading_of(self.layout.to_dict()):
+            raise ModelError(
+                "the state dict holds codes of another layout than this table's: load it into the model that it was "
+                "taken of, or load that with from_pretrained"
+            )
+
+        restored, others = {}, []
+        for name, value in found.items():
+            mine = names[name]
+            elsewhere = mine.is_meta or value.is_meta or hasattr(value, "device_mesh")
+            learns = name in DECODER_TENSORS or (mine.is_floating_point() and mine.requires_grad)
+            if learns or elsewhere or value.shape != mine.shape:
+                continue
+            if intact(mine, value):
+                restored[prefix + name] = plain(mine).clone() if not mine.is_floating_point() else plain(value)
+            elif value.is_floating_point() and not mine.is_floating_point():
+                raise ModelError(CHANGED_CODES)
+            else:
+                others.append(name)
+        if others and len(found) < len(names):
+            raise ModelError(
+                f"the state dict holds {', '.join(others)} of another table, without "
+                f"{', '.join(sorted(names.keys() - found.keys()))}: load a state dict of all of it"
+            )
+        return {**state_dict, **restored}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for tensor in self.codes().values():  # pickled as plain ones
+            guard(tensor)
+
+    def __format__(self, format_spec: str) -> str:
+        """What an error of PEFT's says of a target that it does not know; no other module is told of a mend there."""
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        return f"{self} ({DENSE_ROWS_WANTED})" if caller.startswith("peft.") else str(self)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of it."""
@@ -497,7 +620,9 @@ def unfreeze(matrices: Sequence[CompressedMatrix]) -> None:
         ModelError: If they are packed, and sharded or not in memory, or the package is not installed.
     """
     first = matrices[0]
+    first.verify_codes()
     if not first.layout.packed:
+        unguard(first.weight)
         first.weight.data = first.weight.data.to(first.dtype)
         first.weight.requires_grad_(True)
         return
@@ -516,6 +641,7 @@ def unfreeze(matrices: Sequence[CompressedMatrix]) -> None:
     for matrix in matrices:
         matrix.shadow.requires_grad_(True)
         if matrix.outlier_weight is not None:
+            unguard(matrix.outlier_weight)
             matrix.outlier_weight.requires_grad_(True)
 
 
@@ -529,6 +655,26 @@ def freeze(matrices: Sequence[CompressedMatrix]) -> None:
         if not matrix.layout.packed:
             matrix.weight.data = matrix.weight.data.to(_narrower(matrix.layout.codes, matrix.dtype))
         matrix._modules.pop("shadow", None)
+        for tensor in matrix.codes().values():
+            guard(tensor)
+        matrix.seal_codes()
+
+
+def reading_of(layout: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a layout says how codes are read, without the dtypes that casts and training change, and the method."""
+    return {name: value for name, value in layout.items() if name not in ("decoder", "codes", "method")}
+
+
+def _rowwise_product(latents: Tensor, decoder: Tensor) -> Tensor:
+    """The product of (..., rank) latents with a decoder, in which a row does not depend on how many there are.
+
+    Of fewer rows than `STEADY_ROWS`, BLAS sums in another order.
+    """
+    count = math.prod(latents.shape[:-1]) if not torch.compiler.is_compiling() else STEADY_ROWS
+    if count >= STEADY_ROWS or not count or latents.device.type != "cpu":
+        return latents @ decoder
+    rows = F.pad(latents.reshape(count, -1), (0, 0, 0, STEADY_ROWS - count)) @ decoder
+    return rows[:count].view(*latents.shape[:-1], -1)
 
 
 def find_slots(some_rows: Tensor, ids: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:

@@ -5,35 +5,41 @@ This file travels with every compressed model, so it imports nothing of the pack
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from .adapters_dirembed import refuse_codes, refuse_wrapper
+from .checks_dirembed import (
+    as_checkpoint_error,
+    check_checksum,
+    check_files,
+    check_index,
+    check_keys,
+    check_table,
+    checked_codes,
+    finish_loading,
+)
 from .codes_dirembed import (
-    CODE_TENSORS,
     BlocksLayout,
     CheckpointError,
     CompressionSpec,
-    DirEmbedError,
     Layout,
     ModelError,
     SpecError,
     TableRecord,
-    UnreadableCheckpointError,
     checksum,
     first_line,
 )
@@ -62,239 +68,10 @@ from .tables_dirembed import (
 )
 
 
-AGAIN = "save or download the compressed model again"
-
-
-@contextmanager
-def as_checkpoint_error(name: Any) -> Iterator[None]:
-    """Turns what reading a missing or damaged file raises into this package's errors."""
-    try:
-        yield
-    except DirEmbedError:
-        raise
-    except SafetensorError as error:
-        raise CheckpointError(f"{name} holds no intact safetensors ({first_line(error)}): {AGAIN}") from error
-    except OSError as error:
-        raise UnreadableCheckpointError(
-            f"{name} does not load from safetensors ({first_line(error)}): {AGAIN}"
-        ) from error
-
-
-def check_index(folder: Path) -> None:
-    """Refuses a malformed index of shards in a local folder, if there is one.
-
-    Raises:
-        CheckpointError: If it is no JSON, lacks its map, or points outside of the folder.
-    """
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if index.is_file():
-        shards_of(index)
-
-
-def shards_of(index: Path) -> set[str]:
-    """The names of the shards that an index file lists.
-
-    Raises:
-        CheckpointError: If it is no JSON, lacks its map, or points outside of its folder.
-    """
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = set(weight_map.values())
-        outside = sorted(shard for shard in shards if Path(shard).name != shard)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index} is no index of shards ({first_line(error)}): {AGAIN}") from error
-    if outside:
-        raise CheckpointError(f"{index} points outside of its folder, to {outside[0]!r}: {AGAIN}")
-    return shards
-
-
-def check_stored_dtypes(spec: CompressionSpec, dtypes: Mapping[str, str]) -> None:
-    """Refuses integers for floats and floats for integers, which transformers would cast, and what it would leave out.
-
-    Args:
-        spec: What the config states.
-        dtypes: The dtype of every tensor of the checkpoint, by its name, as safetensors calls them.
-
-    Raises:
-        CheckpointError: If a tensor of a compressed table is of another kind than its layout says, or not part of it.
-    """
-    matrices = dict(spec.matrices())
-    for name in dtypes:
-        prefix = name.removesuffix(".decoder_weight")
-        if prefix == name or f"{prefix}.weight" not in dtypes:
-            continue
-
-        # a file may have more of a table's path than the config, or less
-        stated = [path for path in matrices if f".{path}".endswith(f".{prefix}") or f".{prefix}".endswith(f".{path}")]
-        if not stated and len(matrices) > 1:
-            continue  # under a name that only the architecture's conversion of checkpoints knows
-        layout = matrices[max(stated, key=len)] if stated else next(iter(matrices.values()))
-
-        parts = layout.stored_shapes(1, 1)
-        for tensor in CODE_TENSORS:
-            found, expected = dtypes.get(f"{prefix}.{tensor}"), layout.stored_dtypes(tensor)
-            if found is not None and tensor not in parts:
-                raise CheckpointError(f"{prefix}.{tensor} is not part of the layout that the config states: {AGAIN}")
-            if found is not None and found not in expected:
-                raise CheckpointError(f"{prefix}.{tensor} is of dtype {found}, not {' or '.join(expected)}: {AGAIN}")
-
-
-def check_files(spec: CompressionSpec, files: Iterable[str]) -> None:
-    """Checks the headers of the files that are about to be loaded.
-
-    Raises:
-        CheckpointError: If a tensor of a compressed table is of another kind than its layout says.
-    """
-    dtypes: dict[str, str] = {}
-    for path in files:
-        if path.endswith(".safetensors"):
-            with safe_open(path, framework="pt") as file:
-                dtypes |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no dict)
-    check_stored_dtypes(spec, dtypes)
-
-
-def check_keys(model: PreTrainedModel, info: Any, ignore_mismatched: bool) -> None:
-    """Refuses a checkpoint that lacks tensors, before room is made for them.
-
-    Args:
-        model: What the tensors were loaded into; the missing ones are still on the meta device.
-        info: What transformers found, with `missing_keys`, `mismatched_keys` and `conversion_errors`.
-        ignore_mismatched: Whether tensors of the wrong shape may stay random, as long as they are not the table's.
-
-    Raises:
-        CheckpointError: If a tensor of the compressed table is missing, any has the wrong shape or could not be
-            quantised or converted otherwise, or most of the model is missing.
-    """
-    for key, report in info.conversion_errors.items():  # a traceback, what it ends with, what was converted
-        reason = report.strip().splitlines()[-2:][0]
-        raise CheckpointError(f"{key} could not be converted: {reason}: change the quantization_config, or {AGAIN}")
-
-    modules = model.named_modules(remove_duplicate=False)
-    compressed = {name for name, module in modules if isinstance(module, (CompressedMatrix, CompressedBlocks))}
-
-    def of_table(key: str) -> bool:
-        module, _, tensor = key.rpartition(".")
-        return module in compressed and tensor != "bias"
-
-    unexpected = set(info.unexpected_keys)  # a decoder among them is of codes where this model has a dense table
-    tied = set(model.all_tied_weights_keys)  # they come with what they are tied to
-    missing = set(info.missing_keys) - tied
-    lacking = sorted(filter(of_table, missing))
-    if lacking:
-        raise CheckpointError(f"the checkpoint lacks {lacking}: {AGAIN}")
-
-    mismatched = sorted(
-        f"{key} is {list(found)}, not {list(expected)}"
-        for key, found, expected in info.mismatched_keys
-        if of_table(key) or not ignore_mismatched or f"{key.removesuffix('weight')}decoder_weight" in unexpected
-    )
-    if mismatched:
-        raise CheckpointError(f"the checkpoint does not fit its config: {'; '.join(mismatched)}: {AGAIN}")
-
-    held = {name: tensor.nbytes for name, tensor in model.state_dict().items() if name not in tied}
-    if 2 * sum(held[name] for name in missing & held.keys()) > sum(held.values()):
-        raise CheckpointError(f"the checkpoint lacks most of the model that its config describes: {AGAIN}")
-
-
-def checked_codes(table: CompressedTable) -> dict[str, Tensor]:
-    """The codes that the checksum is taken of: outliers are none, which have the dtype that the model is loaded in."""
-    return {name: tensor for name, tensor in table.codes().items() if not name.endswith("outlier_weight")}
-
-
-def check_checksum(table: CompressedTable, path: str) -> None:
-    """Refuses codes that are not those that the record tells of; float codes that were cast are not compared.
-
-    Raises:
-        CheckpointError: If something has changed them.
-    """
-    codes, stated = checked_codes(table), table.record.checksum
-    if stated is None or any(tensor.is_meta or hasattr(tensor, "device_mesh") for tensor in codes.values()):
-        return
-    layouts = [(matrix.layout, str(matrix.weight.dtype)) for _, matrix in table.matrices()]
-    if any(not layout.packed and dtype != f"torch.{layout.codes}" for layout, dtype in layouts):
-        return
-    if (found := checksum(codes)) != stated:
-        raise CheckpointError(
-            f"the codes of {path} have the checksum {found}, the config says {stated}: something has changed the file "
-            f"since it was saved: {AGAIN}"
-        )
-
-
-def check_table(matrix: CompressedMatrix) -> None:
-    """Refuses values that no compressed table has.
-
-    Raises:
-        CheckpointError: If a float is not finite, if the outliers are not distinct rows in ascending order, or if
-            packed codes do not fit their layout, as [`CompressedMatrix.check_codes`] says.
-    """
-    for name, tensor in matrix.code_tensors().items():
-        if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
-            raise CheckpointError(f"{name} of the compressed table holds a NaN or an infinity: {AGAIN}")
-
-    matrix.check_codes()
-    rows = matrix.outlier_rows_weight
-    if rows is None or rows.is_meta:
-        return
-    if int(rows[0]) < 0 or int(rows[-1]) >= len(matrix.weight) or not (rows[1:] > rows[:-1]).all():
-        raise CheckpointError(
-            f"outlier_rows_weight does not name rows of {len(matrix.weight)} in ascending order: {AGAIN}"
-        )
-
-
-def finish_loading(model: PreTrainedModel) -> None:
-    """Brings the compressed modules of a model that was just loaded into the state that they are in when made."""
-    for module in model.modules():
-        if isinstance(module, CompressedMatrix):
-            module.align()
-            for tensor in module.codes().values():  # transformers makes a parameter that learns of every float tensor
-                tensor.requires_grad_(False)
-
-
-WRAPPED = ("base_layer", "original_module")  # what PEFT's wrappers call the module that they wrap
-
-
-def refuse_wrapper(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    """Refuses wrappers of PEFT that cannot work around a compressed matrix; called for every module that gets a part.
-
-    Args:
-        parent: What the module becomes a part of.
-        name: What it is called there.
-        child: The module.
-
-    Raises:
-        ModelError: If the wrapper changes rows of a dense table, trains packed codes, or adapts one of several modules
-            that share a decoder.
-    """
-    if name not in WRAPPED or not isinstance(child, CompressedMatrix):
-        return
-    wrapper = type(parent)
-    if wrapper.__module__.partition(".")[0] != "peft":
-        return
-
-    parameter = vars(parent).get("parameter_name")  # of LoRA's `target_parameters`
-    if parameter is not None:
-        if child.tied:
-            raise ModelError(
-                f"{parameter} of this {type(child).__name__} is shared with a tied module, which an adapter of one of "
-                "them would leave behind: train the decoder itself, or expand the model with hf_dirembed.expand"
-            )
-
-        if not child.get_parameter(parameter).is_floating_point():
-            raise ModelError(f"{parameter} holds packed integers, which no adapter adds to: choose decoder_weight")
-    elif wrapper.__name__ != "ModulesToSaveWrapper":
-        raise ModelError(
-            f"PEFT's {wrapper.__name__} changes rows of a dense table, and a {type(child).__name__} has none: expand "
-            "the model first with hf_dirembed.expand, or adapt its decoder with LoraConfig(target_parameters=...)"
-        )
-    elif child.layout.packed:
-        raise ModelError(
-            "modules_to_save trains all of a module, and packed codes learn only without PEFT (unfreeze_codes): leave "
-            f"the {type(child).__name__} out of it, or compress with method='direction' and call unfreeze_codes(), or "
-            "expand the model first with hf_dirembed.expand"
-        )
-
+EMBEDDINGS = ("inputs_embeds", "decoder_inputs_embeds")  # arguments of models that are given in the place of ids
 
 register_module_module_registration_hook(refuse_wrapper)
+register_module_parameter_registration_hook(refuse_codes)
 
 
 class DirEmbedModelMixin(PreTrainedModel):
@@ -316,6 +93,21 @@ class DirEmbedModelMixin(PreTrainedModel):
         swap_tables(self, CompressionSpec.from_dict(config.dirembed))
         del vars(self)["_building"]
         self.tie_weights()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Like the base class's.
+
+        Raises:
+            ModelError: If embeddings are integers, as a cast to the dtype of a table's codes makes them.
+        """
+        for name in EMBEDDINGS:
+            given = kwargs.get(name)
+            if isinstance(given, Tensor) and not given.is_floating_point():
+                raise ModelError(
+                    f"{name} are of {given.dtype}: cast them to the model's dtype ({self.dtype}), not to that of the "
+                    "table's `weight`, which holds codes"
+                )
+        return super().__call__(*args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -404,8 +196,10 @@ class DirEmbedModelMixin(PreTrainedModel):
             ModelError: If the config ties tables that were compressed apart from one another: to share the codes of
                 one without its decoder would be neither.
         """
-        # While a model is built around one that is compressed, its head is dense for a moment.
-        for target, source in () if "_building" in vars(self) else configured_ties(self):
+        # While a model is built around one that is compressed, its head is dense for a moment. It is tied after that.
+        if "_building" in vars(self):
+            return None
+        for target, source in configured_ties(self):
             one, other = (self.get_submodule(name) for name in (target, source))
             compressed = [module for module in (one, other) if isinstance(module, TABLE_MODULES)]
             apart = [module for module in compressed if not getattr(module, "tied", False)]
@@ -458,6 +252,30 @@ class DirEmbedModelMixin(PreTrainedModel):
                     f"the compressed {path} was replaced by a dense one (set_input_embeddings): make a stock model "
                     "with hf_dirembed.expand, and compress that again if it should be"
                 )
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """The parameters of the dense model that this one stands for; those that learn are counted as they are.
+
+        Args:
+            only_trainable: Whether to count only what learns: of a compressed table its decoder.
+            exclude_embeddings: Whether to leave lookups out, with what is tied to them.
+        """
+        count: int = super().num_parameters(only_trainable, exclude_embeddings)
+        parameters = dict(self.named_parameters())
+        of_tables: dict[int, Tensor] = {}
+        for path, names in compressed_tables(self).items():
+            modules = [self.get_submodule(name) for name in names]
+            own = {id(each): each for module in modules for _, each in _table_parameters(module)}
+            of_tables |= own
+            if exclude_embeddings and any(isinstance(module, CompressedLookup) for module in modules):
+                continue
+            if only_trainable:
+                count += sum(each.numel() for each in own.values() if each.requires_grad)
+            else:
+                count += _num_weights(table_at(self, path))
+
+        counted = (each for each in parameters.values() if id(each) in of_tables)
+        return count - sum(each.numel() for each in counted if each.requires_grad or not only_trainable)
 
     def print_compression(self) -> None:
         """Prints every vocabulary table of the model, compressed or not, and how large it is, a line each.
@@ -587,6 +405,17 @@ class DirEmbedModelMixin(PreTrainedModel):
         return embedding
 
 
+def _table_parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """The parameters of a compressed module that stand for its table, by name."""
+    kept = {"bias", *(name for name, _ in module.named_children() if name not in ("blocks", "shadow"))}
+    return [(name, each) for name, each in module.named_parameters() if name.partition(".")[0] not in kept]
+
+
+def _num_weights(table: CompressedTable) -> int:
+    """V x d."""
+    return sum(matrix.num_rows * matrix.dim for _, matrix in table.matrices())
+
+
 def _are_one(tensor: Tensor, other: Tensor) -> bool:
     """Whether tensors share their memory, as far as they are in memory."""
     known = not any(each.is_meta or hasattr(each, "device_mesh") for each in (tensor, other))
@@ -607,6 +436,7 @@ def _narrow_decoders(table: CompressedTable, names: set[str], state: dict[str, T
 def _current_record(table: CompressedTable) -> TableRecord:
     """The record of a table with the checksum of the codes that it has now."""
     table.write_codes()
+    table.verify_codes(values=True)
     codes = checked_codes(table)
     known = not any(tensor.is_meta or hasattr(tensor, "device_mesh") for tensor in codes.values())
     return replace(table.record, checksum=checksum(codes) if known else table.record.checksum)

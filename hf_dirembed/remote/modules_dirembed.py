@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .codes_dirembed import CODE_TENSORS, BlocksLayout, ModelError, TableLayout, TableRecord
+from .guarded_dirembed import CodesParameter, guard, plain, seal, verify
 from .matrix_dirembed import DENSE_CHUNK, CompressedMatrix
 from .products_dirembed import is_traced, package, product_dtype, rows_product
 from .resizing_dirembed import resize_rows
@@ -336,7 +337,12 @@ class CompressedBlocks(CompressedLookup):
             CompressedMatrix(num_embeddings, dim, block, dtype=dtype, device=device)
             for _, dim, block in layout.named_blocks()
         )
-        self.weight = nn.Parameter(torch.tensor(layout.dims, dtype=torch.int32, device=device), requires_grad=False)
+        self.weight = CodesParameter(torch.tensor(layout.dims, dtype=torch.int32, device=device))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            guard(value)
+        super().__setattr__(name, value)
 
     @property
     def num_embeddings(self) -> int:  # type: ignore[override]
@@ -383,6 +389,22 @@ class CompressedBlocks(CompressedLookup):
         """Brings packed codes up to date, if there are floats that learn for them."""
         for _, block in self.matrices():
             block.write_codes()
+
+    def verify_codes(self, *, values: bool = False) -> None:
+        """As that of each block."""
+        verify(self.weight, values=values)
+        for _, block in self.matrices():
+            block.verify_codes(values=values)
+
+    def seal_codes(self) -> None:
+        """As that of each block."""
+        seal(self.weight)
+        for _, block in self.matrices():
+            block.seal_codes()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        guard(self.weight)  # pickled as a plain one
 
     def code_tensors(self) -> dict[str, Tensor]:
         """The tensors that stand for the table, by name."""
@@ -552,6 +574,7 @@ class CompressedLinear(CompressedMatrix):
                 "integers: compress it with method='direction', whose codes are floats"
             )
         self.check_gradients()
+        self.verify_codes()
         if (shadow := self.active_shadow) is not None:
             shadow.refresh(self)
 
@@ -572,16 +595,16 @@ class CompressedLinear(CompressedMatrix):
             if shadow is not None:
                 logits = shadow.carry_product_gradients(logits, states, self)
         else:
-            logits = F.linear(states, self.weight.to(states.dtype))
+            logits = F.linear(states, plain(self.weight).to(states.dtype))
             logits = logits if offsets is None else logits + offsets.unsqueeze(-1)
 
         # what is beside the codes: rows kept as they are, the row of zeros
         in_place = not (torch.is_grad_enabled() or is_traced(logits))  # and no copies of logits are made
         if self.outlier_rows_weight is not None and self.outlier_weight is not None:
-            outliers = self.outlier_weight.to(dtype) if widened else self.outlier_weight
-            exact = F.linear(hidden_states, outliers).to(logits.dtype)
+            outliers, rows = plain(self.outlier_weight), plain(self.outlier_rows_weight)
+            exact = F.linear(hidden_states, outliers.to(dtype) if widened else outliers).to(logits.dtype)
             copy = logits.index_copy_ if in_place else logits.index_copy
-            logits = copy(-1, self.outlier_rows_weight.long(), exact)  # int64 is what ONNX has
+            logits = copy(-1, rows.long(), exact)  # int64 is what ONNX has
         if self.layout.zero_row is not None:
             zero = torch.tensor([self.layout.zero_row], device=logits.device)
             logits = logits.index_fill_(-1, zero, 0) if in_place else logits.index_fill(-1, zero, 0)

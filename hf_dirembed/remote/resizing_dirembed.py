@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from .guarded_dirembed import plain
 from .kernels_dirembed import count_classes
 from .matrix_dirembed import DENSE_CHUNK, CompressedMatrix
 
@@ -23,25 +24,29 @@ def resize_rows(matrix: CompressedMatrix, num_rows: int) -> None:
         num_rows: How many it shall have.
     """
     matrix.write_codes()
+    matrix.verify_codes()
     _resize_outliers(matrix, num_rows)
     if matrix.layout.packed:
         _resize_packed(matrix, num_rows)
     else:
-        mean = matrix.weight.float().mean(dim=0, keepdim=True).to(matrix.weight.dtype)
-        _put(matrix, "weight", _resized(matrix.weight, num_rows, mean))
+        latents = plain(matrix.weight)
+        mean = latents.float().mean(dim=0, keepdim=True).to(latents.dtype)
+        _put(matrix, "weight", _resized(latents, num_rows, mean))
     if matrix.layout.zero_row is not None and matrix.layout.zero_row >= num_rows:
         matrix.layout = replace(matrix.layout, zero_row=None)
     if matrix.shadow is not None:
         matrix.shadow.follow(matrix)
+    matrix.seal_codes()
 
 
 def _resize_outliers(matrix: CompressedMatrix, num_rows: int) -> None:
     if matrix.outlier_rows_weight is None or matrix.outlier_weight is None:
         return
-    inside = matrix.outlier_rows_weight < num_rows
-    rows, kept = matrix.outlier_rows_weight[inside], matrix.outlier_weight[inside]
+    held = plain(matrix.outlier_rows_weight)
+    inside = held < num_rows
+    rows, kept = held[inside], plain(matrix.outlier_weight)[inside]
     if not len(rows):  # none at all would be another layout: the first row becomes one
-        rows = matrix.outlier_rows_weight.new_zeros(1)
+        rows = held.new_zeros(1)
         kept = matrix.decode(rows)
     _put(matrix, "outlier_rows_weight", rows)
     _put(matrix, "outlier_weight", kept)
@@ -53,7 +58,7 @@ def _resize_packed(matrix: CompressedMatrix, num_rows: int) -> None:
     classes = matrix.row_classes()
     like = _row_like_the_mean(matrix, classes) if num_rows > len(classes) else 0
     for name in ("weight", "row_weight"):
-        rows = getattr(matrix, name)
+        rows = plain(getattr(matrix, name))
         _put(matrix, name, _resized(rows, num_rows, rows[like : like + 1]))
     if matrix.class_counts_weight is None:
         return
@@ -67,7 +72,7 @@ def _resize_packed(matrix: CompressedMatrix, num_rows: int) -> None:
         of_class[number] = replace(of_class[number], rows=size)
 
     _put(matrix, "further_weight", torch.cat(pieces))
-    _put(matrix, "class_counts_weight", count_classes(matrix.row_weight, len(of_class)))
+    _put(matrix, "class_counts_weight", count_classes(plain(matrix.row_weight), len(of_class)))
     matrix.layout = replace(matrix.layout, classes=tuple(of_class))
 
 
@@ -86,7 +91,7 @@ def _row_like_the_mean(matrix: CompressedMatrix, classes: Tensor) -> int:
 
     # not those whose codes alone stand for another row: zero or an outlier, which no added row is
     if matrix.outlier_rows_weight is not None:
-        distances[matrix.outlier_rows_weight.long()] = torch.inf
+        distances[plain(matrix.outlier_rows_weight).long()] = torch.inf
     if matrix.layout.zero_row is not None:
         distances[matrix.layout.zero_row] = torch.inf
     return int(distances.argmin())

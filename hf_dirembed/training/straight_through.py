@@ -236,7 +236,7 @@ def _codes_of(matrix: CompressedMatrix) -> Iterator[_ClassCodes]:
         steps = code_steps(exponents, torch.float32) * powers[latents]
         yield _ClassCodes(
             name=f"weight_{number}" if number else "weight",
-            packed=matrix.weight,
+            packed=packed.weight,
             further=matrix.further_bytes(number) if number else None,
             rows=rows,
             row_class=row_class,

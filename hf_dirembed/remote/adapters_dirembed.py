@@ -1,0 +1,72 @@
+"""What PEFT may wrap of a compressed model, and what may have its codes for a weight.
+
+This file travels with every compressed model, so it imports nothing of the package but its travelling neighbours.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .codes_dirembed import ModelError
+from .guarded_dirembed import holds_codes
+from .matrix_dirembed import CompressedMatrix
+
+
+WRAPPED = ("base_layer", "original_module")  # what PEFT's wrappers call the module that they wrap
+
+
+def refuse_wrapper(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Refuses wrappers of PEFT that cannot work around a compressed matrix; called for every module that gets a part.
+
+    Args:
+        parent: What the module becomes a part of.
+        name: What it is called there.
+        child: The module.
+
+    Raises:
+        ModelError: If the wrapper changes rows of a dense table, trains packed codes, or adapts one of several modules
+            that share a decoder.
+    """
+    if name not in WRAPPED or not isinstance(child, CompressedMatrix):
+        return
+    wrapper = type(parent)
+    if wrapper.__module__.partition(".")[0] != "peft":
+        return
+
+    parameter = vars(parent).get("parameter_name")  # of LoRA's `target_parameters`
+    if parameter is not None:
+        if child.tied:
+            raise ModelError(
+                f"{parameter} of this {type(child).__name__} is shared with a tied module, which an adapter of one of "
+                "them would leave behind: train the decoder itself, or expand the model with hf_dirembed.expand"
+            )
+
+        if not child.get_parameter(parameter).is_floating_point():
+            raise ModelError(f"{parameter} holds packed integers, which no adapter adds to: choose decoder_weight")
+    elif wrapper.__name__ != "ModulesToSaveWrapper":
+        raise ModelError(
+            f"PEFT's {wrapper.__name__} changes rows of a dense table, and a {type(child).__name__} has none: expand "
+            "the model first with hf_dirembed.expand, or adapt its decoder with LoraConfig(target_parameters=...)"
+        )
+    elif child.layout.packed:
+        raise ModelError(
+            "modules_to_save trains all of a module, and packed codes learn only without PEFT (unfreeze_codes): leave "
+            f"the {type(child).__name__} out of it, or compress with method='direction' and call unfreeze_codes(), or "
+            "expand the model first with hf_dirembed.expand"
+        )
+
+
+def refuse_codes(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    """Refuses codes as the weight of a dense module; called for every parameter that a module gets.
+
+    A head that is tied by hand, or by PEFT's `ensure_weight_tying`, would multiply with them.
+
+    Raises:
+        ModelError: If the parameter is the code matrix of a table.
+    """
+    if name == "weight" and isinstance(module, (nn.Linear, nn.Embedding)) and holds_codes(parameter):
+        raise ModelError(
+            f"a dense {type(module).__name__} cannot have the codes of a compressed table for its weight: give it "
+            "dense_weight(), with PEFT leave ensure_weight_tying out, or make a dense model first with "
+            "hf_dirembed.expand, and compress that once it is tied"
+        )

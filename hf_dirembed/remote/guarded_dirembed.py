@@ -1,0 +1,415 @@
+"""Codes that nothing takes for weights: parameters that refuse writes, and readings that only a dense table allows.
+
+The codes of a table are parameters of its module, so whatever walks over the parameters of a model meets them: casts,
+averages, exponential moving averages, initialisers, loggers of norms. As integers they would become garbage there
+without a word. So they are parameters of a class of their own:
+
+- A write that leaves every code what it is, up to rounding, does nothing: averages over models of equal codes stay
+  exact. So does a cast of `.data`. Any other write is refused.
+- What multiplies, looks up or measures weights is refused, for codes are none.
+- Writes that come by without a Python call, such as those of C++ or through numpy, are noticed by the counter of
+  versions that torch keeps, and by a checksum: at the next forward pass and whenever the codes are saved.
+
+Why a subclass of `nn.Parameter`, and neither buffers nor a tensor that poses as the dense table? Buffers are copied by
+averages and broadcast by DDP before each pass, are no part of what FSDP 2 of accelerate restores, and transformers
+looks tied tensors up with `get_parameter`; and an average over the parameters of two models of different codes would
+mix their decoders unseen. A tensor of the shape and dtype of the dense table would be that for whatever loads, saves,
+shards and counts bytes as well, which need what is stored. `torch.compile`, `torch.export`, safetensors, `deepcopy`,
+pickle, FSDP and accelerate treat this class as any parameter: where they make a plain one of it, the module that gets
+it makes it a guarded one again.
+
+This file travels with every compressed model, so it imports nothing of the package but its travelling neighbours.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .codes_dirembed import ModelError
+
+
+HOLDS_CODES = (
+    "`weight` of a compressed table holds codes, no weights: call the module, ask it for dense_weight(), the (V, d) "
+    "table, or make a dense model with hf_dirembed.expand"
+)
+CHANGED_CODES = (
+    "the codes of a compressed table are no weights, and something would change them, or has: average, cast and "
+    "initialise floating-point tensors alone (`if tensor.is_floating_point()`), average only models of equal codes, "
+    "or expand the models first with hf_dirembed.expand; codes that have been changed come back by loading the model "
+    "again"
+)
+
+# What multiplies, looks up or measures weights. Sums stay: people compare models by them.
+_READING_METHODS = (
+    *("matmul", "__matmul__", "__rmatmul__", "mm", "mv", "bmm", "addmm", "inner", "index_select"),
+    *("mean", "norm", "std", "var", "median", "softmax", "histc", "svd"),
+)
+_READERS: frozenset[Any] = frozenset(
+    {
+        *(F.embedding, F.embedding_bag, F.linear, F.bilinear, F.normalize, F.cosine_similarity, F.softmax),
+        *(F.log_softmax, F.cross_entropy, F.layer_norm, F.pairwise_distance, torch.embedding, torch.cdist),
+        *(torch.matmul, torch.mm, torch.mv, torch.bmm, torch.addmm, torch.addmv, torch.baddbmm, torch.einsum),
+        *(torch.tensordot, torch.inner, torch.mean, torch.norm, torch.std, torch.var, torch.std_mean, torch.var_mean),
+        *(torch.median, torch.softmax, torch.svd, torch.index_select, torch.cosine_similarity, torch.histc),
+        *(torch.linalg.norm, torch.linalg.vector_norm, torch.linalg.matrix_norm, torch.linalg.svd),
+        *(torch.linalg.svdvals, torch.linalg.qr),
+        *(getattr(Tensor, name) for name in _READING_METHODS),
+    }
+)
+
+# What is codes still, in other words: the results of these refuse what codes refuse.
+_VIEWING_METHODS = (
+    *("detach", "float", "half", "double", "bfloat16", "to", "type", "view", "reshape", "flatten", "t", "transpose"),
+    *("permute", "narrow", "select", "unsqueeze", "squeeze", "__getitem__"),
+)
+_SAME_CODES: frozenset[Any] = frozenset(
+    {
+        *(getattr(Tensor, name) for name in _VIEWING_METHODS),
+        *(getattr(Tensor, name).__get__ for name in ("T", "mT", "data")),
+    }
+)
+
+_HARMLESS_IN_PLACE = frozenset({"requires_grad_", "share_memory_", "detach_"})
+_OPERATORS = ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "and", "or", "xor")
+_ASSIGNMENTS = frozenset({"__setitem__", *(f"__i{name}__" for name in _OPERATORS)})
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+_LEARNING: frozenset[Any] = frozenset({Tensor.requires_grad_, Tensor.requires_grad.__set__})  # type: ignore[attr-defined]
+
+_HARMLESS_IN_PLACE = frozenset({"requires_grad_", "share_memory_", "detach_"})
+_ASSIGNMENTS = frozenset(
+    {
+        "__setitem__",
+        *(
+            f"__i{name}__"
+            for name in ["add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "and", "or", "xor"]
+        ),
+    }
+)
+
+
+class _Guard:
+    """What parameters of codes, and views of them, have in common."""
+
+    # All in `vars`, so that copies of the object's dictionary are copies of these:
+    # _alias: the same memory as a plain tensor. _root: of a view, the parameter that it is one of.
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuses what takes codes for weights; all else runs as on plain tensors."""
+        kwargs = kwargs or {}
+        if func in _READERS:
+            raise ModelError(HOLDS_CODES)
+        if torch.compiler.is_compiling():
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+
+        if func == _SET_DATA:
+            return _set_data(args[0], args[1])
+        target = kwargs.get("out", args[0] if args and _writes(func) else None)
+        if isinstance(target, _Guard) and (root := vars(target).get("_root", target)) is not None:
+            return _write(target, root, func, args, kwargs)
+
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _LEARNING and not args[0].is_floating_point():
+                return args[0]  # integers do not, whatever is asked of all parameters of a model
+            result = func(*args, **kwargs)
+            if func in _SAME_CODES and isinstance(result, Tensor) and isinstance(args[0], _Guard):
+                # `nn.Parameter(codes)` insists on the class
+                own = func is Tensor.detach and type(args[0]) is CodesParameter
+                return _view(result, args[0], CodesParameter if own else CodesView)
+        return result
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As a plain parameter or tensor: what reads it needs no class of this package."""
+        tensor = plain(self)  # type: ignore[arg-type]
+        if isinstance(self, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=self.requires_grad)
+        return tensor.__reduce_ex__(protocol)
+
+
+class CodesView(_Guard, Tensor):
+    """A view of codes, or of them in another dtype: no weights either.
+
+    Views of the same memory guard it as the parameter does; copies in another dtype may be written to.
+    """
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return plain(self).clone()
+
+
+class CodesParameter(_Guard, nn.Parameter):
+    """Codes as a parameter of a module.
+
+    Args:
+        data: The codes.
+        requires_grad: Whether they learn, as float latents may. What learns is guarded no longer.
+
+    Example:
+        >>> codes = CodesParameter(torch.tensor([[7, 3]], dtype=torch.uint8))
+        >>> _ = codes.detach().copy_(0.9 * codes + 0.1 * codes)  # an average over equal codes
+        >>> codes.tolist()
+        [[7, 3]]
+        >>> codes.detach().fill_(0)
+        Traceback (most recent call last):
+        ...
+        hf_dirembed...ModelError: the codes of a compressed table are no weights, and something would change them...
+        >>> torch.nn.functional.linear(torch.ones(1, 2), codes)
+        Traceback (most recent call last):
+        ...
+        hf_dirembed...ModelError: `weight` of a compressed table holds codes, no weights: call the module...
+    """
+
+    def __new__(cls, data: Tensor, requires_grad: bool = False) -> Any:
+        """A parameter of the same memory."""
+        return Tensor._make_subclass(cls, plain(data).detach(), requires_grad)
+
+    def __deepcopy__(self, memo: Any) -> CodesParameter:
+        if id(self) in memo:
+            return memo[id(self)]
+        verify(self)
+        result = CodesParameter(plain(self).clone(memory_format=torch.preserve_format), self.requires_grad)
+        if (sealed := vars(self).get("_seal")) is not None:
+            vars(result)["_seal"] = (_version(result), sealed[1])
+        memo[id(self)] = result
+        return result
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The same memory as a plain tensor, for what is to read codes, or to write them; other tensors as they are."""
+    if torch.compiler.is_compiling():
+        if isinstance(tensor, _Guard):  # graphs may run on guarded parameters, of which this gives plain ones
+            alias: Tensor = torch.ops.aten.alias.default(tensor)
+            return alias
+        return tensor
+    if type(tensor) is not CodesParameter and type(tensor) is not CodesView:
+        return tensor
+    kept: Tensor | None = vars(tensor).get("_alias")
+    if kept is None:
+        with torch._C.DisableTorchFunctionSubclass():
+            kept = vars(tensor)["_alias"] = tensor.detach().as_subclass(Tensor)
+    return kept
+
+
+def guard(parameter: Tensor | None) -> None:
+    """Makes a plain parameter one of codes, the object that it is; what learns, or stands for others, stays."""
+    if type(parameter) is nn.Parameter and not parameter.requires_grad:
+        parameter.__class__ = CodesParameter
+
+
+def unguard(parameter: Tensor | None) -> None:
+    """Makes a parameter of codes, such as latents that are to learn, a plain one, the object that it is."""
+    if type(parameter) is CodesParameter:
+        parameter.__class__ = nn.Parameter  # type: ignore[assignment]
+        vars(parameter)["_holds_codes"] = True
+        for name in ("_alias", "_seal", "_open", "_scale"):
+            vars(parameter).pop(name, None)
+
+
+def holds_codes(parameter: Any) -> bool:
+    """Whether a parameter is one of codes, those that learn among them."""
+    return isinstance(parameter, _Guard) or (isinstance(parameter, nn.Parameter) and "_holds_codes" in vars(parameter))
+
+
+@contextmanager
+def opened(tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Lets codes be written, and seals them as they are then."""
+    guarded = [tensor for tensor in tensors.values() if type(tensor) is CodesParameter]
+    for tensor in guarded:
+        vars(tensor)["_open"] = True
+    try:
+        yield
+    finally:
+        for tensor in guarded:
+            vars(tensor).pop("_open", None)
+            vars(tensor).pop("_scale", None)
+            vars(tensor).pop("_alias", None)
+            seal(tensor)
+
+
+def seal(tensor: Tensor) -> None:
+    """Takes codes for right as they are."""
+    if type(tensor) is CodesParameter and not tensor.is_meta:
+        vars(tensor)["_seal"] = (_version(tensor), _checksum(tensor))
+
+
+def verify(tensor: Tensor, *, values: bool = False) -> None:
+    """Refuses codes that were written to since they were sealed.
+
+    Args:
+        tensor: Codes; other tensors pass.
+        values: Whether to compare the values even where torch's counter of versions has not moved.
+
+    Raises:
+        ModelError: If their values are others now, or they were scaled and not brought back.
+    """
+    if type(tensor) is not CodesParameter:
+        return
+    state = vars(tensor)
+    if "_scale" in state:
+        raise ModelError(CHANGED_CODES)
+    sealed, version = state.get("_seal"), _version(tensor)
+    if sealed is None:
+        if not tensor.is_meta:
+            state["_seal"] = (version, None)
+        return
+    if sealed[0] == version and not values:
+        return
+
+    # without a checksum there is only the counter to go by
+    if sealed[1] is None:
+        if sealed[0] != version:
+            raise ModelError(CHANGED_CODES)
+        return
+    if _checksum(tensor) != sealed[1]:
+        raise ModelError(CHANGED_CODES)
+    state["_seal"] = (version, sealed[1])
+
+
+def intact(mine: Tensor, value: Tensor) -> bool:
+    """Whether a value is that of codes, up to the rounding of a cast or of an average over equal ones."""
+    return _intact(plain(mine), plain(value)) is not None
+
+
+def _version(tensor: Tensor) -> int:
+    alias = plain(tensor)
+    return -1 if alias.is_inference() else alias._version
+
+
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(plain(tensor).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def _intact(mine: Tensor, value: Tensor, eps: float | None = None) -> Tensor | None:
+    """The value in the dtype that codes are to have, if it is theirs; None if it is not.
+
+    Args:
+        mine: The codes.
+        value: What is to be in their place.
+        eps: The precision of what the value was computed from; by default its own.
+    """
+    if value.shape != mine.shape:
+        return None
+    exact = mine.to(value.device)
+    if not mine.is_floating_point() and not value.is_floating_point():
+        return exact if torch.equal(exact.long(), value.long()) else None
+    if not value.is_floating_point():
+        return None
+
+    # a cast of float latents is one, and rounds as that of any weight does
+    if mine.is_floating_point() and torch.equal(exact.to(value.dtype), value):
+        return value
+    eps = max(eps or 0.0, torch.finfo(value.dtype).eps)
+    if mine.is_floating_point():
+        eps = max(eps, torch.finfo(mine.dtype).eps)
+        near = (value.double() - exact.double()).abs() <= 4 * eps * exact.double().abs()
+    else:
+        near = (value.double() - exact).abs() <= (4 * eps * exact.double().abs().clamp_min(1)).clamp_max(0.45)
+    return exact if bool(near.all()) else None
+
+
+def _set_data(codes: Any, value: Tensor) -> None:
+    """Gives codes other memory; a cast to another dtype leaves integers what they are.
+
+    Raises:
+        ModelError: If the values are others.
+    """
+    state, mine, value = vars(codes), plain(codes), plain(value)
+    opened_ = state.get("_open", False)
+    if not opened_ and not value.is_meta and not mine.is_meta:
+        kept = _intact(mine, value)
+        if kept is None:
+            raise ModelError(CHANGED_CODES)
+        value = kept
+    with torch._C.DisableTorchFunctionSubclass():
+        Tensor.data.__set__(codes, value)  # type: ignore[attr-defined]
+    state.pop("_alias", None)
+    if not opened_ and state.get("_seal") is not None:
+        seal(codes)
+
+
+def _view(result: Tensor, source: Any, kind: type) -> Tensor:
+    """A result that is codes still, as such; of the parameter if it shares the memory."""
+    if type(result) is not Tensor or result.is_meta:
+        return result
+    view: Tensor = result.as_subclass(kind)
+    root = vars(source).get("_root", source)
+    shared = root is not None and result.untyped_storage().data_ptr() == plain(root).untyped_storage().data_ptr()
+    vars(view)["_root"] = root if shared else None
+    return view
+
+
+def _writes(func: Any) -> bool:
+    name: str = getattr(func, "__name__", "")
+    if name in _ASSIGNMENTS:
+        return True
+    return name.endswith("_") and not name.startswith("_") and name not in _HARMLESS_IN_PLACE
+
+
+def _write(target: Any, root: Any, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """Does nothing where a write leaves codes what they are.
+
+    Averages come in two steps as well, `p.mul_(decay).add_(q, alpha=1 - decay)`. So a factor is remembered, and is to
+    be made up for by what is added; until then, codes are none.
+
+    Raises:
+        ModelError: If they would become others.
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        if vars(root).get("_open", False) or root.requires_grad:
+            return func(*args, **kwargs)
+        mine, state = plain(target), vars(root)
+        whole = mine.shape == plain(root).shape
+        value = mine.double() * (state.get("_scale", 1.0) if whole else 1.0)
+        try:
+            rest = [_as_value(each) for each in args[1:]] if func.__name__ != "__setitem__" else [args[1], *args[2:]]
+            if "out" in kwargs:
+                value = func(*map(_as_value, args), **{name: each for name, each in kwargs.items() if name != "out"})
+            else:
+                func(value, *map(_plain_value, rest), **{name: _as_value(each) for name, each in kwargs.items()})
+        except (RuntimeError, TypeError, IndexError) as error:
+            raise ModelError(CHANGED_CODES) from error
+
+        if _intact(mine, value, _precision(args)) is not None:
+            state.pop("_scale", None)
+            return target
+        if whole and func.__name__ in ("mul_", "div_", "__imul__", "__itruediv__"):
+            factor = _factor(func.__name__, args[1])
+            if factor is not None:
+                state["_scale"] = state.get("_scale", 1.0) * factor
+                return target
+    raise ModelError(CHANGED_CODES)
+
+
+def _precision(args: Any) -> float:
+    """The precision of the narrowest float among the arguments of a write; that of float32 if there is none."""
+    floats = [each.dtype for each in args[1:] if isinstance(each, Tensor) and each.is_floating_point()]
+    return max(torch.finfo(dtype).eps for dtype in (torch.float32, *floats))
+
+
+def _plain_value(value: Any) -> Any:
+    """An argument without guards."""
+    return plain(value) if isinstance(value, Tensor) else value
+
+
+def _as_value(value: Any) -> Any:
+    """An argument as what is computed with: in float64 and without guards."""
+    if not isinstance(value, Tensor):
+        return value
+    value = plain(value)
+    return value.double() if value.dtype != torch.bool else value
+
+
+def _factor(name: str, value: Any) -> float | None:
+    """The number that a write multiplies by; None where it is none."""
+    if isinstance(value, Tensor):
+        value = value.item() if value.numel() == 1 else None
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value:
+        return None
+    return value if "mul" in name else 1 / value

@@ -1,36 +1,40 @@
 """Vocabulary tables 8 to 32 times smaller, behind plain `from_pretrained`."""
 
-from transformers import AutoConfig
+from .quiet import importing_quietly
 
-from .api import compress, expand
-from .calibration.calibrate import calibrate
-from .calibration.statistics import Statistics
-from .compression.baselines.autoencoder import AutoencoderSettings
-from .compression.compress import compress_table
-from .compression.transform.transform import TransformSettings
-from .errors import (
-    BudgetError,
-    CalibrationError,
-    CheckpointError,
-    DirEmbedError,
-    EvaluationError,
-    ModelError,
-    OptionError,
-    SpecError,
-    TableError,
-    UnreadableCheckpointError,
-    WeightsError,
-)
-from .hub.publishing import write_upload_card
-from .integrations import quantizer  # noqa: F401 (it registers itself)
-from .integrations.quantization_config import DirEmbedQuantizationConfig
-from .kernels import compiled, patch_rows, read_rows, rows_product
-from .remote.codes_dirembed import CompressionSpec, TableLayout
-from .remote.configuration_dirembed import MODEL_TYPE, DirEmbedConfig
-from .remote.modules_dirembed import CompressedEmbedding, CompressedLinear
-from .remote.products_dirembed import package
-from .tables import VocabularyTable, find_tables
-from .training.straight_through import LatentShadow
+
+with importing_quietly():  # of what other packages have to say about themselves while transformers imports them
+    from transformers import AutoConfig
+
+    from .api import compress, expand
+    from .calibration.calibrate import calibrate
+    from .calibration.statistics import Statistics
+    from .compression.baselines.autoencoder import AutoencoderSettings
+    from .compression.compress import compress_table
+    from .compression.transform.transform import TransformSettings
+    from .errors import (
+        BudgetError,
+        CalibrationError,
+        CheckpointError,
+        DirEmbedError,
+        EvaluationError,
+        ModelError,
+        OptionError,
+        SpecError,
+        TableError,
+        UnreadableCheckpointError,
+        WeightsError,
+    )
+    from .hub.publishing import write_upload_card
+    from .integrations import quantizer  # noqa: F401 (it registers itself)
+    from .integrations.quantization_config import DirEmbedQuantizationConfig
+    from .kernels import compiled, patch_rows, read_rows, rows_product
+    from .remote.codes_dirembed import CompressionSpec, TableLayout
+    from .remote.configuration_dirembed import MODEL_TYPE, DirEmbedConfig
+    from .remote.modules_dirembed import CompressedEmbedding, CompressedLinear
+    from .remote.products_dirembed import package
+    from .tables import VocabularyTable, find_tables
+    from .training.straight_through import LatentShadow
 
 
 AutoConfig.register(MODEL_TYPE, DirEmbedConfig, exist_ok=True)

@@ -22,7 +22,7 @@ from .compression.row_files import TableFiles, memory_sink
 from .compression.sharing import share_bytes
 from .compression.table import Columns, RowSource, Table
 from .conversion import convert
-from .errors import ModelError, OptionError
+from .errors import BudgetError, ModelError, OptionError
 from .hub.metadata import hub_id
 from .remote.codes_dirembed import BlocksLayout, CompressionSpec, Layout, TableRecord
 from .request import CompressionRequest, whole_bytes
@@ -218,6 +218,11 @@ def _share(
     num_weights = sum(matrix.num_weights for matrix in matrices)
     dense = sum((matrix.rows.dtype or torch.float32).itemsize * matrix.num_weights for matrix in matrices)
     bits = total.bits or 8 * dense / num_weights / (total.ratio or 1)
+    if bits * num_weights >= 8 * dense:
+        raise BudgetError(
+            f"{total} makes nothing smaller: the tables take {8 * dense / num_weights:.3g} bits per weight as they are; "
+            "ask for fewer bits, or a ratio above 1"
+        )
 
     device = request.options.fitting_device()
     tables = [(matrix.table.name, Table(matrix.rows, device=device)) for matrix in matrices]

@@ -106,7 +106,11 @@ def _file(path: Path, lines: bool) -> Iterator[str]:
                 while block := file.readlines(BLOCK_CHARACTERS):
                     yield "".join(block)
     except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"cannot read {path} ({error}): give a UTF-8 text file, or [text]") from error
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise CalibrationError(
+            f"cannot read the calibration text {path} ({reason}): give the path of a UTF-8 text file, strings in a list, "
+            "or 'self', which needs no text"
+        ) from error
 
 
 def check_file(path: str | Path) -> None:

@@ -46,6 +46,7 @@ LEFT_OUT = (
     "*.py",
     "README.md",
     "dirembed_results.json",
+    "dirembed.png",
     ".*",
     "onnx",
     "openvino",
@@ -107,6 +108,7 @@ def compress_checkpoint(
         bits, ratio, rank, tables, method, languages, calibration, token_weights, hessian, latent_dtype, settings,
         device, base_model, resume,
     )  # fmt: skip
+    _refuse_nested(source, out)
     with ExitStack() as stack:
         staging = on_main_process(lambda: stack.enter_context(staged_folder(out)))
         folder = resolve_checkpoint(source)
@@ -140,6 +142,7 @@ def expand_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str
     Raises:
         DirEmbedError: If the source is not compressed, or `out` cannot be written.
     """
+    _refuse_nested(source, out)
     with staged_folder(out) as staging:
         folder = resolve_checkpoint(source)
         if not is_compressed(folder):
@@ -156,4 +159,22 @@ def _copy_companions(source: Path, target: Path) -> None:
         top = Path(folder) == source
         return {name for name in names if top and any(fnmatch(name, pattern) for pattern in LEFT_OUT)}
 
-    shutil.copytree(source, target, ignore=left_out, dirs_exist_ok=True)
+    # what is copied is the user's, to be written to, whatever may be done with the source
+    for folder, folders, files in os.walk(source):
+        skipped = left_out(folder, [*folders, *files])
+        folders[:] = [name for name in folders if name not in skipped]
+        place = target / Path(folder).relative_to(source)
+        place.mkdir(exist_ok=True)
+        for name in files:
+            if name not in skipped:
+                shutil.copyfile(Path(folder, name), place / name)
+
+
+def _refuse_nested(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
+    """Refuses an output in the folder that it is made from, of which it would become a part.
+
+    Raises:
+        CheckpointError: If it is.
+    """
+    if Path(source).is_dir() and Path(out).resolve().is_relative_to(Path(source).resolve()):
+        raise CheckpointError(f"{out} is inside of {source}, which it is made from: name a folder beside it")

@@ -56,8 +56,7 @@ def resolve_checkpoint(source: str | os.PathLike[str]) -> Path:
     """
     folder = Path(source)
     if folder.is_dir():
-        if not (folder / CONFIG_NAME).is_file():
-            raise CheckpointError(f"{folder} holds no {CONFIG_NAME}: name the folder of a transformers model")
+        _check_layout(folder, folder)
         return folder
     with _as_unknown_name(source):
         # The weights last, by name: what an index does not name, as a copy in another layout, is not fetched.
@@ -66,7 +65,26 @@ def resolve_checkpoint(source: str | os.PathLike[str]) -> Path:
             huggingface_hub.snapshot_download(os.fspath(source), allow_patterns=patterns), SAFE_WEIGHTS_INDEX_NAME
         )
         patterns += [SAFE_WEIGHTS_NAME, *(shards_of(index) if index.is_file() else ())]
-        return Path(huggingface_hub.snapshot_download(os.fspath(source), allow_patterns=patterns))
+        folder = Path(huggingface_hub.snapshot_download(os.fspath(source), allow_patterns=patterns))
+        _check_layout(folder, source)
+        return folder
+
+
+def _check_layout(folder: Path, name: str | os.PathLike[str]) -> None:
+    """Refuses a folder that does not hold a model itself.
+
+    Raises:
+        CheckpointError: If it holds no config.
+    """
+    if (folder / CONFIG_NAME).is_file():
+        return
+    inner = next((each.parent.name for each in sorted(folder.glob(f"*/{CONFIG_NAME}"))), None)
+    if inner is not None and (folder / "modules.json").is_file():
+        raise CheckpointError(
+            f"{name} is of the old layout of sentence-transformers, with the model in {inner}: save it in today's with "
+            f"SentenceTransformer({str(name)!r}).save('a-new-folder'), and give that"
+        )
+    raise CheckpointError(f"{name} holds no {CONFIG_NAME}: name the folder of a transformers model")
 
 
 @contextmanager
@@ -113,6 +131,7 @@ def load_model(folder: Path, auto_class: Any = None, **options: Any) -> PreTrain
     """
     with as_unreadable_error(folder):
         config = AutoConfig.from_pretrained(folder)
+        _check_format(folder, config, options)
         if auto_class is not None and type(config) not in auto_class._model_mapping:
             raise ModelError(f"{folder} is of an architecture without {auto_class.__name__}: choose another model")
         options = {"dtype": "auto", "use_safetensors": True, **options}
@@ -120,6 +139,25 @@ def load_model(folder: Path, auto_class: Any = None, **options: Any) -> PreTrain
             return auto_class.from_pretrained(folder, **options)
         # A derived class would read the config again, and warn of the model type that only the file has.
         return model_class(config).from_pretrained(folder, config=config, **options)
+
+
+def _check_format(folder: Path, config: PreTrainedConfig, options: dict[str, Any]) -> None:
+    """Refuses weights that are not in safetensors, and says how to have them so.
+
+    Raises:
+        CheckpointError: If there are none that are.
+    """
+    held = any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    if held or not options.get("use_safetensors", True) or "gguf_file" in options:
+        return
+    pickled = sorted(file.name for file in folder.glob("pytorch_model*.bin"))
+    found = f"its weights are in {pickled[0]}" if pickled else f"there is no {SAFE_WEIGHTS_NAME}"
+    loader = model_class(config).__name__
+    raise CheckpointError(
+        f"{folder} holds no safetensors, {found}: if you trust who made them, convert them with "
+        f"transformers.{loader}.from_pretrained({str(folder)!r}, use_safetensors=False).save_pretrained('a-new-folder'), "
+        "and copy the tokenizer's files there"
+    )
 
 
 def model_class(config: PreTrainedConfig) -> Any:

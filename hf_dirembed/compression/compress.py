@@ -179,6 +179,7 @@ def compress_table(
         raise TableError(f"the embedding table is of dtype {dtype}: load the model unquantised")
 
     table = Table(rows, device=options.fitting_device())
+    budget.check_smaller(_size(table, dtype))
     measure = Measure(token_weights, hessian, options.tempering)
     if method == "transform":
         made = _transform(table, budget, dtype, measure, options, make_sink)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     PairSource: TypeAlias = str | os.PathLike[str] | Iterable[Sequence[Any]] | Rows
 
 
+_FILE_NAME = re.compile(r"^(\.|~|/)|\.(txt|text|md|csv|tsv|json|jsonl|parquet|gz)$|/.*/", re.IGNORECASE)  # as no dataset's
 _REVISION = re.compile(r"@([0-9a-f]{40})/")  # in the address that `datasets` has a file from
 
 
@@ -212,6 +213,8 @@ def load_rows(source: Any, config: str | None, split: str) -> tuple[Iterable[Any
         return source, "memory", DatasetSource()
 
     name = os.fspath(source)
+    if _FILE_NAME.search(name) and not os.path.exists(name):
+        raise EvaluationError(f"there is no file {name[:200]}: check its name, or give the id of a dataset on the Hub")
     datasets = require("datasets")
     try:
         rows = datasets.load_dataset(name, config, split=split)

@@ -46,7 +46,8 @@ def refuse_wrapper(parent: nn.Module, name: str, child: nn.Module | None) -> Non
     elif wrapper.__name__ != "ModulesToSaveWrapper":
         raise ModelError(
             f"PEFT's {wrapper.__name__} changes rows of a dense table, and a {type(child).__name__} has none: expand "
-            "the model first with hf_dirembed.expand, or adapt its decoder with LoraConfig(target_parameters=...)"
+            "the model first with hf_dirembed.expand"
+            + ("" if child.tied else ", or adapt its decoder with LoraConfig(target_parameters=['...decoder_weight'])")
         )
     elif child.layout.packed:
         raise ModelError(

@@ -158,7 +158,11 @@ def check_keys(model: PreTrainedModel, info: Any, ignore_mismatched: bool) -> No
         if of_table(key) or not ignore_mismatched or f"{key.removesuffix('weight')}decoder_weight" in unexpected
     )
     if mismatched:
-        raise CheckpointError(f"the checkpoint does not fit its config: {'; '.join(mismatched)}: {AGAIN}")
+        raise CheckpointError(
+            f"the checkpoint does not fit its config: {'; '.join(mismatched)}: leave out what from_pretrained was told of "
+            "the config (after loading, resize_token_embeddings gives it another vocabulary), or download the compressed "
+            "model again"
+        )
 
     held = {name: tensor.nbytes for name, tensor in model.state_dict().items() if name not in tied}
     if 2 * sum(held[name] for name in missing & held.keys()) > sum(held.values()):

@@ -78,10 +78,14 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
         )
 
     dense: dict[nn.Module, nn.Module] = {}
+    weights: dict[int, nn.Parameter] = {}
     for name in sorted(name for names in compressed_tables(model).values() for name in names):
         compressed = table_at(model, name)
         if compressed not in dense:
             dense[compressed] = compressed.to_dense()
+            # what shares its codes shares its table, whatever the config says
+            shared = weights.setdefault(id(compressed.weight), dense[compressed].weight)  # type: ignore[arg-type]
+            dense[compressed].weight = shared
         model.set_submodule(name, dense[compressed])
 
     for module in model.modules():

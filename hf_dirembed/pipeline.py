@@ -220,8 +220,8 @@ def _share(
     bits = total.bits or 8 * dense / num_weights / (total.ratio or 1)
     if bits * num_weights >= 8 * dense:
         raise BudgetError(
-            f"{total} makes nothing smaller: the tables take {8 * dense / num_weights:.3g} bits per weight as they are; "
-            "ask for fewer bits, or a ratio above 1"
+            f"{total} makes nothing smaller: the tables take {8 * dense / num_weights:.3g} bits per weight as they "
+            "are; ask for fewer bits, or a ratio above 1"
         )
 
     device = request.options.fitting_device()

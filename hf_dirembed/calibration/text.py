@@ -108,8 +108,8 @@ def _file(path: Path, lines: bool) -> Iterator[str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
         raise CalibrationError(
-            f"cannot read the calibration text {path} ({reason}): give the path of a UTF-8 text file, strings in a list, "
-            "or 'self', which needs no text"
+            f"cannot read the calibration text {path} ({reason}): give the path of a UTF-8 text file, strings in a "
+            "list, or 'self', which needs no text"
         ) from error
 
 

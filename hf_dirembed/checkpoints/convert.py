@@ -19,7 +19,7 @@ from ..calibration.languages import card_languages
 from ..calibration.statistics import Statistics
 from ..calibration.text import Texts
 from ..compression.compress import Settings
-from ..errors import ModelError
+from ..errors import CheckpointError, ModelError
 from ..hub.card import write_card
 from ..hub.metadata import hub_id
 from ..hub.source import Source

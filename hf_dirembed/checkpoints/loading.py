@@ -81,8 +81,8 @@ def _check_layout(folder: Path, name: str | os.PathLike[str]) -> None:
     inner = next((each.parent.name for each in sorted(folder.glob(f"*/{CONFIG_NAME}"))), None)
     if inner is not None and (folder / "modules.json").is_file():
         raise CheckpointError(
-            f"{name} is of the old layout of sentence-transformers, with the model in {inner}: save it in today's with "
-            f"SentenceTransformer({str(name)!r}).save('a-new-folder'), and give that"
+            f"{name} is of the old layout of sentence-transformers, with the model in {inner}: save it in today's "
+            f"with SentenceTransformer({str(name)!r}).save('a-new-folder'), and give that"
         )
     raise CheckpointError(f"{name} holds no {CONFIG_NAME}: name the folder of a transformers model")
 
@@ -155,8 +155,8 @@ def _check_format(folder: Path, config: PreTrainedConfig, options: dict[str, Any
     loader = model_class(config).__name__
     raise CheckpointError(
         f"{folder} holds no safetensors, {found}: if you trust who made them, convert them with "
-        f"transformers.{loader}.from_pretrained({str(folder)!r}, use_safetensors=False).save_pretrained('a-new-folder'), "
-        "and copy the tokenizer's files there"
+        f"transformers.{loader}.from_pretrained({str(folder)!r}, use_safetensors=False)"
+        ".save_pretrained('a-new-folder'), and copy the tokenizer's files there"
     )
 
 

@@ -114,12 +114,12 @@ class Budget:
             hf_dirembed...BudgetError: ratio=0.5 makes nothing smaller: the table takes 16 bits per weight as it is...
         """
         max_bytes = self.max_bytes(size)
-        if (self.bits is not None or self.ratio is not None) and max_bytes is not None:
-            if max_bytes >= size.dense_bytes:
-                raise BudgetError(
-                    f"{self} makes nothing smaller: the table takes {8 * size.itemsize} bits per weight as it is; ask "
-                    "for fewer bits, or a ratio above 1"
-                )
+        given = self.bits is not None or self.ratio is not None
+        if given and max_bytes is not None and max_bytes >= size.dense_bytes:
+            raise BudgetError(
+                f"{self} makes nothing smaller: the table takes {8 * size.itemsize} bits per weight as it is; ask for "
+                "fewer bits, or a ratio above 1"
+            )
 
     def float_rank(self, size: TableSize, storage: LatentStorage) -> int:
         """The largest rank whose float latents and decoder stay within the budget.

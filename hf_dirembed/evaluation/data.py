@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     PairSource: TypeAlias = str | os.PathLike[str] | Iterable[Sequence[Any]] | Rows
 
 
-_FILE_NAME = re.compile(r"^(\.|~|/)|\.(txt|text|md|csv|tsv|json|jsonl|parquet|gz)$|/.*/", re.IGNORECASE)  # as no dataset's
+_FILE_NAME = re.compile(
+    r"^(\.|~|/)|\.(txt|text|md|csv|tsv|json|jsonl|parquet|gz)$|/.*/", re.IGNORECASE
+)  # as no dataset's
 _REVISION = re.compile(r"@([0-9a-f]{40})/")  # in the address that `datasets` has a file from
 
 

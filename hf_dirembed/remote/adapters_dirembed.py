@@ -49,6 +49,11 @@ def refuse_wrapper(parent: nn.Module, name: str, child: nn.Module | None) -> Non
             "the model first with hf_dirembed.expand"
             + ("" if child.tied else ", or adapt its decoder with LoraConfig(target_parameters=['...decoder_weight'])")
         )
+    elif not child.layout.packed and not child.learning:
+        raise ModelError(
+            f"modules_to_save trains all of a module, and the latents of this {type(child).__name__} are frozen: call "
+            "unfreeze_codes() of the model first, or leave the module out"
+        )
     elif child.layout.packed:
         raise ModelError(
             "modules_to_save trains all of a module, and packed codes learn only without PEFT (unfreeze_codes): leave "

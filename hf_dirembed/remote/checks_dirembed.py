@@ -159,9 +159,9 @@ def check_keys(model: PreTrainedModel, info: Any, ignore_mismatched: bool) -> No
     )
     if mismatched:
         raise CheckpointError(
-            f"the checkpoint does not fit its config: {'; '.join(mismatched)}: leave out what from_pretrained was told of "
-            "the config (after loading, resize_token_embeddings gives it another vocabulary), or download the compressed "
-            "model again"
+            f"the checkpoint does not fit its config: {'; '.join(mismatched)}: leave out what from_pretrained was told "
+            "of the config (once it is loaded, resize_token_embeddings changes the vocabulary), or download the "
+            "compressed model again"
         )
 
     held = {name: tensor.nbytes for name, tensor in model.state_dict().items() if name not in tied}

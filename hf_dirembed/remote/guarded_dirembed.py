@@ -98,7 +98,9 @@ class _Guard:
     """What parameters of codes, and views of them, have in common."""
 
     # All in `vars`, so that copies of the object's dictionary are copies of these:
-    # _alias: the same memory as a plain tensor. _root: of a view, the parameter that it is one of.
+    # _alias: the same memory as a plain tensor. _root: of a view, the parameter that it is one of. _seal: version and
+    # checksum of the codes that are right. _scale: what a write has multiplied them by. _open: whether they may be
+    # written to. _follows: whether floats beside them learn, which say what they are to be.
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -117,8 +119,8 @@ class _Guard:
             return _write(target, root, func, args, kwargs)
 
         with torch._C.DisableTorchFunctionSubclass():
-            if func in _LEARNING and not args[0].is_floating_point():
-                return args[0]  # integers do not, whatever is asked of all parameters of a model
+            if func in _LEARNING and isinstance(args[0], CodesParameter):
+                return args[0]  # whatever is asked of all parameters of a model: see `unfreeze_codes`
             result = func(*args, **kwargs)
             if func in _SAME_CODES and isinstance(result, Tensor) and isinstance(args[0], _Guard):
                 # `nn.Parameter(codes)` insists on the class
@@ -177,6 +179,8 @@ class CodesParameter(_Guard, nn.Parameter):
         result = CodesParameter(plain(self).clone(memory_format=torch.preserve_format), self.requires_grad)
         if (sealed := vars(self).get("_seal")) is not None:
             vars(result)["_seal"] = (_version(result), sealed[1])
+        if "_follows" in vars(self):
+            vars(result)["_follows"] = True
         memo[id(self)] = result
         return result
 
@@ -208,8 +212,16 @@ def unguard(parameter: Tensor | None) -> None:
     if type(parameter) is CodesParameter:
         parameter.__class__ = nn.Parameter  # type: ignore[assignment]
         vars(parameter)["_holds_codes"] = True
-        for name in ("_alias", "_seal", "_open", "_scale"):
+        for name in ("_alias", "_seal", "_open", "_scale", "_follows"):
             vars(parameter).pop(name, None)
+
+
+def follow_floats(parameter: Tensor | None, follows: bool = True) -> None:
+    """Says that floats learn beside codes, and say what they are: then nothing else does, and nothing is noticed."""
+    if type(parameter) is CodesParameter:
+        vars(parameter).pop("_follows", None)
+        if follows:
+            vars(parameter)["_follows"] = True
 
 
 def holds_codes(parameter: Any) -> bool:
@@ -252,6 +264,8 @@ def verify(tensor: Tensor, *, values: bool = False) -> None:
     if type(tensor) is not CodesParameter:
         return
     state = vars(tensor)
+    if "_follows" in state:
+        return
     if "_scale" in state:
         raise ModelError(CHANGED_CODES)
     sealed, version = state.get("_seal"), _version(tensor)
@@ -323,7 +337,7 @@ def _set_data(codes: Any, value: Tensor) -> None:
     state, mine, value = vars(codes), plain(codes), plain(value)
     opened_ = state.get("_open", False)
     if not opened_ and not value.is_meta and not mine.is_meta:
-        kept = _intact(mine, value)
+        kept = mine.to(value.device) if "_follows" in state else _intact(mine, value)
         if kept is None:
             raise ModelError(CHANGED_CODES)
         value = kept
@@ -364,6 +378,8 @@ def _write(target: Any, root: Any, func: Callable[..., Any], args: Any, kwargs: 
     with torch._C.DisableTorchFunctionSubclass():
         if vars(root).get("_open", False) or root.requires_grad:
             return func(*args, **kwargs)
+        if "_follows" in vars(root):
+            return target
         mine, state = plain(target), vars(root)
         whole = mine.shape == plain(root).shape
         value = mine.double() * (state.get("_scale", 1.0) if whole else 1.0)

@@ -23,7 +23,18 @@ from .codes_dirembed import (
     TableLayout,
     TableRecord,
 )
-from .guarded_dirembed import CHANGED_CODES, CodesParameter, guard, intact, opened, plain, seal, unguard, verify
+from .guarded_dirembed import (
+    CHANGED_CODES,
+    CodesParameter,
+    follow_floats,
+    guard,
+    intact,
+    opened,
+    plain,
+    seal,
+    unguard,
+    verify,
+)
 from .kernels_dirembed import PackedRows, count_classes, gaussian_codebook, pack_rows, row_classes
 from .products_dirembed import is_traced, package, product_dtype, read_rows, runs_compiled, scaled
 
@@ -118,6 +129,7 @@ class CompressedMatrix(nn.Module):
     outlier_weight: nn.Parameter | None
     outlier_rows_weight: nn.Parameter | None
     tied = False  # whether other modules of the model share its tensors
+    learning = False  # whether its codes were unfrozen
 
     def __init__(
         self,
@@ -168,7 +180,7 @@ class CompressedMatrix(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Like torch's; codes become parameters that refuse to be taken for weights."""
-        if name in CODE_TENSORS and name not in DECODER_TENSORS:
+        if name in CODE_TENSORS and name not in DECODER_TENSORS and not self.learning:
             guard(param)
         super().register_parameter(name, param)
 
@@ -179,12 +191,19 @@ class CompressedMatrix(nn.Module):
             ModelError: If it holds floats in the place of integers.
         """
         mine = self._parameters.get(name)
+        if mine is not None and value.shape[1:] != mine.shape[1:] and not hasattr(value, "device_mesh"):
+            raise ModelError(
+                f"{name} of a compressed table has rows of {list(mine.shape[1:])} codes, not of "
+                f"{list(value.shape[1:])}: to give the model a dense table, expand it with hf_dirembed.expand and set "
+                "that one's"
+            )
         if mine is not None and not mine.is_floating_point() and value.is_floating_point():
             kept = not value.is_meta and not mine.is_meta and intact(mine, value)
             if not kept:
                 raise ModelError(CHANGED_CODES)
             return mine
-        guard(value)
+        if not self.learning:
+            guard(value)
         return value
 
     @torch.no_grad()
@@ -278,11 +297,22 @@ class CompressedMatrix(nn.Module):
         Raises:
             ModelError: If something has.
         """
-        if torch.compiler.is_compiling() or self.shadow is not None:
+        if torch.compiler.is_compiling():
             return
         for name, tensor in self._parameters.items():
             if type(tensor) is CodesParameter and name not in DECODER_TENSORS:
                 verify(tensor, values=values)
+
+    def guard_codes(self) -> None:
+        """Makes guarded parameters of the codes again, but of latents and outliers that were unfrozen."""
+        for tensor in self.codes().values():
+            if not (self.learning and tensor.is_floating_point()):
+                guard(tensor)
+
+    def follow_shadow(self) -> None:
+        """Tells the codes whether there are floats that learn for them."""
+        for tensor in (self.weight, self.further_weight):
+            follow_floats(tensor, self.shadow is not None)
 
     def seal_codes(self) -> None:
         """Takes the codes for right as they are now."""
@@ -395,8 +425,7 @@ class CompressedMatrix(nn.Module):
         self.verify_codes()
         with opened(self.codes()):
             super()._apply(fn, recurse)
-        for tensor in self.codes().values():  # from and to the meta device, torch makes new parameters
-            guard(tensor)
+        self.guard_codes()  # from and to the meta device, torch makes new parameters
         return self
 
     @torch.no_grad()
@@ -594,8 +623,8 @@ class CompressedMatrix(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for tensor in self.codes().values():  # pickled as plain ones
-            guard(tensor)
+        self.guard_codes()  # pickled as plain ones
+        self.follow_shadow()
 
     def __format__(self, format_spec: str) -> str:
         """What an error of PEFT's says of a target that it does not know; no other module is told of a mend there."""
@@ -625,6 +654,8 @@ def unfreeze(matrices: Sequence[CompressedMatrix]) -> None:
         unguard(first.weight)
         first.weight.data = first.weight.data.to(first.dtype)
         first.weight.requires_grad_(True)
+        for matrix in matrices:
+            matrix.learning = True
         return
 
     # packed codes: floats beside them learn, the same for all matrices that share the codes
@@ -637,8 +668,10 @@ def unfreeze(matrices: Sequence[CompressedMatrix]) -> None:
         shadow = package.shadow_latents(first)
         for matrix in matrices:
             matrix._modules["shadow"] = shadow
+            matrix.follow_shadow()
 
     for matrix in matrices:
+        matrix.learning = True
         matrix.shadow.requires_grad_(True)
         if matrix.outlier_weight is not None:
             unguard(matrix.outlier_weight)
@@ -655,8 +688,9 @@ def freeze(matrices: Sequence[CompressedMatrix]) -> None:
         if not matrix.layout.packed:
             matrix.weight.data = matrix.weight.data.to(_narrower(matrix.layout.codes, matrix.dtype))
         matrix._modules.pop("shadow", None)
-        for tensor in matrix.codes().values():
-            guard(tensor)
+        matrix.follow_shadow()
+        matrix.learning = False
+        matrix.guard_codes()
         matrix.seal_codes()
 
 

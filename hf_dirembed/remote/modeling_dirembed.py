@@ -233,15 +233,6 @@ class DirEmbedModelMixin(PreTrainedModel):
                 f"{name} and {path} are tied, but have codes of their own: call tie_weights(), which gives {name} the "
                 "other's, or set config.tie_word_embeddings to False"
             )
-
-        owners: dict[int, str] = {}
-        for path in sorted(tables):
-            other = owners.setdefault(id(table_at(self, path).weight), path)
-            if other != path:
-                raise ModelError(
-                    f"{other} and {path} share their codes, but are no longer tied: set config.tie_word_embeddings "
-                    "and call tie_weights(), or expand the model with hf_dirembed.expand"
-                )
         return tables
 
     def _refuse_replaced(self) -> None:
@@ -261,20 +252,21 @@ class DirEmbedModelMixin(PreTrainedModel):
             exclude_embeddings: Whether to leave lookups out, with what is tied to them.
         """
         count: int = super().num_parameters(only_trainable, exclude_embeddings)
-        parameters = dict(self.named_parameters())
+        sharing: dict[int, list[nn.Module]] = {}
+        for module in self.modules():
+            if isinstance(module, TABLE_MODULES):
+                sharing.setdefault(id(module.weight), []).append(module)
+
         of_tables: dict[int, Tensor] = {}
-        for path, names in compressed_tables(self).items():
-            modules = [self.get_submodule(name) for name in names]
-            own = {id(each): each for module in modules for _, each in _table_parameters(module)}
+        for modules in sharing.values():
+            own = {id(each): each for module in modules for each in _table_parameters(module)}
             of_tables |= own
             if exclude_embeddings and any(isinstance(module, CompressedLookup) for module in modules):
                 continue
-            if only_trainable:
-                count += sum(each.numel() for each in own.values() if each.requires_grad)
-            else:
-                count += _num_weights(table_at(self, path))
+            learning = sum(each.numel() for each in own.values() if each.requires_grad)
+            count += learning if only_trainable else _num_weights(modules[0])
 
-        counted = (each for each in parameters.values() if id(each) in of_tables)
+        counted = (each for each in self.parameters() if id(each) in of_tables)
         return count - sum(each.numel() for each in counted if each.requires_grad or not only_trainable)
 
     def print_compression(self) -> None:
@@ -367,12 +359,15 @@ class DirEmbedModelMixin(PreTrainedModel):
         return old_embeddings
 
     def _lookups_tied_to(self, embedding: nn.Module) -> list[CompressedEmbedding]:
-        """The other modules that look up in the same table."""
-        found: set[nn.Module] = set()
-        for names in compressed_tables(self).values():
-            modules = {self.get_submodule(name) for name in names}
-            found |= modules - {embedding} if embedding in modules else set()
-        return [module for module in found if isinstance(module, CompressedEmbedding)]
+        """The other modules that look up in the same table, told by their codes: the config may say otherwise."""
+        lookups = (module for module in self.modules() if isinstance(module, CompressedEmbedding))
+        return [module for module in lookups if module is not embedding and module.weight is embedding.weight]
+
+    def _is_tied_head(self, head: Any, embedding: nn.Module) -> bool:
+        """Whether a head shares the codes of an embedding, and is to go on doing so."""
+        tables = ({self.get_submodule(name) for name in names} for names in compressed_tables(self).values())
+        shares = isinstance(head, CompressedLinear) and head.weight is embedding.weight
+        return shares and any({head, embedding} <= modules for modules in tables)
 
     def _resize_token_embeddings(
         self, new_num_tokens: int | None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
@@ -384,12 +379,13 @@ class DirEmbedModelMixin(PreTrainedModel):
         if pad_to_multiple_of is not None:
             num_tokens = -(-num_tokens // pad_to_multiple_of) * pad_to_multiple_of
 
+        tied_head = self._is_tied_head(head, embedding)
         resized = self._get_resized_embeddings(embedding, num_tokens, mean_resizing=mean_resizing)
         if resized is not embedding:
             self.set_input_embeddings(resized)
         embedding = resized
 
-        if isinstance(head, CompressedLinear) and head.tied:
+        if tied_head:
             assert isinstance(embedding, CompressedEmbedding)
             head.layout = embedding.layout
             head.out_features = num_tokens  # its codes and its bias follow when the weights are tied again
@@ -405,13 +401,14 @@ class DirEmbedModelMixin(PreTrainedModel):
         return embedding
 
 
-def _table_parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """The parameters of a compressed module that stand for its table, by name."""
-    kept = {"bias", *(name for name, _ in module.named_children() if name not in ("blocks", "shadow"))}
-    return [(name, each) for name, each in module.named_parameters() if name.partition(".")[0] not in kept]
+def _table_parameters(table: Any) -> list[Tensor]:
+    """The parameters of a compressed module that stand for its table."""
+    shadows = (matrix.shadow for _, matrix in table.matrices())
+    learning = [each for shadow in shadows if shadow is not None for each in shadow.parameters()]
+    return [*table.code_tensors().values(), *learning]
 
 
-def _num_weights(table: CompressedTable) -> int:
+def _num_weights(table: Any) -> int:
     """V x d."""
     return sum(matrix.num_rows * matrix.dim for _, matrix in table.matrices())
 

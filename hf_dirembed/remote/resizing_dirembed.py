@@ -36,6 +36,7 @@ def resize_rows(matrix: CompressedMatrix, num_rows: int) -> None:
         matrix.layout = replace(matrix.layout, zero_row=None)
     if matrix.shadow is not None:
         matrix.shadow.follow(matrix)
+    matrix.follow_shadow()
     matrix.seal_codes()
 
 

@@ -91,8 +91,11 @@ def test_trust_remote_code_without_plugin(repos: Path, tmp_path: Path) -> None:
         for name in LOADS:
             folder = repos / name / target
             assert {file.name for file in folder.glob("*.py")} == {
+                "adapters_dirembed.py",
+                "checks_dirembed.py",
                 "codes_dirembed.py",
                 "configuration_dirembed.py",
+                "guarded_dirembed.py",
                 "kernels_dirembed.py",
                 "matrix_dirembed.py",
                 "modeling_dirembed.py",

@@ -114,6 +114,8 @@ def cast_all_by_hand(model: Any, scene: Scene) -> Any:
 def through_a_vector(model: Any, scene: Scene) -> Any:
     parameters = list(model.float().parameters())
     nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(parameters), parameters)
+    for parameter in parameters:
+        parameter.data = parameter.data.clone()  # views of one vector are not saved
     return model
 
 
@@ -177,14 +179,27 @@ def save_and_load(model: Any, scene: Scene) -> Any:
     how: dict[str, Any] = {"dtype": scene.draw.choice(["auto", "auto", torch.float32, torch.bfloat16])}
     if scene.draw.random() < 0.3:
         how["device_map"] = "cpu"
+    if _loses_its_head(model):
+        return model.to(model.dtype if how["dtype"] == "auto" else how["dtype"])
     loader = getattr(transformers, SUBJECTS[scene.name].auto)
     return loader.from_pretrained(scene.folder, **how).eval()
+
+
+def _loses_its_head(model: Any) -> bool:
+    """Whether it is a stock model that shares weights which its config does not tie: it loads with a random head."""
+    weights = [module._parameters.get("weight") for module in model.modules()]
+    shared = len([each for each in weights if each is not None]) > len(
+        {id(each) for each in weights if each is not None}
+    )
+    return shared and not model.config.tie_word_embeddings and not isinstance(model, DirEmbedModelMixin)
 
 
 @action()
 def save_gathered(model: Any, scene: Scene) -> Any:
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.save_pretrained(scene.folder, state_dict=state)
+    if _loses_its_head(model):
+        return model
     loader = getattr(transformers, SUBJECTS[scene.name].auto)
     return loader.from_pretrained(scene.folder, dtype="auto").eval()
 
@@ -398,6 +413,8 @@ def decay_all(model: Any, scene: Scene) -> Any:
 def read_weight(model: Any, scene: Scene) -> Any:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     ids, kind = scene.inputs["input_ids"], scene.draw.randrange(6)
+    if getattr(embedding, "learning", False):
+        return model  # latents that were unfrozen are weights, of their own shape
     if kind == 0:
         read: Any = F.embedding(ids, embedding.weight)
     elif kind == 1:

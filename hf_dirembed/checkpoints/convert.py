@@ -108,10 +108,10 @@ def compress_checkpoint(
         bits, ratio, rank, tables, method, languages, calibration, token_weights, hessian, latent_dtype, settings,
         device, base_model, resume,
     )  # fmt: skip
-    _refuse_nested(source, out)
     with ExitStack() as stack:
         staging = on_main_process(lambda: stack.enter_context(staged_folder(out)))
         folder = resolve_checkpoint(source)
+        _refuse_nested(source, out)
         card_source = Source.of_folder(folder, base_model or hub_id(os.fspath(source)))
         request = replace(request, languages=languages or card_languages(folder), base_model=card_source.base_model)
         model = None
@@ -142,9 +142,9 @@ def expand_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str
     Raises:
         DirEmbedError: If the source is not compressed, or `out` cannot be written.
     """
-    _refuse_nested(source, out)
     with staged_folder(out) as staging:
         folder = resolve_checkpoint(source)
+        _refuse_nested(source, out)
         if not is_compressed(folder):
             raise ModelError(f"{folder} is not a compressed checkpoint: there is nothing to expand")
         model = expand(load_model(folder))

@@ -159,8 +159,8 @@ def check_keys(model: PreTrainedModel, info: Any, ignore_mismatched: bool) -> No
     )
     if mismatched:
         raise CheckpointError(
-            f"the checkpoint does not fit its config: {'; '.join(mismatched)}: leave out what from_pretrained was told "
-            "of the config (once it is loaded, resize_token_embeddings changes the vocabulary), or download the "
+            f"the checkpoint does not fit its config: {'; '.join(mismatched)}: leave out what from_pretrained was "
+            "told of the config (once it is loaded, resize_token_embeddings changes the vocabulary), or download the "
             "compressed model again"
         )
 

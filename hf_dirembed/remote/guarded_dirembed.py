@@ -245,9 +245,14 @@ def opened(tensors: Mapping[str, Tensor]) -> Iterator[None]:
             seal(tensor)
 
 
-def seal(tensor: Tensor) -> None:
-    """Takes codes for right as they are."""
-    if type(tensor) is CodesParameter and not tensor.is_meta:
+def seal(tensor: Tensor, *, anew: bool = True) -> None:
+    """Takes codes for right as they are.
+
+    Args:
+        tensor: The codes; other tensors are left alone.
+        anew: Whether to do so with those that were taken for right before.
+    """
+    if type(tensor) is CodesParameter and not tensor.is_meta and (anew or "_seal" not in vars(tensor)):
         vars(tensor)["_seal"] = (_version(tensor), _checksum(tensor))
 
 
@@ -322,7 +327,8 @@ def _intact(mine: Tensor, value: Tensor, eps: float | None = None) -> Tensor | N
     eps = max(eps or 0.0, torch.finfo(value.dtype).eps)
     if mine.is_floating_point():
         eps = max(eps, torch.finfo(mine.dtype).eps)
-        near = (value.double() - exact.double()).abs() <= 4 * eps * exact.double().abs()
+        least = torch.finfo(mine.dtype).smallest_normal  # below which floats have fewer bits
+        near = (value.double() - exact.double()).abs() <= 4 * eps * (exact.double().abs() + least)
     else:
         near = (value.double() - exact).abs() <= (4 * eps * exact.double().abs().clamp_min(1)).clamp_max(0.45)
     return exact if bool(near.all()) else None

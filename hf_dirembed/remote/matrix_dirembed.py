@@ -314,10 +314,14 @@ class CompressedMatrix(nn.Module):
         for tensor in (self.weight, self.further_weight):
             follow_floats(tensor, self.shadow is not None)
 
-    def seal_codes(self) -> None:
-        """Takes the codes for right as they are now."""
+    def seal_codes(self, *, anew: bool = True) -> None:
+        """Takes the codes for right as they are now.
+
+        Args:
+            anew: Whether to do so with those that were taken for right before.
+        """
         for tensor in self.codes().values():
-            seal(tensor)
+            seal(tensor, anew=anew)
 
     def row_classes(self) -> Tensor:
         """The class of every row, (num_rows,) int32; all zero where the codes are floats."""
@@ -609,7 +613,7 @@ class CompressedMatrix(nn.Module):
             if learns or elsewhere or value.shape != mine.shape:
                 continue
             if intact(mine, value):
-                restored[prefix + name] = plain(mine).clone() if not mine.is_floating_point() else plain(value)
+                restored[prefix + name] = plain(mine).clone()
             elif value.is_floating_point() and not mine.is_floating_point():
                 raise ModelError(CHANGED_CODES)
             else:
@@ -625,6 +629,7 @@ class CompressedMatrix(nn.Module):
         super().__setstate__(state)
         self.guard_codes()  # pickled as plain ones
         self.follow_shadow()
+        self.seal_codes(anew=False)
 
     def __format__(self, format_spec: str) -> str:
         """What an error of PEFT's says of a target that it does not know; no other module is told of a mend there."""

@@ -44,6 +44,7 @@ from .codes_dirembed import (
     first_line,
 )
 from .configuration_dirembed import derive_config_class
+from .guarded_dirembed import plain
 from .matrix_dirembed import CompressedMatrix, freeze, unfreeze
 from .modules_dirembed import (
     CompressedBlocks,
@@ -102,7 +103,7 @@ class DirEmbedModelMixin(PreTrainedModel):
         """
         for name in EMBEDDINGS:
             given = kwargs.get(name)
-            if isinstance(given, Tensor) and not given.is_floating_point():
+            if isinstance(given, Tensor) and given.dtype != self.dtype and self._has_codes_of(given.dtype):
                 raise ModelError(
                     f"{name} are of {given.dtype}: cast them to the model's dtype ({self.dtype}), not to that of the "
                     "table's `weight`, which holds codes"
@@ -177,6 +178,7 @@ class DirEmbedModelMixin(PreTrainedModel):
                 "none of the tables that were compressed is part of this model: make a stock one of it with "
                 "hf_dirembed.expand, and save that"
             )
+        _give_own_memory(state, tables)
         spec = CompressionSpec(
             {path: _narrow_decoders(table_at(self, path), names, state) for path, names in tables.items()},
             {path: _current_record(table_at(self, path)) for path in tables},
@@ -243,6 +245,12 @@ class DirEmbedModelMixin(PreTrainedModel):
                     f"the compressed {path} was replaced by a dense one (set_input_embeddings): make a stock model "
                     "with hf_dirembed.expand, and compress that again if it should be"
                 )
+
+    def _has_codes_of(self, dtype: torch.dtype) -> bool:
+        """Whether a dtype is that of codes, as which states do nothing but harm."""
+        if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+            return not dtype.is_floating_point
+        return any(isinstance(each, CompressedMatrix) and each.weight.dtype == dtype for each in self.modules())
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """The parameters of the dense model that this one stands for; those that learn are counted as they are.
@@ -411,6 +419,17 @@ def _table_parameters(table: Any) -> list[Tensor]:
 def _num_weights(table: Any) -> int:
     """V x d."""
     return sum(matrix.num_rows * matrix.dim for _, matrix in table.matrices())
+
+
+def _give_own_memory(state: dict[str, Tensor], tables: dict[str, set[str]]) -> None:
+    """Copies tensors of a state dict that tables share which the config does not tie: files have both of them."""
+    owners: dict[int, str] = {}
+    for path, names in tables.items():
+        for key, tensor in state.items():
+            if tensor.is_meta or hasattr(tensor, "device_mesh") or not key.startswith(tuple(f"{n}." for n in names)):
+                continue
+            if owners.setdefault(plain(tensor).data_ptr(), path) != path:
+                state[key] = plain(tensor).clone()
 
 
 def _are_one(tensor: Tensor, other: Tensor) -> bool:

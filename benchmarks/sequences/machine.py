@@ -106,6 +106,12 @@ def _do(sequence: Sequence, name: str, models: list[Any], seed: str, folder: Pat
         return models
 
     try:
+        _answers(sequence.subject, results[1:], folder)
+    except Exception:  # some models of transformers do not outlive an untied config
+        sequence.failed = True
+        return models
+
+    try:
         if act.compares:
             sequence.finding = _difference(*_answers(sequence.subject, results, folder), results)
         if act.rebases:

@@ -163,6 +163,22 @@ def test_lora_on_packed_codes_is_refused() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("modules", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+@pytest.mark.parametrize("method", BUDGETS)
+@pytest.mark.parametrize("unfrozen", [False, True])
+def test_tying_what_is_saved_whole_is_refused_when_it_wraps(unfrozen: bool, method: str, modules: list[str]) -> None:
+    """PEFT makes a dense head of the other's weight then, which holds codes."""
+    model = make("llama-tied", AUTO, method)
+    if unfrozen:
+        model.unfreeze_codes()
+    config = peft.LoraConfig(
+        target_modules=["q_proj"], modules_to_save=modules, ensure_weight_tying=True, task_type="CAUSAL_LM"
+    )
+    with pytest.raises(ModelError, match=r"hf_dirembed\.expand|unfreeze_codes"):
+        peft.get_peft_model(model, config)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_a_refusal_leaves_the_model_as_it_was() -> None:
     model = make("llama-tied", AUTO)
     before, modules = logits(model), [type(module) for module in model.modules()]
@@ -175,9 +191,8 @@ def test_a_refusal_leaves_the_model_as_it_was() -> None:
 
 def test_float_latents_are_saved_whole_once_they_are_unfrozen(tmp_path: Path) -> None:
     config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
-    adapted = peft.get_peft_model(make("llama-untied", AUTO, "direction"), config)
     with pytest.raises(ModelError, match="call unfreeze_codes"):
-        train(adapted)
+        peft.get_peft_model(make("llama-untied", AUTO, "direction"), config)
 
     def unfrozen() -> PreTrainedModel:
         model = make("llama-untied", AUTO, "direction")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from .calibration.text import Texts
 from .compression.compress import Settings
 from .conversion import restore
 from .errors import ModelError
+from .hub.publishing import remove_traces
 from .pipeline import compress_model
 from .remote.modeling_dirembed import DirEmbedModelMixin
 from .request import CompressionRequest
@@ -115,4 +118,16 @@ def expand(model: PreTrainedModel) -> PreTrainedModel:
     """
     if not isinstance(model, DirEmbedModelMixin):
         raise ModelError(f"{type(model).__name__} is not compressed: there is nothing to expand")
-    return restore(model)
+    stock = restore(model)
+    vars(stock)["save_pretrained"] = MethodType(_save_over_compressed, stock)
+    return stock
+
+
+def _save_over_compressed(self: PreTrainedModel, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
+    """Like the class's; a folder that held a compressed model holds none of its code, card and figures afterwards."""
+    saved = type(self).save_pretrained(self, save_directory, *args, **kwargs)
+    remove_traces(save_directory)
+    return saved
+
+
+_save_over_compressed.__name__ = "save_pretrained"  # by which pickle finds the method again, the class's

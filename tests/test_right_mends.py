@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import stat
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import hf_dirembed
 from hf_dirembed.checkpoints.convert import compress_checkpoint, expand_checkpoint
 from hf_dirembed.errors import BudgetError, CalibrationError, CheckpointError, EvaluationError, OptionError
 from hf_dirembed.evaluation.data import load_text
+from hf_dirembed.hub.publishing import write_checkpoint_card
 
 
 AUTO = "AutoModelForCausalLM"
@@ -113,6 +116,19 @@ def test_an_expanded_folder_holds_nothing_of_ours(dense: Path, tmp_path: Path) -
     names = {file.name for file in (tmp_path / "stock").rglob("*")}
     assert names == {"config.json", "model.safetensors", "vocab.txt"}
     assert "dirembed" not in (tmp_path / "stock" / "config.json").read_text()
+
+
+def test_a_stock_model_saved_over_a_compressed_one_leaves_nothing_of_ours(tmp_path: Path) -> None:
+    """However often it is copied before; what somebody wrote by hand stays."""
+    model = hf_dirembed.compress(FAMILIES["bert"].make("AutoModel"), bits=4)
+    for number, copied in enumerate((copy.deepcopy, lambda each: each)):
+        folder = tmp_path / str(number)
+        model.save_pretrained(folder)
+        write_checkpoint_card(folder)
+        (folder / "mine_dirembed.py").write_text("")
+        copied(hf_dirembed.expand(copy.deepcopy(model))).save_pretrained(folder)
+        assert {file.name for file in folder.rglob("*")} == {"config.json", "model.safetensors", "mine_dirembed.py"}
+    assert pickle.loads(pickle.dumps(hf_dirembed.expand(model))).save_pretrained
 
 
 @pytest.mark.parametrize("tied_config", [True, False])

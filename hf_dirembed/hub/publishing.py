@@ -11,7 +11,9 @@ from transformers import PreTrainedModel
 
 from ..checkpoints.summary import inspect_checkpoint
 from ..errors import CheckpointError, first_line
-from .card import CARD_NAME, is_generated, write_card
+from ..evaluation.results import RESULTS_NAME
+from ..remote import configuration_dirembed
+from .card import CARD_NAME, PICTURE_NAME, RESULTS_FILE, is_generated, write_card
 from .metadata import card_metadata
 from .source import Source, find_source
 
@@ -68,6 +70,27 @@ def upload_checkpoint(folder: str | os.PathLike[str], repo_id: str, *, private: 
             f"{repo_id} takes no upload ({first_line(error)}): check its name and run hf auth login"
         ) from error
     return str(repo)
+
+
+def remove_traces(folder: str | os.PathLike[str]) -> None:
+    """Removes what a compressed model has beside config and weights, from a folder that a stock one was saved over.
+
+    A card or results that somebody wrote by hand stay, and so do files that are only called alike.
+
+    Args:
+        folder: It need not have held a compressed model.
+    """
+    held = Path(folder)
+    if not (held / f"{configuration_dirembed.__name__.rpartition('.')[2]}.py").is_file():
+        return
+    code = {file.name for file in Path(configuration_dirembed.__file__).parent.glob("*_dirembed.py")}
+    for name in (*code, PICTURE_NAME, RESULTS_NAME, RESULTS_FILE):
+        (held / name).unlink(missing_ok=True)
+    if (held / CARD_NAME).is_file() and is_generated(held / CARD_NAME):
+        (held / CARD_NAME).unlink()
+    results = (held / RESULTS_FILE).parent
+    if results.is_dir() and not any(results.iterdir()):
+        results.rmdir()
 
 
 def write_upload_card(model: PreTrainedModel, folder: str, repo_id: str) -> None:

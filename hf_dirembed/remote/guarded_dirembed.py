@@ -207,11 +207,16 @@ def guard(parameter: Tensor | None) -> None:
         parameter.__class__ = CodesParameter
 
 
+def mark(parameter: Tensor) -> None:
+    """Has a plain parameter, of latents that learn, known for codes, which no dense module has for its weight."""
+    vars(parameter)["_holds_codes"] = True
+
+
 def unguard(parameter: Tensor | None) -> None:
     """Makes a parameter of codes, such as latents that are to learn, a plain one, the object that it is."""
     if type(parameter) is CodesParameter:
         parameter.__class__ = nn.Parameter  # type: ignore[assignment]
-        vars(parameter)["_holds_codes"] = True
+        mark(parameter)
         for name in ("_alias", "_seal", "_open", "_scale", "_follows"):
             vars(parameter).pop(name, None)
 

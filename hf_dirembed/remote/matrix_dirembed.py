@@ -29,6 +29,7 @@ from .guarded_dirembed import (
     follow_floats,
     guard,
     intact,
+    mark,
     opened,
     plain,
     seal,
@@ -306,7 +307,9 @@ class CompressedMatrix(nn.Module):
     def guard_codes(self) -> None:
         """Makes guarded parameters of the codes again, but of latents and outliers that were unfrozen."""
         for tensor in self.codes().values():
-            if not (self.learning and tensor.is_floating_point()):
+            if self.learning and tensor.is_floating_point():
+                mark(tensor)
+            else:
                 guard(tensor)
 
     def follow_shadow(self) -> None:

@@ -322,6 +322,8 @@ def averaged_model(model: Any, scene: Scene) -> Any:
         average.update_parameters(model)
         _train(model, scene)
     average.update_parameters(model)
+    for mine, theirs in zip(average.module.buffers(), model.buffers(), strict=True):
+        mine.copy_(theirs)  # positions, of which `use_buffers` makes other integers
     return average.module
 
 

@@ -181,8 +181,8 @@ class CompressedMatrix(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Like torch's; codes become parameters that refuse to be taken for weights."""
-        if name in CODE_TENSORS and name not in DECODER_TENSORS and not self.learning:
-            guard(param)
+        if name in CODE_TENSORS and name not in DECODER_TENSORS and param is not None:
+            self._guard(param)
         super().register_parameter(name, param)
 
     def _as_codes(self, name: str, value: nn.Parameter) -> nn.Parameter:
@@ -203,9 +203,15 @@ class CompressedMatrix(nn.Module):
             if not kept:
                 raise ModelError(CHANGED_CODES)
             return mine
-        if not self.learning:
-            guard(value)
+        self._guard(value)
         return value
+
+    def _guard(self, tensor: Tensor) -> None:
+        """Makes a guarded parameter of codes, but of latents and outliers that were unfrozen."""
+        if self.learning and tensor.is_floating_point():
+            mark(tensor)
+        else:
+            guard(tensor)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -305,12 +311,10 @@ class CompressedMatrix(nn.Module):
                 verify(tensor, values=values)
 
     def guard_codes(self) -> None:
-        """Makes guarded parameters of the codes again, but of latents and outliers that were unfrozen."""
+        """Makes guarded parameters of the codes again."""
         for tensor in self.codes().values():
-            if self.learning and tensor.is_floating_point():
-                mark(tensor)
-            else:
-                guard(tensor)
+            self._guard(tensor)
+        self.follow_shadow()
 
     def follow_shadow(self) -> None:
         """Tells the codes whether there are floats that learn for them."""
@@ -631,7 +635,6 @@ class CompressedMatrix(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.guard_codes()  # pickled as plain ones
-        self.follow_shadow()
         self.seal_codes(anew=False)
 
     def __format__(self, format_spec: str) -> str:

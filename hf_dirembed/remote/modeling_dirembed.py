@@ -178,7 +178,7 @@ class DirEmbedModelMixin(PreTrainedModel):
                 "none of the tables that were compressed is part of this model: make a stock one of it with "
                 "hf_dirembed.expand, and save that"
             )
-        _give_own_memory(state, tables)
+        _give_own_memory(state, self.get_expanded_tied_weights_keys(all_submodels=True))
         spec = CompressionSpec(
             {path: _narrow_decoders(table_at(self, path), names, state) for path, names in tables.items()},
             {path: _current_record(table_at(self, path)) for path in tables},
@@ -421,15 +421,15 @@ def _num_weights(table: Any) -> int:
     return sum(matrix.num_rows * matrix.dim for _, matrix in table.matrices())
 
 
-def _give_own_memory(state: dict[str, Tensor], tables: dict[str, set[str]]) -> None:
-    """Copies tensors of a state dict that tables share which the config does not tie: files have both of them."""
+def _give_own_memory(state: dict[str, Tensor], ties: dict[str, str]) -> None:
+    """Copies tensors of a state dict that share memory without being tied by the config: files have all of them."""
     owners: dict[int, str] = {}
-    for path, names in tables.items():
-        for key, tensor in state.items():
-            if tensor.is_meta or hasattr(tensor, "device_mesh") or not key.startswith(tuple(f"{n}." for n in names)):
-                continue
-            if owners.setdefault(plain(tensor).data_ptr(), path) != path:
-                state[key] = plain(tensor).clone()
+    for key, tensor in state.items():
+        if tensor.is_meta or hasattr(tensor, "device_mesh") or not tensor.numel():
+            continue
+        owner = owners.setdefault(plain(tensor).data_ptr(), key)
+        if owner != key and key not in ties and owner not in ties:
+            state[key] = plain(tensor).clone()
 
 
 def _are_one(tensor: Tensor, other: Tensor) -> bool:

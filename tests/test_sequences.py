@@ -7,7 +7,7 @@ import pytest
 from benchmarks.sequences.machine import run
 
 
-LENGTH = 4
+LENGTH = 3
 
 
 @pytest.mark.parametrize("part", range(10))

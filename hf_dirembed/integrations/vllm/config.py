@@ -35,8 +35,9 @@ def served_config(config_dict: dict[str, Any], config: Any) -> tuple[dict[str, A
 
     base: Any = type(config)
     config.__class__ = base.base_class
-    config.architectures = [name.removeprefix("DirEmbed") for name in config.architectures or []]
+    served: Any = config
+    served.architectures = [name.removeprefix("DirEmbed") for name in served.architectures or []]
     quantization = config_dict.get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == MODEL_TYPE:  # for stock classes only
         config_dict = {name: value for name, value in config_dict.items() if name != "quantization_config"}
-    return {**config_dict, "model_type": config.model_type}, config
+    return {**config_dict, "model_type": served.model_type}, served

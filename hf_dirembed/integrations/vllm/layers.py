@@ -111,7 +111,7 @@ def vocabulary_layers(model: nn.Module) -> dict[nn.Parameter, list[tuple[str, An
     found: dict[nn.Parameter, list[tuple[str, Any]]] = {}
     for name, module in model.named_modules():
         if isinstance(module, VocabParallelEmbedding):
-            weight = getattr(module, "weight", None)
+            weight: Any = getattr(module, "weight", None)
             if isinstance(getattr(weight, "weight_loader", None), Waiting):
                 found.setdefault(weight, []).append((name, module))
     return found
@@ -132,6 +132,8 @@ def load_tables(
         spec: What the config says of the tables.
         load: The model's own `load_weights`, whose mapping of names says which layer each table goes to.
         weights: The tensors of the checkpoint.
+        *args: What else `load` takes.
+        **kwargs: Likewise.
 
     Returns:
         What `load` returns: the names that were loaded.
@@ -187,8 +189,8 @@ def _refuse_elsewhere(model: nn.Module, paths: list[str]) -> None:
     for name, parameter in model.named_parameters():
         if _begins_with_nan(parameter):
             raise ModelError(
-                f"{type(model).__name__} has {name} elsewhere than in one of vLLM's vocabulary layers, so it cannot be "
-                f"a compressed table ({', '.join(paths)}): expand the model first with hf-dirembed expand"
+                f"{type(model).__name__} has {name} in no vocabulary layer of vLLM's, so it cannot be a compressed "
+                f"table ({', '.join(paths)}): expand the model first with hf-dirembed expand"
             )
 
 
@@ -198,12 +200,13 @@ def _begins_with_nan(tensor: Tensor) -> bool:
 
 def serving_class(base: Any) -> Any:
     """A class of vLLM's models whose vocabulary layers wait for what the checkpoint has for them."""
+
     @functools.wraps(base.__init__)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def make(self: Any, *args: Any, **kwargs: Any) -> None:
         with waiting_tables():
             base.__init__(self, *args, **kwargs)
         config = kwargs["vllm_config"].model_config.hf_config
         spec = CompressionSpec.from_dict(config.dirembed)
         vars(self)["load_weights"] = functools.partial(load_tables, self, spec, self.load_weights)
 
-    return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})
+    return type(base.__name__, (base,), {"__init__": make, "__module__": base.__module__})

@@ -22,9 +22,9 @@ _DTYPES = {
 class TableTensors:
     """Sets the tensors of compressed tables aside while a checkpoint is read.
 
-    Each table is passed on as one tensor, under the name that the dense table would have: a stand-in of its shape that
-    holds no memory, and a NaN for each number. Whoever is given a stand-in can be asked for the table with it; its NaNs
-    show where one was used as a table.
+    Each table is passed on as one tensor, under the name that the dense table would have: a stand-in of its shape,
+    which holds no memory. What gets a stand-in asks for its table by it. Its numbers are NaNs, which show where one
+    was taken for a table.
 
     Args:
         spec: What the config states.
@@ -34,8 +34,11 @@ class TableTensors:
         >>> layout = {"method": "svd", "rank": 2, "codes": "float32", "decoder": "float32"}
         >>> spec = CompressionSpec.from_dict({"format": 2, "tables": {"embed_tokens": layout}})
         >>> tables = TableTensors(spec, torch.float32)
-        >>> file = {"embed_tokens.decoder_weight": torch.ones(2, 4), "embed_tokens.weight": torch.ones(9, 2)}
-        >>> [(name, tuple(tensor.shape)) for name, tensor in tables.pass_on({**file, "norm.weight": torch.ones(4)}.items())]
+        >>> file = {
+        ...     "embed_tokens.decoder_weight": torch.ones(2, 4), "embed_tokens.weight": torch.ones(9, 2),
+        ...     "norm.weight": torch.ones(4),
+        ... }  # fmt: skip
+        >>> [(name, tuple(tensor.shape)) for name, tensor in tables.pass_on(file.items())]
         [('embed_tokens.weight', (9, 4)), ('norm.weight', (4,))]
     """
 
@@ -72,9 +75,7 @@ class TableTensors:
             yield from ((f"{prefix}.{part}", tensor) for part, tensor in own.items())
 
         lacking = {path: parts_of_layout(layout) - set(exact[path]) for path, layout in self.spec.tables.items()}
-        names = sorted(
-            f"{path}.{part}" for path, parts in lacking.items() if path not in self.found for part in parts
-        )
+        names = sorted(f"{path}.{part}" for path, parts in lacking.items() if path not in self.found for part in parts)
         if names:
             raise CheckpointError(f"the checkpoint lacks {names}: {AGAIN}")
 

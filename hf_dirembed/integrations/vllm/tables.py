@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...remote.codes_dirembed import CheckpointError, Layout, ModelError, TableLayout, TableRecord, checksum
+from ...remote.codes_dirembed import (
+    CheckpointError,
+    CompressionSpec,
+    Layout,
+    ModelError,
+    TableLayout,
+    TableRecord,
+    checksum,
+)
 from ...remote.matrix_dirembed import DECODER_TENSORS
 from ...remote.modeling_dirembed import AGAIN, check_table
 from ...remote.modules_dirembed import CompressedLinear
@@ -119,9 +127,9 @@ def _matrix(
 
 def _check_checksum(path: str, layout: Layout, record: TableRecord, tensors: Mapping[str, Tensor]) -> None:
     """Refuses codes that are not those that the record tells of; float codes of another dtype are not compared."""
-    matrices = [("", layout)] if isinstance(layout, TableLayout) else [(p, block) for p, _, block in layout.named_blocks()]
     as_stated = all(
-        block.packed or str(tensors[f"{prefix}weight"].dtype) == f"torch.{block.codes}" for prefix, block in matrices
+        each.packed or str(tensors[f"{place}.weight".removeprefix(f"{path}.")].dtype) == f"torch.{each.codes}"
+        for place, each in CompressionSpec({path: layout}).matrices()
     )
     if record.checksum is None or not as_stated:
         return

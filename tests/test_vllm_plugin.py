@@ -205,7 +205,7 @@ def test_registering_with_a_vllm_of_other_insides(monkeypatch, caplog):
     plugin.register()
     (record,) = caplog.records
     assert record.levelname == "WARNING"
-    assert record.getMessage().startswith("hf_dirembed does not know vLLM 9.9.1 (ModuleNotFoundError")
+    assert record.getMessage().startswith("hf_dirembed does not know this vLLM, 9.9.1 (ModuleNotFoundError")
     assert "\n" not in record.getMessage()
 
 

@@ -6,7 +6,6 @@ import logging
 
 
 logger = logging.getLogger("vllm.plugins.hf_dirembed")  # below vLLM's own, which is shown
-TESTED = "0.32"
 
 
 def register() -> None:
@@ -29,10 +28,9 @@ def register() -> None:
         install()
     except Exception as error:  # of any kind: vLLM's insides may have become anything
         logger.warning(
-            "hf_dirembed does not know vLLM %s (%s: %s): it was written for %s, compressed models will not load; "
-            "expand them with hf-dirembed expand",
+            "hf_dirembed does not know this vLLM, %s (%s: %s): compressed models will not load in it; expand them "
+            "with hf-dirembed expand, or install a vLLM that docs/serving.md names",
             version,
             type(error).__name__,
             error,
-            TESTED,
         )

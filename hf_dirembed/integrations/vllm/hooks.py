@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm import __version__ as version
+from vllm.logger import init_logger
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.transformers_utils import config as vllm_config
@@ -16,9 +18,11 @@ from vllm.transformers_utils import config as vllm_config
 from .config import served_config
 
 
+TESTED = "0.32"
 DENSE_METHOD: Any = UnquantizedEmbeddingMethod  # makes the weight of vocabulary layers that nothing quantises
 _PARSERS: dict[str, Any] = vllm_config._CONFIG_FORMAT_TO_CONFIG_PARSER  # `register_config_parser("hf")` would warn
 _MARK = "hf_dirembed"  # of what is hooked in already
+logger = init_logger("vllm.plugins.hf_dirembed")
 _serving_classes: dict[type, type] = {}
 
 
@@ -40,7 +44,10 @@ def _reading_ours(parser: Any) -> type:
     """A parser of configs that reads those of compressed models as their bases'."""
 
     def parse(self: Any, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
-        return served_config(*parser.parse(self, *args, **kwargs))
+        config_dict, config = served_config(*parser.parse(self, *args, **kwargs))
+        if hasattr(config, "dirembed") and not version.startswith(f"{TESTED}."):
+            logger.warning_once(f"hf_dirembed was tested with vLLM {TESTED}, and this is {version}")
+        return config_dict, config
 
     return type(parser.__name__, (parser,), {"parse": parse, _MARK: True})
 
@@ -55,7 +62,7 @@ def _serving_ours(resolve: Any) -> Any:
         if found not in _serving_classes:
             from .layers import serving_class
 
-            _serving_classes[found] = serving_class(found)
+            _serving_classes[found] = serving_class(found, DENSE_METHOD)
         return _serving_classes[found], architecture
 
     setattr(resolve_model_cls, _MARK, True)

@@ -14,7 +14,6 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 
 from ...remote.codes_dirembed import CheckpointError, CompressionSpec, ModelError
 from ...remote.modeling_dirembed import AGAIN
-from .hooks import DENSE_METHOD
 from .names import TableTensors
 from .tables import ServedTable, build_table, fitted
 
@@ -87,9 +86,13 @@ class Waiting:
 
 
 @contextmanager
-def waiting_tables() -> Iterator[None]:
-    """Vocabulary layers that are made in this context hold no memory until it is known what they are to hold."""
-    stock = DENSE_METHOD.create_weights
+def waiting_tables(dense_method: Any) -> Iterator[None]:
+    """Vocabulary layers that are made in this context hold no memory until it is known what they are to hold.
+
+    Args:
+        dense_method: The class that makes the weights of those that nothing quantises; changed while this lasts.
+    """
+    stock = dense_method.create_weights
 
     def create_weights(self: Any, layer: Any, *args: Any, params_dtype: torch.dtype, **attributes: Any) -> None:
         shape = layer.num_embeddings_per_partition, layer.embedding_dim
@@ -99,11 +102,11 @@ def waiting_tables() -> Iterator[None]:
             setattr(weight, name, value)
         layer.register_parameter("weight", weight)
 
-    DENSE_METHOD.create_weights = create_weights
+    dense_method.create_weights = create_weights
     try:
         yield
     finally:
-        DENSE_METHOD.create_weights = stock
+        dense_method.create_weights = stock
 
 
 def vocabulary_layers(model: nn.Module) -> dict[nn.Parameter, list[tuple[str, Any]]]:
@@ -198,12 +201,17 @@ def _begins_with_nan(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.numel() > 0 and bool(tensor[(0,) * tensor.ndim].isnan())
 
 
-def serving_class(base: Any) -> Any:
-    """A class of vLLM's models whose vocabulary layers wait for what the checkpoint has for them."""
+def serving_class(base: Any, dense_method: Any) -> Any:
+    """A class of vLLM's models whose vocabulary layers wait for what the checkpoint has for them.
+
+    Args:
+        base: vLLM's own class.
+        dense_method: The class that makes the weights of vocabulary layers that nothing quantises.
+    """
 
     @functools.wraps(base.__init__)
     def make(self: Any, *args: Any, **kwargs: Any) -> None:
-        with waiting_tables():
+        with waiting_tables(dense_method):
             base.__init__(self, *args, **kwargs)
         config = kwargs["vllm_config"].model_config.hf_config
         spec = CompressionSpec.from_dict(config.dirembed)

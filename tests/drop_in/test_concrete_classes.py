@@ -40,7 +40,8 @@ def test_a_stock_class_loads_it(
         again = base.from_pretrained(tmp_path / "one")
     finally:
         transformers.logging.set_verbosity_error()
-    assert caplog.records == []
+    # some versions of transformers warn of Gemma's nested `rope_parameters`, of dense checkpoints as well
+    assert [record for record in caplog.records if record.name != "transformers.modeling_rope_utils"] == []
     assert isinstance(again, base)
     assert type(again) is type(model)
     assert type(again.config) is type(model.config)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...remote.codes_dirembed import BIT_WIDTHS, RowClass
 from ...remote.kernels_dirembed import PackedRows
-from ...remote.products_dirembed import read_rows, rows_product
+from ...remote.products_dirembed import read_rows
 
 
 @torch.library.custom_op("hf_dirembed::read_rows", mutates_args=())
@@ -43,39 +43,6 @@ def _(
     return ids.new_empty(*ids.shape, rank, dtype=torch.float32)
 
 
-@torch.library.custom_op("hf_dirembed::rows_product", mutates_args=())
-def _rows_product(
-    states: Tensor,
-    weight: Tensor,
-    codebook: Tensor,
-    latents: Tensor,
-    steps: Tensor,
-    rows: Tensor,
-    class_counts: Tensor | None,
-    further: Tensor | None,
-    classes: list[int],
-    rank: int,
-) -> Tensor:
-    packed = _packed(weight, codebook, latents, steps, rows, class_counts, further, classes, rank)
-    return rows_product(states, packed)
-
-
-@_rows_product.register_fake
-def _(
-    states: Tensor,
-    weight: Tensor,
-    codebook: Tensor,
-    latents: Tensor,
-    steps: Tensor,
-    rows: Tensor,
-    class_counts: Tensor | None,
-    further: Tensor | None,
-    classes: list[int],
-    rank: int,
-) -> Tensor:
-    return states.new_empty(*states.shape[:-1], weight.shape[0])
-
-
 def read_rows_unseen(rows: PackedRows, ids: Tensor) -> Tensor:
     """[`hf_dirembed.remote.products_dirembed.read_rows`] in float32, which compilers do not trace.
 
@@ -91,12 +58,6 @@ def read_rows_unseen(rows: PackedRows, ids: Tensor) -> Tensor:
     """
     read: Tensor = _read_rows(ids, *_tensors(rows), _numbers(rows.classes), rows.rank)
     return read
-
-
-def rows_product_unseen(states: Tensor, rows: PackedRows) -> Tensor:
-    """[`hf_dirembed.remote.products_dirembed.rows_product`], which compilers do not trace."""
-    product: Tensor = _rows_product(states, *_tensors(rows), _numbers(rows.classes), rows.rank)
-    return product
 
 
 def _tensors(rows: PackedRows) -> tuple[Tensor | None, ...]:

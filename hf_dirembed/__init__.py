@@ -18,6 +18,7 @@ with importing_quietly():  # of what other packages have to say about themselves
         CheckpointError,
         DirEmbedError,
         EvaluationError,
+        ExportError,
         ModelError,
         OptionError,
         SpecError,
@@ -25,6 +26,7 @@ with importing_quietly():  # of what other packages have to say about themselves
         UnreadableCheckpointError,
         WeightsError,
     )
+    from .exporting.export import export
     from .hub.publishing import write_upload_card
     from .integrations import quantizer  # noqa: F401 (it registers itself)
     from .integrations.quantization_config import DirEmbedQuantizationConfig
@@ -59,6 +61,7 @@ __all__ = [
     "DirEmbedError",
     "DirEmbedQuantizationConfig",
     "EvaluationError",
+    "ExportError",
     "ModelError",
     "OptionError",
     "SpecError",
@@ -72,5 +75,6 @@ __all__ = [
     "calibrate",
     "compress",
     "expand",
+    "export",
     "find_tables",
 ]

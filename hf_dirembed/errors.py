@@ -21,6 +21,7 @@ __all__ = [
     "CheckpointError",
     "DirEmbedError",
     "EvaluationError",
+    "ExportError",
     "ModelError",
     "OptionError",
     "SpecError",
@@ -37,6 +38,10 @@ class CalibrationError(DirEmbedError):
 
 class EvaluationError(DirEmbedError):
     """A model cannot be evaluated: the data, a setting, or the model itself does not fit the task."""
+
+
+class ExportError(DirEmbedError):
+    """A model cannot be exported to ONNX, or the file that was made does not answer as the model does."""
 
 
 class WeightsError(DirEmbedError):

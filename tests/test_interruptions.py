@@ -204,7 +204,7 @@ def test_a_full_disk_is_said(command: str, compressed: Path, tmp_path: Path, mon
     arguments = COMMANDS[command].format(new=tmp_path / "new", text=compressed.with_name("text.txt"), **paths)
     before = contents(compressed.parent)
     monkeypatch.setattr(os, "fsync", full)  # what a file system may put off until then
-    monkeypatch.setattr(checkpoint, "_copy_companions", full)
+    monkeypatch.setattr(checkpoint, "copy_companions", full)
     fails(arguments, "No space left on device")
     assert contents(compressed.parent) == before
     assert not list(tmp_path.iterdir())

@@ -121,7 +121,7 @@ def compress_checkpoint(
             request = replace(request, calibration=used, resume=None)
 
         def write() -> CheckpointSummary:
-            _copy_companions(folder, staging)
+            copy_companions(folder, staging)
             stored = StoredTables.find(folder, request.names) if model is None else None
             if stored is not None:
                 stored.compress(staging, load_tokenizer(folder), request)
@@ -148,11 +148,11 @@ def expand_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str
         if not is_compressed(folder):
             raise ModelError(f"{folder} is not a compressed checkpoint: there is nothing to expand")
         model = expand(load_model(folder))
-        _copy_companions(folder, staging)
+        copy_companions(folder, staging)
         model.save_pretrained(staging)
 
 
-def _copy_companions(source: Path, target: Path) -> None:
+def copy_companions(source: Path, target: Path) -> None:
     """Copies what stands beside the weights: tokenizer, pooling modules, prompts."""
 
     def left_out(folder: str, names: list[str]) -> set[str]:

@@ -17,6 +17,9 @@ from ..checkpoints.loading import resolve_checkpoint
 from ..checkpoints.summary import CheckpointSummary, TableSummary, inspect_checkpoint
 from ..compression.compress import METHODS, SETTINGS
 from ..errors import CheckpointError, DirEmbedError, OptionError
+from ..exporting.export import export as export_checkpoint
+from ..exporting.folder import POOLINGS
+from ..exporting.quantise import BODIES
 from ..hub.publishing import upload_checkpoint, write_checkpoint_card
 from ..processes import is_main_process
 from .demo import PAIRS, SENTENCES, DemoResult, run_demo
@@ -213,6 +216,39 @@ def expand(folder: str, out: Path) -> None:
     """Expand DIR, a compressed folder or Hub id, into the stock checkpoint OUT, which loads without this package."""
     expand_checkpoint(folder, out)
     click.echo(f"{out}: a stock checkpoint", err=True)
+
+
+@main.command(short_help="Write an encoder or classifier as ONNX, for engines without the plugin.")
+@click.argument("src")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--body",
+    default="fp32",
+    show_default=True,
+    help="Beside model.onnx, whose body is in float32: int8 adds model_quantized.onnx, int8-weights, which is closer "
+    "to the model, model_int8.onnx.",
+)
+@click.option("--opset", type=int, help="Version of ONNX's operators.  [default: the exporter's]")
+@click.option(
+    "--pooling",
+    help=f"How token vectors become one of the text, where SRC does not say: one of {', '.join(POOLINGS)}.",
+)
+@click.option("--method", default="transform", show_default=True, help=f"One of {', '.join(METHODS)}; of a dense SRC.")
+@budget_options
+@click.option("--languages", help="Languages of the text that the model is for, like en,de.  [default: the card's]")
+@click.option("--calibrate", metavar="TEXT", help="As for compress; of a dense SRC.")
+@click.option("--base-model", metavar="REPO", help="Hub id of SRC, for the model card.  [default: SRC, if it is one]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def export(src: str, out: Path, languages: str | None, calibrate: str | None, as_json: bool, **options: Any) -> None:
+    """Export SRC, a compressed folder or Hub id, or a dense one and a budget, into the folder OUT, as ONNX."""
+    summary = export_checkpoint(src, out, languages=_listed(languages), calibration=calibrate, **options)
+    if as_json:
+        click.echo(json.dumps(asdict(summary)))
+        return
+    click.echo(f"{'dense, float32':<28} {_size(summary.dense_bytes)}")
+    for file in summary.files:
+        said = f"differs by {file.difference:.0e}" if file.cosine is None else f"cosine {file.cosine:.4f} at least"
+        click.echo(f"{file.name:<28} {_size(file.num_bytes)}, {BODIES[file.body].description} ({said})")
 
 
 @main.command(short_help="Compress a real model and show what changed.")

@@ -126,7 +126,7 @@ def export(
         }  # fmt: skip
         origin, model, tokenizer = _load(folder, base_model or hub_id(os.fspath(source)), pooling, options)
         model = model.float().eval()
-        inputs = _input_names(tokenizer)
+        inputs = input_names(tokenizer)
         graph, lookups = _make_checked_graph(model, inputs, opset)
 
         write_companions(folder, model, pooling, staging)
@@ -177,7 +177,7 @@ def _class_to_export(folder: Path, *, encodes: bool) -> Any:
     return AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
 
 
-def _input_names(tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, ...]:
+def input_names(tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, ...]:
     """The inputs that a tokenizer gives, of those that encoders of text have."""
     given = ["input_ids", "attention_mask"] if tokenizer is None else tokenizer.model_input_names
     return ("input_ids", "attention_mask", *(["token_type_ids"] if "token_type_ids" in given else ()))

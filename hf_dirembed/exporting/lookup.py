@@ -14,7 +14,7 @@ from ..remote.codes_dirembed import MAX_CLASSES
 from ..remote.matrix_dirembed import CompressedMatrix
 from ..remote.modules_dirembed import CompressedLookup
 from .graph import GraphPart
-from .packed import STATES, WORD_BITS, RowStream, Slots
+from .packed import STATES, RowStream, Slots
 
 
 def add_lookup(part: GraphPart, table: CompressedLookup, ids: str) -> str:
@@ -61,7 +61,7 @@ def _add_floats(part: GraphPart, matrix: CompressedMatrix, ids: str) -> str:
 
 
 def _add_packed(part: GraphPart, matrix: CompressedMatrix, ids: str) -> str:
-    """Adds the lookup of packed codes: words -> states -> levels -> rows."""
+    """Adds the lookup of packed codes: bytes -> states -> levels -> rows."""
     slots = Slots.of(matrix)
 
     # what is stored of a row beside its codes: its class and its scale
@@ -72,10 +72,10 @@ def _add_packed(part: GraphPart, matrix: CompressedMatrix, ids: str) -> str:
         return part.add("Gather", part.constant(name, table), row_class)
 
     # of each slot, the 8 bits that begin with its code, and where the levels are that they stand for
-    words = part.add(
+    pairs = part.add(
         "GatherElements", _add_pairs(part, RowStream.of(matrix), ids), of_class("pair", slots.pair), axis=-1
     )
-    shifted = part.add("BitShift", words, of_class("shift", slots.shift), direction="RIGHT")
+    shifted = part.add("BitShift", pairs, of_class("shift", slots.shift), direction="RIGHT")
     states = part.add("BitwiseAnd", shifted, part.constant("state_bits", numpy.uint32(STATES - 1)))
     places = part.cast(part.add("BitwiseOr", states, of_class("book", slots.book)), numpy.int32)
     levels = part.add("Gather", part.constant("levels", slots.levels), places)
@@ -85,20 +85,20 @@ def _add_packed(part: GraphPart, matrix: CompressedMatrix, ids: str) -> str:
 
 
 def _add_pairs(part: GraphPart, stream: RowStream, ids: str) -> str:
-    """Adds what reads rows as pairs of words that overlap: (batch, length, words - 1) uint32."""
-    words = part.constant("words", stream.words)
+    """Adds what reads rows as pairs of bytes that overlap: (batch, length, bytes - 1) uint32."""
+    codes = part.constant("codes", stream.stream)
     if stream.begins is None:
         where = ids
     else:
         begin = part.add("Gather", part.constant("begins", stream.begins[:, None]), ids)
-        where = part.add("Add", begin, part.constant("words_of_row", numpy.arange(stream.most, dtype=numpy.int32)))
-    found = part.cast(part.add("Gather", words, where), numpy.uint32)
+        where = part.add("Add", begin, part.constant("bytes_of_row", numpy.arange(stream.most, dtype=numpy.int32)))
+    found = part.cast(part.add("Gather", codes, where), numpy.uint32)
 
     axis, zero, one, last, end = (
         part.constant("bound", numpy.array([number], dtype=numpy.int64)) for number in (2, 0, 1, -1, stream.most)
     )
     low, high = part.add("Slice", found, zero, last, axis), part.add("Slice", found, one, end, axis)
-    high = part.add("BitShift", high, part.constant("word_bits", numpy.uint32(WORD_BITS)), direction="LEFT")
+    high = part.add("BitShift", high, part.constant("byte_bits", numpy.uint32(8)), direction="LEFT")
     return part.add("BitwiseOr", low, high)
 
 

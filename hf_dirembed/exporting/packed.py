@@ -1,4 +1,4 @@
-"""The packed codes of a table as a lookup in ONNX reads them: one stream of 16-bit words, and small tables of numbers.
+"""The packed codes of a table as a lookup in ONNX reads them: one stream of bytes, and small tables of numbers.
 
 A code is read by the 8 bits of its row's stream that begin with its own, so what a lookup must know of each code is
 where in a row these bits are and which levels they stand for. Both depend on the class of the row. Codes of all
@@ -19,46 +19,44 @@ from ..remote.kernels_dirembed import HALF, code_steps, gaussian_codebook, row_s
 from ..remote.matrix_dirembed import CompressedMatrix
 
 
-WORD_BITS = 16
 STATES = 1 << STATE_BITS
-_WORD_BYTES = WORD_BITS // 8
 _CHUNK = 1 << 14  # rows whose bytes are moved at a time
 
 
-def words_of(row_class: RowClass) -> int:
-    """Words of a row: whole ones, and two at least, as they are read in pairs.
+def bytes_of(row_class: RowClass) -> int:
+    """Bytes of a row in the stream: two at least, as they are read in pairs.
 
     Example:
-        >>> words_of(RowClass((0, 0, 4, 0))), words_of(RowClass((2, 2, 8, 6)))
-        (2, 3)
+        >>> bytes_of(RowClass((0, 0, 4, 0))), bytes_of(RowClass((2, 2, 8, 6)))
+        (2, 5)
     """
-    return max(2, -(-row_class.num_bytes // _WORD_BYTES))
+    return max(2, row_class.num_bytes)
 
 
 @dataclass(frozen=True)
 class RowStream:
-    """The words of all rows, one row after the other.
+    """The bytes of all rows, one row after the other.
 
     Attributes:
-        words: (words,) uint16, and zeros behind them, so that as many can be read from any row as the longest has; or
-            (num_rows, words) where all rows are of one class.
+        stream: (bytes,) uint8, and zeros behind them, so that as many can be read from any row as the longest has; or
+            (num_rows, bytes) where all rows are of one class.
         begins: (num_rows,) int32, where each row begins; None where all rows are of one class.
-        most: How many words the longest row has.
+        most: How many bytes the longest row has.
     """
 
-    words: NDArray[numpy.uint16]
+    stream: NDArray[numpy.uint8]
     begins: NDArray[numpy.int32] | None
     most: int
 
     @classmethod
     def of(cls, matrix: CompressedMatrix) -> RowStream:
         """Puts the bytes of each row of a matrix of packed codes together."""
-        of_class = [words_of(each) for each in matrix.layout.classes]
+        of_class = [bytes_of(each) for each in matrix.layout.classes]
         classes, most = matrix.row_classes().numpy(), max(of_class)
         ends = numpy.array(of_class)[classes].cumsum()
         begins = ends - numpy.array(of_class)[classes]
 
-        stream = numpy.zeros(_WORD_BYTES * (int(ends[-1]) + most), dtype=numpy.uint8)
+        stream = numpy.zeros(int(ends[-1]) + most, dtype=numpy.uint8)
         first_bytes = matrix.weight.numpy()
         for number, row_class in enumerate(matrix.layout.classes):
             mine = (classes == number).nonzero()[0]
@@ -68,12 +66,11 @@ class RowStream:
                 packed = first_bytes[rows]
                 if further is not None:
                     packed = numpy.concatenate([packed, further[first : first + _CHUNK]], axis=1)
-                stream[_WORD_BYTES * begins[rows, None] + numpy.arange(row_class.num_bytes)] = packed
+                stream[begins[rows, None] + numpy.arange(row_class.num_bytes)] = packed
 
-        words = stream.view("<u2").astype(numpy.uint16, copy=False)
         if len(of_class) == 1:
-            return cls(words[:-most].reshape(-1, most), None, most)
-        return cls(words, begins.astype(numpy.int32), most)
+            return cls(stream[:-most].reshape(-1, most), None, most)
+        return cls(stream, begins.astype(numpy.int32), most)
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ class Slots:
 
     Attributes:
         latents: (slots - 1,) the latent that each slot adds to, ascending.
-        pair: (classes, slots) int32, the pair of words that the code is in: words n and n + 1 are pair n.
+        pair: (classes, slots) int32, the pair of bytes that the code is in: bytes n and n + 1 are pair n.
         shift: (classes, slots) uint32, the bit of the pair that it begins at.
         book: (classes, slots) uint32, where what its states stand for begins in `levels`.
         levels: (some codebooks x 256,) float32, what states stand for, in steps; the last codebook has ones.
@@ -114,9 +111,8 @@ class Slots:
         books: dict[tuple[int, int], int] = {}
         for number, ((row_class, _, exponents), place) in enumerate(zip(of_class, places, strict=True)):
             window = windows(row_class.bit_allocation)
-            bits = (8 * window.byte + window.shift).numpy()
-            pair[number, place] = numpy.minimum(bits // WORD_BITS, words_of(row_class) - 2)
-            shift[number, place] = bits - WORD_BITS * pair[number, place]
+            pair[number, place] = numpy.minimum(window.byte.numpy(), bytes_of(row_class) - 2)
+            shift[number, place] = window.shift.numpy() + 8 * (window.byte.numpy() - pair[number, place])
             keys = zip(window.book.tolist(), window.mask.tolist(), strict=True)
             book[number, place] = [STATES * books.setdefault(key, len(books)) for key in keys]
             steps[number, place] = code_steps(exponents, torch.float32).numpy()

@@ -60,7 +60,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pairs", type=Path, nargs="*", default=[])
     parser.add_argument("--prefix", default="", help="of every sentence")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--turns", type=int, default=10)
+    parser.add_argument("--turns", type=int, default=10, help="of the files, for their times; 0 for no times")
     return parser.parse_args()
 
 
@@ -175,7 +175,7 @@ def main() -> None:
         found = similarities(file, arguments)
         ranks = [f"{spearmanr(one, other)[0]:.4f}" for one, other in zip(found, reference, strict=True)]
         own, base = times[name], times[f"dense, {body}"]
-        ratios = " / ".join(f"{one / other:.3f}" for one, other in zip(own, base, strict=True))
+        ratios = " / ".join(f"{one / other:.3f}" for one, other in zip(own, base, strict=True) if arguments.turns)
         seconds, memory = fresh(file)
         cells = [
             name, f"{file.stat().st_size / 1e6:.1f}", *ranks, *(f"{1e3 * each:.2f}" for each in own), ratios,

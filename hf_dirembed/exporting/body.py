@@ -188,6 +188,6 @@ def example_inputs(names: tuple[str, ...], vocabulary: int, **options: Any) -> d
     batch, length = options.get("batch", 2), options.get("length", 7)
     ids = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
-    mask[-1, -(length // 2) :] = 0
+    mask[-1, length - length // 2 :] = 0
     of_name = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
     return {name: of_name[name] for name in names}

@@ -19,11 +19,13 @@ from .quantise import Body
 
 
 if TYPE_CHECKING:
+    import onnx
     from onnxruntime import InferenceSession
 
 TOLERANCE = 1e-4  # of the largest value: what float32 may be off
 LEAST_COSINE = 0.9  # of a body in 8 bits, for texts of random tokens, which are harder than any that people write
 _CHECKED_ROWS = 4_096
+_IR_VERSION = 10  # of ONNX files, which engines of the last years read
 
 
 def open_session(model: Path | bytes) -> InferenceSession:
@@ -46,6 +48,29 @@ def open_session(model: Path | bytes) -> InferenceSession:
         ) from error
 
 
+def lookup_model(name: str, table: CompressedLookup, opset: int) -> onnx.ModelProto:
+    """A model that does nothing but look rows of a table up: `input_ids` to rows, unscaled.
+
+    Args:
+        name: The path of the table.
+        table: It.
+        opset: The version of ONNX's operators.
+    """
+    from onnx import TensorProto, helper
+
+    part = GraphPart(name)
+    rows = add_lookup(part, table, "input_ids")
+    axes = ["batch_size", "sequence_length"]
+    graph = helper.make_graph(
+        part.nodes,
+        "lookup",
+        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, axes)],
+        [helper.make_tensor_value_info(rows, TensorProto.FLOAT, [*axes, table.dim])],
+        part.initializers,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=_IR_VERSION)
+
+
 def check_lookup(name: str, table: CompressedLookup, opset: int) -> None:
     """Looks rows from all over a table up, and compares them with those that torch decodes.
 
@@ -57,19 +82,7 @@ def check_lookup(name: str, table: CompressedLookup, opset: int) -> None:
     Raises:
         ExportError: If a row differs by more than rounding.
     """
-    from onnx import TensorProto, helper
-
-    part = GraphPart(name)
-    rows = add_lookup(part, table, "input_ids")
-    graph = helper.make_graph(
-        part.nodes, "lookup",
-        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"])],
-        [helper.make_tensor_value_info(rows, TensorProto.FLOAT, ["batch_size", "sequence_length", table.dim])],
-        part.initializers,
-    )  # fmt: skip
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
-    session = open_session(model.SerializeToString())
-
+    session = open_session(lookup_model(name, table, opset).SerializeToString())
     ids = torch.linspace(0, table.num_rows - 1, min(table.num_rows, _CHECKED_ROWS)).round().long()[None]
     found = session.run(None, {"input_ids": ids.numpy()})[0]
     with torch.no_grad():

@@ -163,7 +163,9 @@ def main() -> None:
     dense, exported = dense_files(arguments.model, arguments.work), exported_files(arguments)
     files = {f"dense, {name}": file for name, file in dense.items()}
     files |= {f"compressed, {name}": file for name, file in exported.items()}
-    print(f"`{shlex.join(['python', *sys.argv])}`: onnxruntime {onnxruntime.__version__}, {machine(torch.device('cpu'))}\n")
+    print(
+        f"`{shlex.join(['python', *sys.argv])}`: onnxruntime {onnxruntime.__version__}, {machine(torch.device('cpu'))}\n"
+    )
     ranks = " | ".join(f"rank correlation, {pairs.stem}" for pairs in arguments.pairs)
     shapes = " | ".join(f"ms, {texts} x {tokens}" for texts, tokens in SHAPES)
     print(f"| file | MB | {ranks} | {shapes} | of dense | load, s | memory, MB |".replace("|  |", "|"))

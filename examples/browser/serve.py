@@ -92,6 +92,7 @@ def make_server(folder: Path, modules: Path, port: int) -> ThreadingHTTPServer:
 
 
 def main() -> None:
+    """Serves until it is interrupted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="what hf-dirembed export wrote")
     parser.add_argument("--modules", type=Path, default=HERE / "node_modules", help="where npm put transformers.js")

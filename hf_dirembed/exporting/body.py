@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import DirEmbedError, ExportError, first_line
-from ..remote.modules_dirembed import CompressedLookup
 from .graph import GraphPart
-from .lookup import add_lookup
+from .lookup import Lookup, add_lookup
 
 
 if TYPE_CHECKING:
@@ -43,6 +42,16 @@ class _Body(nn.Module):
         further = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         found = self.model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **further)
         return tuple(found[name] for name in self.outputs)
+
+
+def lookups_of(model: PreTrainedModel) -> dict[str, Lookup]:
+    """The compressed tables that a model looks tokens up in, by the path of the first module that has each."""
+    found, seen = {}, set()
+    for name, module in model.named_modules():
+        if isinstance(module, Lookup) and id(module.weight) not in seen:
+            found[name] = module
+            seen.add(id(module.weight))
+    return found
 
 
 def outputs_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -79,7 +88,7 @@ def make_graph(model: PreTrainedModel, inputs: Mapping[str, Tensor], opset: int 
     """
     outputs = tuple(outputs_of(model, inputs))
     dynamic = dict.fromkeys(_AXES, torch.export.Dim.DYNAMIC)
-    with _tables_stood_in(model) as tables, _quiet():
+    with _tables_stood_in(model) as tables, _plain_attention(model), _quiet():
         try:
             program = torch.onnx.export(
                 _Body(model, outputs).eval(), (), kwargs=dict(inputs),
@@ -95,8 +104,9 @@ def make_graph(model: PreTrainedModel, inputs: Mapping[str, Tensor], opset: int 
             ) from error
     assert program is not None
     graph = program.model_proto
-    for name, table in tables.items():
-        _splice(graph, name, table)
+    read = [_splice(graph, name, table) for name, table in tables.items()]
+    if tables and not any(read):
+        raise ExportError(f"{type(model).__name__} looks no token up in its compressed tables: expand the model first")
     _name_axes(graph)
     if graph.ByteSize() > _LARGEST:
         raise ExportError(
@@ -107,9 +117,9 @@ def make_graph(model: PreTrainedModel, inputs: Mapping[str, Tensor], opset: int 
 
 
 @contextmanager
-def _tables_stood_in(model: PreTrainedModel) -> Iterator[dict[str, CompressedLookup]]:
+def _tables_stood_in(model: PreTrainedModel) -> Iterator[dict[str, Lookup]]:
     """Puts a lookup in a table of one row in the place of each compressed one, by the name of its initializer."""
-    tables = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLookup)}
+    tables = {name: module for name, module in model.named_modules() if isinstance(module, Lookup)}
     for table in tables.values():
         table.register_parameter(_STAND_IN, nn.Parameter(torch.zeros(1, table.dim), requires_grad=False))
         vars(table)["decode"] = lambda ids, table=table: F.embedding(ids, getattr(table, _STAND_IN))
@@ -121,13 +131,27 @@ def _tables_stood_in(model: PreTrainedModel) -> Iterator[dict[str, CompressedLoo
             delattr(table, _STAND_IN)
 
 
-def _splice(model: onnx.ModelProto, name: str, table: CompressedLookup) -> None:
-    """Replaces every lookup in a stand-in by that in the table."""
+@contextmanager
+def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Has a model compute attention by products and softmax, which is what files hold, and what all models export."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _splice(model: onnx.ModelProto, name: str, table: Lookup) -> int:
+    """Replaces every lookup in a stand-in by that in the table, and says how many there were.
+
+    There are none where another module shares the table, as in T5, and looks tokens up.
+    """
     graph = model.graph
     prefix = name.removesuffix(f".{_STAND_IN}").removeprefix("model.")
     readers = [node for node in graph.node if name in node.input]
-    if not readers or any(node.op_type != "Gather" for node in readers):
-        kinds = ", ".join(sorted({node.op_type for node in readers})) or "not at all"
+    if any(node.op_type != "Gather" for node in readers):
+        kinds = ", ".join(sorted({node.op_type for node in readers}))
         raise ExportError(f"{prefix} is used otherwise than by looking rows up ({kinds}): expand the model first")
 
     nodes = list(graph.node)
@@ -145,6 +169,7 @@ def _splice(model: onnx.ModelProto, name: str, table: CompressedLookup) -> None:
     kept = [each for each in graph.initializer if each.name != name]
     del graph.initializer[:]
     graph.initializer.extend(kept)
+    return len(readers)
 
 
 def _name_axes(model: onnx.ModelProto) -> None:

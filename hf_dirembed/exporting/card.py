@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..hub.card import CARD_NAME, MARK, TAG, size
 from ..hub.source import Source
-from ..remote.modules_dirembed import CompressedLookup
+from .body import lookups_of
 from .folder import MODULES_FILE
 from .quantise import BODIES
 from .summary import ExportSummary
@@ -48,7 +48,7 @@ def write_export_card(
         tags=[TAG, "onnx", "transformers.js"],
         **inherited,
     )
-    tables = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLookup)}
+    tables = lookups_of(model)
     card = ModelCard.from_template(
         data,
         template_str=files(__package__).joinpath("card.md.jinja").read_text(encoding="utf-8"),

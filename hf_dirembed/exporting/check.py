@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import ExportError, first_line
-from ..remote.modules_dirembed import CompressedLookup
 from .graph import GraphPart
-from .lookup import add_lookup
+from .lookup import Lookup, add_lookup
 from .quantise import Body
 
 
@@ -48,7 +47,7 @@ def open_session(model: Path | bytes) -> InferenceSession:
         ) from error
 
 
-def lookup_model(name: str, table: CompressedLookup, opset: int) -> onnx.ModelProto:
+def lookup_model(name: str, table: Lookup, opset: int) -> onnx.ModelProto:
     """A model that does nothing but look rows of a table up: `input_ids` to rows, unscaled.
 
     Args:
@@ -71,7 +70,7 @@ def lookup_model(name: str, table: CompressedLookup, opset: int) -> onnx.ModelPr
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=_IR_VERSION)
 
 
-def check_lookup(name: str, table: CompressedLookup, opset: int) -> None:
+def check_lookup(name: str, table: Lookup, opset: int) -> None:
     """Looks rows from all over a table up, and compares them with those that torch decodes.
 
     Args:

@@ -31,12 +31,12 @@ from ..errors import ExportError, ModelError, OptionError
 from ..hub.metadata import hub_id
 from ..hub.source import Source, find_source
 from ..pipeline import compress_model
-from ..remote.modules_dirembed import CompressedLookup
 from ..request import CompressionRequest
-from .body import example_inputs, make_graph, outputs_of
+from .body import example_inputs, lookups_of, make_graph, outputs_of
 from .card import write_export_card
 from .check import check_lookup, compare
 from .folder import MODULES_FILE, check_pooling, write_companions
+from .lookup import Lookup
 from .packages import require_packages
 from .quantise import BODIES, Body, body_of, write_quantised
 from .summary import ExportedFile, ExportSummary
@@ -82,7 +82,7 @@ def export(
             closer to the model. `fp32`: nothing.
         opset: The version of ONNX's operators, 18 at least; by default the exporter's.
         pooling: How token vectors become one of the text, for a source that does not say: `mean`, `cls`, `max`,
-            `lasttoken`, `weightedmean` or `mean_sqrt_len_tokens`. Then of a model with an LM head the body is exported.
+            `lasttoken`, `weightedmean` or `mean_sqrt_len_tokens`. Of a model with an LM head, the body is exported.
         bits: For a dense source, exactly one of this and the following two, as for [`hf_dirembed.compress`].
         ratio: Likewise.
         rank: Likewise.
@@ -187,7 +187,7 @@ def _make_checked_graph(
     model: PreTrainedModel, inputs: tuple[str, ...], opset: int | None
 ) -> tuple[onnx.ModelProto, list[str]]:
     """The ONNX model, and the names of the nodes that look tokens up, whose rows have been compared with torch's."""
-    tables = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLookup)}
+    tables = lookups_of(model)
     if not tables:
         raise ModelError(
             f"{type(model).__name__} has no compressed table to look tokens up in: name another checkpoint"
@@ -199,12 +199,11 @@ def _make_checked_graph(
 
     entry = graph.metadata_props.add()
     entry.key, entry.value = METADATA, json.dumps(model.config.dirembed, sort_keys=True)
-    return graph, [
-        node.name for node in graph.graph.node if node.name.startswith(tuple(f"{name}." for name in tables))
-    ]
+    prefixes = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Lookup))
+    return graph, [node.name for node in graph.graph.node if node.name.startswith(prefixes)]
 
 
-def _vocabulary(tables: Mapping[str, CompressedLookup]) -> int:
+def _vocabulary(tables: Mapping[str, Lookup]) -> int:
     """How many ids every table has rows for."""
     return min(table.num_rows for table in tables.values())
 
@@ -220,7 +219,7 @@ def _write_files(
     """Writes and runs an ONNX file for each body."""
     import onnx
 
-    tables = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLookup)}
+    tables = lookups_of(model)
     examples = example_inputs(inputs, _vocabulary(tables), **_CHECKED)
     expected = outputs_of(model, examples)
     (staging / FOLDER).mkdir()
@@ -232,12 +231,12 @@ def _write_files(
         else:
             write_quantised(graph, body, lookups, file)
         kind = "difference" if body.name == "fp32" else "cosine"
-        found = {kind: compare(file, body, examples, expected)}
-        files.append(ExportedFile(f"{FOLDER}/{body.file}", body.name, file.stat().st_size, **found))
+        answered = {kind: compare(file, body, examples, expected)}
+        files.append(ExportedFile(f"{FOLDER}/{body.file}", body.name, file.stat().st_size, **answered))
 
     dense_tables = sum(4 * table.num_rows * table.dim for table in tables.values())
     own = {id(tensor) for table in tables.values() for tensor in table.code_tensors().values()}
-    others = sum(4 * tensor.numel() for tensor in model.parameters() if id(tensor) not in own)
+    others = sum(4 * each.numel() for each in model.parameters() if id(each) not in own)
     return ExportSummary(
         getattr(type(model), "base_class", type(model)).__name__,
         inputs,

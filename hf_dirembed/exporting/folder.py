@@ -6,7 +6,7 @@ import copy
 import json
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.convert import copy_companions
 from ..errors import OptionError
@@ -57,13 +57,14 @@ def write_companions(source: Path, model: PreTrainedModel, pooling: str | None, 
         _write_modules(model.config.get_text_config().hidden_size, pooling, target)
 
 
-def _stock_config(model: PreTrainedModel) -> object:
+def _stock_config(model: PreTrainedModel) -> PreTrainedConfig:
     """The config of a compressed model as that of the dense one, which every engine knows."""
     config = copy.deepcopy(model.config)
     if isinstance(config, DirEmbedConfigMixin):
-        del config.dirembed  # type: ignore[attr-defined]
+        del config.dirembed
         vars(config).pop("auto_map", None)
-        config.__class__ = config.base_class  # type: ignore[attr-defined]
+        config.__class__ = config.base_class
+    config.dtype = "float32"
     config.architectures = [getattr(type(model), "base_class", type(model)).__name__]
     return config
 

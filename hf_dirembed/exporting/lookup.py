@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy
 import torch
@@ -12,12 +12,15 @@ from torch import Tensor
 from ..errors import ExportError
 from ..remote.codes_dirembed import MAX_CLASSES
 from ..remote.matrix_dirembed import CompressedMatrix
-from ..remote.modules_dirembed import CompressedLookup
+from ..remote.modules_dirembed import CompressedBlocks, CompressedEmbedding
 from .graph import GraphPart
 from .packed import STATES, RowStream, Slots
 
 
-def add_lookup(part: GraphPart, table: CompressedLookup, ids: str) -> str:
+Lookup: TypeAlias = CompressedEmbedding | CompressedBlocks
+
+
+def add_lookup(part: GraphPart, table: Lookup, ids: str) -> str:
     """Adds what looks rows of a table up, decoding those rows only, and gives the name of the rows.
 
     What depends on no token id are small tables that the file holds in short and that runtimes compute once, when they

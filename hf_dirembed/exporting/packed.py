@@ -104,8 +104,8 @@ class Slots:
         of_class = [rows.of_class(number) for number in range(len(rows.classes))]
         latents, places = _places([coded.tolist() for _, coded, _ in of_class])
         shape = len(of_class), len(latents) + 1
-        pair, shift, book = (numpy.zeros(shape, dtype) for dtype in (numpy.int32, numpy.uint32, numpy.uint32))
-        steps = numpy.zeros(shape, numpy.float32)
+        pair, steps = numpy.zeros(shape, numpy.int32), numpy.zeros(shape, numpy.float32)
+        shift, book = numpy.zeros(shape, numpy.uint32), numpy.zeros(shape, numpy.uint32)
 
         # a codebook for each width, and for each number of bits that are left of a state at the end of a width
         books: dict[tuple[int, int], int] = {}
@@ -143,7 +143,8 @@ def _places(coded: list[list[int]]) -> tuple[NDArray[numpy.int64], list[list[int
     """
     counts = [Counter(latents) for latents in coded]
     needed = {latent: max(count[latent] for count in counts) for latent in sorted(set().union(*counts))}
-    first, slots = {}, []
+    first: dict[int, int] = {}
+    slots: list[int] = []
     for latent, number in needed.items():
         first[latent] = len(slots)
         slots += [latent] * number

@@ -1,4 +1,4 @@
-"""Exported folders: families, bodies, what stands beside the files, and what is refused; engines have their own tests."""
+"""Exported folders: families, bodies, what stands beside the files, and what is refused."""
 
 from __future__ import annotations
 
@@ -118,7 +118,9 @@ def test_folder(exported: Path, compressed: Path) -> None:
         model = onnx.load(exported / "onnx" / file)
         (entry,) = [each.value for each in model.metadata_props if each.key == METADATA]
         spec = json.loads(entry)
-        assert spec["tables"].keys() == json.loads((compressed / "config.json").read_text())["dirembed"]["tables"].keys()
+        assert (
+            spec["tables"].keys() == json.loads((compressed / "config.json").read_text())["dirembed"]["tables"].keys()
+        )
         assert spec["record"]
 
 
@@ -127,7 +129,8 @@ def test_answers(body: str, exported: Path, compressed: Path, tmp_path: Path) ->
     """Whatever the body, of any batch and length; decoder and position table are in no 8 bits."""
     folder = exported
     if body == "int8":
-        assert run("export", compressed, folder := tmp_path / "out", "--body", body).exit_code == 0
+        folder = tmp_path / "out"
+        assert run("export", compressed, folder, "--body", body).exit_code == 0
     file = folder / "onnx" / BODIES[body].file
     model = hf_dirembed.checkpoints.loading.load_model(compressed, dtype=torch.float32).eval()
     for batch, length in ((1, 1), (2, 70)):
@@ -138,7 +141,9 @@ def test_answers(body: str, exported: Path, compressed: Path, tmp_path: Path) ->
     kinds = {node.op_type for node in onnx.load(file).graph.node}
     assert {"fp32": "MatMul", "int8": "MatMulInteger", "int8-weights": "MatMulNBits"}[body] in kinds
     held = {
-        each.name: onnx.numpy_helper.to_array(each) for each in onnx.load(file).graph.initializer if len(each.dims) == 2
+        each.name: onnx.numpy_helper.to_array(each)
+        for each in onnx.load(file).graph.initializer
+        if len(each.dims) == 2
     }
     (positions,) = [each for name, each in held.items() if "position" in name]
     assert positions.dtype == numpy.float32
@@ -181,12 +186,16 @@ def test_sources_are_refused(dense: Path, exported: Path, tmp_path: Path, monkey
 
     FAMILIES["bert"].make("AutoModelForMaskedLM").save_pretrained(tmp_path / "head")
     result = run("export", tmp_path / "head", tmp_path / "out", "--bits", "7")
-    assert "is a model with an LM head, which onnxruntime cannot read from packed codes: make it dense" in result.stderr
+    assert (
+        "is a model with an LM head, which onnxruntime cannot read from packed codes: make it dense" in result.stderr
+    )
     result = run("export", tmp_path / "head", tmp_path / "out", "--bits", "7", "--pooling", "mean")
     assert result.exit_code == 0, result.output
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(hf_dirembed.ExportError, match=r"needs onnx, onnxscript, onnxruntime: pip install 'hf_dirembed\[onnx\]'"):
+    with pytest.raises(
+        hf_dirembed.ExportError, match=r"needs onnx, onnxscript, onnxruntime: pip install 'hf_dirembed\[onnx\]'"
+    ):
         packages.require_packages()
 
 

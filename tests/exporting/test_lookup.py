@@ -64,9 +64,7 @@ def test_every_layout(
     classes, num_rows, rank = drawn
     rows, _ = draw_rows(num_rows, classes, rank, seed)
     decoder = "float8_e4m3fn" if half else "float16"
-    layout = TableLayout(
-        "transform", rank, "packed", decoder, True, classes, codebook="own", zero_row=zero_row
-    )
+    layout = TableLayout("transform", rank, "packed", decoder, True, classes, codebook="own", zero_row=zero_row)
     if layout.code_width == DIM:
         return
     table = hf_dirembed.CompressedEmbedding(num_rows, DIM, layout)

@@ -1,6 +1,6 @@
 PYTHON ?= python3
 
-.PHONY: kernels demo test style quality docs dist figures
+.PHONY: kernels demo test engines style quality docs dist figures
 
 # The library in C, as `pip install -e .` builds it, anew after a change of its sources.
 kernels:
@@ -15,6 +15,10 @@ test:
 style:
 	ruff check --fix .
 	ruff format .
+
+engines:
+	tests/engines/make.sh
+	$(PYTHON) -m pytest -n 0 -m engines tests/engines
 
 quality:
 	ruff check .

@@ -28,7 +28,7 @@ from scipy.stats import spearmanr
 from turns import machine
 
 import hf_dirembed
-from hf_dirembed.checkpoints.convert import compress_checkpoint
+from hf_dirembed.checkpoints.convert import compress_checkpoint, copy_companions
 from hf_dirembed.checkpoints.loading import load_model, load_tokenizer
 from hf_dirembed.exporting.body import example_inputs, make_graph
 from hf_dirembed.exporting.export import input_names
@@ -66,9 +66,10 @@ def parse() -> argparse.Namespace:
 
 def dense_files(folder: Path, work: Path) -> dict[str, Path]:
     """The dense model with each body."""
-    files = {name: work / "dense" / body.file for name, body in BODIES.items()}
+    files = {name: work / "dense" / "onnx" / body.file for name, body in BODIES.items()}
     if not files["fp32"].exists():
-        files["fp32"].parent.mkdir(parents=True, exist_ok=True)
+        copy_companions(folder, work / "dense")  # so that other engines load it, too
+        files["fp32"].parent.mkdir(exist_ok=True)
         model = load_model(folder, dtype=torch.float32).eval()
         inputs = input_names(load_tokenizer(folder))
         graph = make_graph(model, example_inputs(inputs, model.config.vocab_size), None)
@@ -163,9 +164,8 @@ def main() -> None:
     dense, exported = dense_files(arguments.model, arguments.work), exported_files(arguments)
     files = {f"dense, {name}": file for name, file in dense.items()}
     files |= {f"compressed, {name}": file for name, file in exported.items()}
-    print(
-        f"`{shlex.join(['python', *sys.argv])}`: onnxruntime {onnxruntime.__version__}, {machine(torch.device('cpu'))}\n"
-    )
+    versions = f"onnxruntime {onnxruntime.__version__}, {machine(torch.device('cpu'))}"
+    print(f"`{shlex.join(['python', *sys.argv])}`: {versions}\n")
     ranks = " | ".join(f"rank correlation, {pairs.stem}" for pairs in arguments.pairs)
     shapes = " | ".join(f"ms, {texts} x {tokens}" for texts, tokens in SHAPES)
     print(f"| file | MB | {ranks} | {shapes} | of dense | load, s | memory, MB |".replace("|  |", "|"))

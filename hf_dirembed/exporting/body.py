@@ -86,6 +86,7 @@ def make_graph(model: PreTrainedModel, inputs: Mapping[str, Tensor], opset: int 
     Raises:
         ExportError: If torch cannot export it, or the file would be larger than ONNX files may be.
     """
+    # the body, with a table of one row in the place of each compressed one
     outputs = tuple(outputs_of(model, inputs))
     dynamic = dict.fromkeys(_AXES, torch.export.Dim.DYNAMIC)
     with _tables_stood_in(model) as tables, _plain_attention(model), _quiet():
@@ -102,6 +103,8 @@ def make_graph(model: PreTrainedModel, inputs: Mapping[str, Tensor], opset: int 
                 f"torch does not export {type(model).__name__} to ONNX ({_reason(error)}): try another --opset, or "
                 "another release of torch, or expand the model and export it by other means"
             ) from error
+
+    # the lookups
     assert program is not None
     graph = program.model_proto
     read = [_splice(graph, name, table) for name, table in tables.items()]
@@ -154,6 +157,7 @@ def _splice(model: onnx.ModelProto, name: str, table: Lookup) -> int:
         kinds = ", ".join(sorted({node.op_type for node in readers}))
         raise ExportError(f"{prefix} is used otherwise than by looking rows up ({kinds}): expand the model first")
 
+    # each lookup in the place of the node that it replaces
     nodes = list(graph.node)
     for number, reader in enumerate(readers):
         part = GraphPart(prefix if number == 0 else f"{prefix}.{number}")
@@ -164,6 +168,7 @@ def _splice(model: onnx.ModelProto, name: str, table: Lookup) -> int:
         nodes[place : place + 1] = part.nodes
         graph.initializer.extend(part.initializers)
 
+    # the graph without the stand-in
     del graph.node[:]
     graph.node.extend(nodes)
     kept = [each for each in graph.initializer if each.name != name]

@@ -108,6 +108,7 @@ def compare(file: Path, body: Body, inputs: Mapping[str, Tensor], expected: Mapp
     Raises:
         ExportError: If the file does not run, lacks an output, or answers otherwise than the model does.
     """
+    # what both give
     session = open_session(file)
     names = list(expected)
     try:
@@ -118,6 +119,7 @@ def compare(file: Path, body: Body, inputs: Mapping[str, Tensor], expected: Mapp
         ) from error
     pairs = [(found, expected[name].numpy()) for name, found in zip(names, answers, strict=True)]
 
+    # how far it is off
     if body.name == "fp32":
         if (worst := max(_difference(*pair) for pair in pairs)) > TOLERANCE:
             raise ExportError(

@@ -112,12 +112,14 @@ def export(
         >>> [file.name for file in summary.files], summary.outputs
         (['onnx/model.onnx'], ('last_hidden_state',))
     """
+    # what can be refused before anything is read
     require_packages()
     bodies = list(dict.fromkeys([BODIES["fp32"], body_of(body)]))
     if opset is not None and (type(opset) is not int or opset < _MIN_OPSET):
         raise OptionError(f"opset {opset!r} has no bitwise operators: choose {_MIN_OPSET} or a later one")
 
     with staged_folder(out) as staging:
+        # the compressed model, in float32
         folder = resolve_checkpoint(source)
         check_pooling(folder, pooling)
         options = {
@@ -126,9 +128,10 @@ def export(
         }  # fmt: skip
         origin, model, tokenizer = _load(folder, base_model or hub_id(os.fspath(source)), pooling, options)
         model = model.float().eval()
+
+        # its graph, then the files of it and what stands beside them
         inputs = input_names(tokenizer)
         graph, lookups = _make_checked_graph(model, inputs, opset)
-
         write_companions(folder, model, pooling, staging)
         summary = _write_files(graph, lookups, bodies, model, inputs, staging)
         write_export_card(staging, summary, model, origin, model_id=Path(out).name)
@@ -140,11 +143,12 @@ def _load(
 ) -> tuple[Source, PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The compressed model of a checkpoint, with its tokenizer, and what it was made from."""
     compressed = is_compressed(folder)
-    budget = {key: options[key] for key in ("bits", "ratio", "rank") if options[key] is not None}
-    if compressed and (budget or options["calibration"] is not None):
-        named = ", ".join(budget) or "calibration"
-        raise OptionError(f"{folder} is compressed already: leave {named} out, or name the dense checkpoint")
-    if not compressed and not budget:
+    given = [key for key, value in options.items() if value not in (None, "transform")]
+    if compressed and given:
+        raise OptionError(
+            f"{folder} is compressed already: leave {', '.join(given)} out, or name the dense checkpoint"
+        )
+    if not compressed and not {"bits", "ratio", "rank"}.intersection(given):
         raise OptionError(f"{folder} is a dense checkpoint: say how small its tables shall be, as with --bits 2")
 
     auto_class = _class_to_export(folder, encodes=pooling is not None or (folder / MODULES_FILE).is_file())
@@ -219,6 +223,7 @@ def _write_files(
     """Writes and runs an ONNX file for each body."""
     import onnx
 
+    # the files, each compared with what the model answers
     tables = lookups_of(model)
     examples = example_inputs(inputs, _vocabulary(tables), **_CHECKED)
     expected = outputs_of(model, examples)
@@ -234,6 +239,7 @@ def _write_files(
         answered = {kind: compare(file, body, examples, expected)}
         files.append(ExportedFile(f"{FOLDER}/{body.file}", body.name, file.stat().st_size, **answered))
 
+    # what the dense model would take
     dense_tables = sum(4 * table.num_rows * table.dim for table in tables.values())
     own = {id(tensor) for table in tables.values() for tensor in table.code_tensors().values()}
     others = sum(4 * each.numel() for each in model.parameters() if id(each) not in own)

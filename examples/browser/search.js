@@ -14,7 +14,9 @@ Bees find their way by the position of the sun.
 He repaired the old bicycle in an afternoon.
 The museum is closed on Mondays.
 Heavy rain is expected in the north tonight.
-The team scored twice in the last ten minutes.`;
+Ich habe mein Kennwort vergessen und komme nicht mehr hinein.
+La facture du mois dernier manque toujours.
+Las abejas encuentran el camino por la posición del sol.`;
 const SHOWN = 7;
 const BATCH = 8; // sentences that are encoded at a time, so that the page stays awake
 const element = (id) => document.getElementById(id);
@@ -80,15 +82,16 @@ async function search() {
   const found = texts.map((text) => ({ text, score: known.get(text).reduce((sum, x, i) => sum + x * wanted[i], 0) }));
   found.sort((one, other) => other.score - one.score);
   element("time").textContent = milliseconds(performance.now() - start);
-  return show(found.slice(0, SHOWN));
+  return show(found.slice(0, SHOWN), found.at(-1).score);
 }
 
-function show(found) {
+// Bars begin at the least similar of all sentences: of some models, even that is far from 0.
+function show(found, least = 0) {
   const items = found.map(({ text, score }) => {
     const item = document.createElement("li");
     const [value, line] = [document.createElement("b"), document.createElement("i")];
     value.textContent = score.toFixed(2);
-    line.style.width = `${Math.max(0, Math.min(1, score)) * 100}%`;
+    line.style.width = `${(100 * (score - least)) / Math.max(1e-6, 1 - least)}%`;
     item.append(text, value, line);
     return item;
   });

@@ -3,8 +3,8 @@
     python benchmarks/exported.py MODEL WORK --bits 2 --pairs stsb-en-dev.csv [--calibrate self] [--prefix "query: "]
 
 `--pairs` are headerless CSV files of sentence1, sentence2, score. Similarities are cosines of mean token vectors; the
-rank correlation is that of their similarities with those of the dense model in float32. Times are the least of many
-runs that took turns, those of a file over those of the dense file with the same body. Memory (USS, of a fresh process
+rank correlation is that of their similarities with those of the dense model in float32. Times are those of the
+CPU, the least of many runs that took turns; `of dense` is over the dense file with the same body. Memory (USS, of a fresh process
 with onnxruntime alone, after a pass over 1 x 16 tokens) and seconds of loading likewise. What is in WORK stays.
 """
 
@@ -59,7 +59,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--languages", help="likewise")
     parser.add_argument("--pairs", type=Path, nargs="*", default=[])
     parser.add_argument("--prefix", default="", help="of every sentence")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="of onnxruntime")
     parser.add_argument("--turns", type=int, default=10, help="of the files, for their times; 0 for no times")
     return parser.parse_args()
 
@@ -133,7 +133,7 @@ def similarities(file: Path, arguments: argparse.Namespace) -> list[NDArray]:
 
 
 def latencies(files: dict[str, Path], arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """The least seconds of a pass over each shape, of files that take turns."""
+    """The least CPU seconds of a pass over each shape, of files that take turns."""
     sessions = {name: session_of(file, arguments.threads) for name, file in files.items()}
     rows, found = 30_000, {name: [] for name in files}
     for (texts, tokens), passes in SHAPES.items():
@@ -143,9 +143,9 @@ def latencies(files: dict[str, Path], arguments: argparse.Namespace) -> dict[str
                 ids = numpy.random.default_rng(0).integers(1000, rows, (texts, tokens))
                 given = feeds(session, ids, numpy.ones_like(ids))
                 for _ in range(passes):
-                    start = time.perf_counter()
+                    start = time.process_time()
                     session.run(None, given)
-                    best[name] = min(best[name], time.perf_counter() - start)
+                    best[name] = min(best[name], time.process_time() - start)
         for name in files:
             found[name].append(best[name])
     return found

@@ -16,7 +16,7 @@ try {
   page.on("request", (request) => requests.push(request.url()));
   page.on("console", (line) => line.type() === "error" && errors.push(line.text()));
   await page.goto(url);
-  await page.waitForFunction("window.model", null, { timeout: 180_000 });
+  await page.waitForFunction("window.model", null, { timeout: 570_000 });
 
   const failed = await page.evaluate("window.model.error");
   if (failed) throw new Error(`${failed}\n${errors.join("\n")}`);

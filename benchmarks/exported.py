@@ -4,8 +4,9 @@
 
 `--pairs` are headerless CSV files of sentence1, sentence2, score. Similarities are cosines of mean token vectors; the
 rank correlation is that of their similarities with those of the dense model in float32. Times are those of the
-CPU, the least of many runs that took turns; `of dense` is over the dense file with the same body. Memory (USS, of a fresh process
-with onnxruntime alone, after a pass over 1 x 16 tokens) and seconds of loading likewise. What is in WORK stays.
+CPU, the least of many runs that took turns; `of dense` is over the dense file with the same body. Memory is USS, of a
+fresh process with onnxruntime alone, after a pass over 1 x 16 tokens; so are the seconds of loading. What is in WORK
+stays.
 """
 
 from __future__ import annotations

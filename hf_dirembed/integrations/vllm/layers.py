@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
+from ...remote.checks_dirembed import AGAIN
 from ...remote.codes_dirembed import CheckpointError, CompressionSpec, ModelError
-from ...remote.modeling_dirembed import AGAIN
 from .names import TableTensors
 from .tables import ServedTable, build_table, fitted
 

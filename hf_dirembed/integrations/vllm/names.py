@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from ...remote.checks_dirembed import AGAIN
 from ...remote.codes_dirembed import CODE_TENSORS, CheckpointError, CompressionSpec, Layout
-from ...remote.modeling_dirembed import AGAIN
 
 
 _NAME = re.compile(rf"(?P<prefix>.+?)\.(?P<tensor>(blocks\.\d+\.)?({'|'.join(sorted(CODE_TENSORS, reverse=True))}))")

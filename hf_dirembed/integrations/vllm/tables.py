@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...remote.checks_dirembed import AGAIN, check_table
 from ...remote.codes_dirembed import (
     CheckpointError,
     CompressionSpec,
@@ -18,7 +19,6 @@ from ...remote.codes_dirembed import (
     checksum,
 )
 from ...remote.matrix_dirembed import DECODER_TENSORS
-from ...remote.modeling_dirembed import AGAIN, check_table
 from ...remote.modules_dirembed import CompressedLinear
 from .names import check_tensors
 from .operators import read_rows_unseen

@@ -78,7 +78,7 @@ def test_every_python_is_tried() -> None:
     oldest = settings["options"]["python_requires"].removeprefix(">=")
     assert oldest == stated[0] == jobs["lowest"]["steps"][1]["with"]["python-version"]
     wheels = tomllib.loads(read("pyproject.toml"))["tool"]["cibuildwheel"]["build"]
-    assert wheels.split() == [f"cp{each.replace('.', '')}-*" for each in stated]
+    assert wheels == f"cp{oldest.replace('.', '')}-*"  # made with the oldest, and of no version: see setup.py
 
 
 def test_issue_forms() -> None:

@@ -26,7 +26,6 @@ from .languages import card_languages as card_languages
 
 RANK_OFFSET = 50  # of the Zipf-Mandelbrot law 1 / (rank + 50) that BPE and WordPiece vocabularies roughly follow
 PRIOR_SHARE = 0.15  # of the weight is the vocabulary's own prior: words that no list has, other domains
-GUESSED_SHARE = 0.50  # the same, where several languages were guessed: equal parts are no better than the vocabulary
 UNIFORM_SHARE = 0.05  # of the prior is spread evenly: no row may become free to destroy
 PSEUDO_COUNTS = 10_000  # tokens that the expected weights are worth beside counts: a short text says little
 PUNCTUATION_SHARE = 0.15  # of the tokens of edited text are punctuation, numbers and line ends
@@ -81,8 +80,7 @@ def token_weights(
     prior = tokenizer_prior(tokenizer, num_rows)
     told = (languages,) if isinstance(languages, str) else tuple(languages or ())
     known = tuple(dict.fromkeys(wordfreq_language(tag) for tag in told)) or tokenizer_languages(tokenizer)
-    share = PRIOR_SHARE if told or len(known) == 1 else GUESSED_SHARE
-    weights = (1 - share) * expected_frequencies(tokenizer, num_rows, known) + share * prior
+    weights = (1 - PRIOR_SHARE) * expected_frequencies(tokenizer, num_rows, known) + PRIOR_SHARE * prior
     return weights if counts is None else mix_counts(counts, weights)
 
 

@@ -218,7 +218,7 @@ def expand(folder: str, out: Path) -> None:
     click.echo(f"{out}: a stock checkpoint", err=True)
 
 
-@main.command(short_help="Write an encoder or classifier as ONNX, for engines without the plugin.")
+@main.command(short_help="Write an encoder or a classifier as ONNX.")
 @click.argument("src")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
@@ -240,7 +240,10 @@ def expand(folder: str, out: Path) -> None:
 @click.option("--base-model", metavar="REPO", help="Hub id of SRC, for the model card.  [default: SRC, if it is one]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def export(src: str, out: Path, languages: str | None, calibrate: str | None, as_json: bool, **options: Any) -> None:
-    """Export SRC, a compressed folder or Hub id, or a dense one and a budget, into the folder OUT, as ONNX."""
+    """Export an encoder or a classifier as ONNX.
+
+    SRC is a compressed folder or Hub id, or a dense one and a budget; OUT is a new folder.
+    """
     summary = export_checkpoint(src, out, languages=_listed(languages), calibration=calibrate, **options)
     if as_json:
         click.echo(json.dumps(asdict(summary)))

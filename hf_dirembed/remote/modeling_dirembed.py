@@ -184,7 +184,19 @@ class DirEmbedModelMixin(PreTrainedModel):
             {path: _current_record(table_at(self, path)) for path in tables},
         )
         self.config.dirembed = spec.to_dict()
-        super().save_pretrained(save_directory, is_main_process, state, *args, **kwargs)
+        vars(self)["_saving"] = True  # torchao takes a state dict of its own, and knows no class of ours
+        try:
+            super().save_pretrained(save_directory, is_main_process, state, *args, **kwargs)
+        finally:
+            del vars(self)["_saving"]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Like torch's; while the model is saved, codes are plain tensors in it."""
+        state = super().state_dict(*args, **kwargs)
+        if "_saving" in vars(self):
+            for name, tensor in state.items():
+                state[name] = plain(tensor) if isinstance(tensor, Tensor) else tensor
+        return state
 
     def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         if package.before_upload is not None:
@@ -406,6 +418,8 @@ class DirEmbedModelMixin(PreTrainedModel):
             self._get_resized_embeddings(head, num_tokens)
         elif head is not None:
             self.set_output_embeddings(self._get_resized_lm_head(head, num_tokens, mean_resizing=mean_resizing))
+        if getattr(self.config, "share_encoder_decoder_embeddings", False):  # Marian states the size for both sides
+            self.config.decoder_vocab_size = num_tokens
         return embedding
 
 

@@ -182,7 +182,7 @@ def test_every_option_reaches_its_task() -> None:
 MISTAKES = {
     "no such task": (["{model}", "--task", "rouge", "--data", "{text}"], "task 'rouge' is unknown"),
     "no such model": (["no/model", "--task", "sts", "--data", "{pairs}"], "no/model is neither a folder"),
-    "no such data": (["{model}", "--task", "sts", "--data", "no.csv"], "'no.csv' is neither a file here"),
+    "no such data": (["{model}", "--task", "sts", "--data", "no.csv"], "there is no file no.csv: check its name"),
     "no such reference": (["{model}", "--task", "sts", "--data", "{pairs}", "--reference", "x"], "x is neither"),
     "an option of another task": (
         ["{model}", "--task", "sts", "--data", "{pairs}", "--doc-stride", "8"],

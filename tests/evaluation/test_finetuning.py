@@ -200,7 +200,7 @@ def test_names_what_is_wrong_with_the_data(dense: Path, tmp_path: Path) -> None:
         ("stsb", [{"sentence1": "a", "sentence2": "b", "label": math.nan}], "a finite number"),
         ("rte", write(tmp_path / "few.tsv", [("a cat", "1")]), "row 1 of .* has 2 columns: .* sentence1, sentence2"),
         ("sst2", write(tmp_path / "text.tsv", [("a cat", "good")]), "has the label 'good'"),
-        ("sst2", tmp_path / "none.tsv", "neither a file here nor a dataset"),
+        ("sst2", tmp_path / "none.tsv", "there is no file .*none.tsv: check its name"),
     ):
         with pytest.raises(EvaluationError, match=message):
             glue(dense, subset, data, data)

@@ -11,7 +11,15 @@ from .errors import ModelError
 from .remote.codes_dirembed import CompressionSpec
 from .remote.configuration_dirembed import DirEmbedConfigMixin, derive_config_class
 from .remote.modeling_dirembed import DirEmbedModelMixin, derive_model_class
-from .remote.tables_dirembed import DECODER_TIE, broken_ties, compressed_tables, stock_class, swap_tables, table_at
+from .remote.tables_dirembed import (
+    DECODER_TIE,
+    broken_ties,
+    carry_hooks,
+    compressed_tables,
+    stock_class,
+    swap_tables,
+    table_at,
+)
 
 
 def convert(model: PreTrainedModel, spec: CompressionSpec, tensors: dict[str, dict[str, Tensor]]) -> PreTrainedModel:
@@ -83,6 +91,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
         compressed = table_at(model, name)
         if compressed not in dense:
             dense[compressed] = compressed.to_dense()
+            carry_hooks(compressed, dense[compressed])
             # what shares its codes shares its table, whatever the config says
             shared = weights.setdefault(id(compressed.weight), dense[compressed].weight)  # type: ignore[arg-type]
             dense[compressed].weight = shared

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 import transformers
 from families import FAMILIES
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.optim import swa_utils
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import hf_dirembed
 from hf_dirembed import ModelError
@@ -253,10 +254,81 @@ def test_a_state_dict_of_another_layout_is_refused() -> None:
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @every_method
-def test_copies_are_guarded(copied: Callable[[Any], Any], method: str) -> None:
+def test_copies_are_guarded(copied: Callable[[Any], Any], method: str, tmp_path: Path) -> None:
     model = copied(make(method))
     assert type(model.get_input_embeddings().weight) is CodesParameter
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     model.get_input_embeddings().weight.numpy()[3] = 1
     with pytest.raises(ModelError, match="codes of a compressed table"):
-        copy.deepcopy(model).save_pretrained("nowhere")
+        copy.deepcopy(model).save_pretrained(tmp_path)
+
+
+VIEWS: dict[str, Callable[[Any], Any]] = {
+    "split": lambda data: data.split(10)[0],
+    "chunk": lambda data: data.chunk(3)[0],
+    "unbind": lambda data: data.unbind(0)[0],
+    "iter": lambda data: next(iter(data)),
+    "view_as": lambda data: data.view_as(data),
+    "diagonal": lambda data: data.diagonal(),
+    "movedim": lambda data: data.movedim(0, 1),
+    "as_strided": lambda data: data.as_strided((3, 2), (2, 1)),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_views_are_guarded_whatever_makes_them(view: Callable[[Any], Any]) -> None:
+    model = make("transform")
+    with pytest.raises(ModelError, match="codes of a compressed table"):
+        view(model.get_input_embeddings().weight.data).zero_()
+    with pytest.raises(ModelError, match="codes of a compressed table"):
+        torch._foreach_mul_([view(model.get_input_embeddings().weight.data)], 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_decoders_may_be_written_to_by_any_way(dtype: torch.dtype) -> None:
+    model, ids = make("transform").to(dtype).eval(), torch.arange(9).unsqueeze(0)
+    model(ids)
+    table = model.get_input_embeddings()
+    table.decoder_weight.data.mul_(0.5)
+    table.decoder_bias_weight.data.zero_()
+    found, expanded = model(ids).logits, hf_dirembed.expand(copy.deepcopy(model))(ids).logits
+    torch.testing.assert_close(found, expanded, rtol=0.02, atol=0.02 * float(expanded.abs().max()))
+
+
+@every_method
+@torch.no_grad()
+def test_codes_of_one_table_and_a_decoder_of_another_are_refused(method: str) -> None:
+    sizes = {"vocab_size": 160, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    config = LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=False)
+    budget = {"bits": {"embed_tokens": 6, "lm_head": 6}} if method == "transform" else {"rank": 8}
+    model = hf_dirembed.compress(LlamaForCausalLM(config), method=method, **budget)
+    for each in (model, copy.deepcopy(model)):
+        try:
+            each.lm_head.weight = each.model.embed_tokens.weight
+        except ModelError:
+            continue
+        with pytest.raises(ModelError, match="codes of one table"):
+            each(torch.arange(9).unsqueeze(0))
+
+
+@torch.no_grad()
+def test_fake_tensors_and_ids_that_are_no_integers() -> None:
+    table = hf_dirembed.CompressedEmbedding.from_embedding(nn.Embedding(500, 32), bits=4)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert tuple(table(torch.tensor([[1, 2]])).shape) == (1, 2, 32)
+    for ids in (torch.tensor([1.7]), torch.tensor([True]), torch.tensor([1j])):
+        with pytest.raises(ModelError, match="no numbers of rows"):
+            table(ids)
+
+
+def test_hooks_stay() -> None:
+    model, seen = FAMILIES["llama-tied"].make(AUTO, 0).eval(), []
+    handle = model.get_input_embeddings().register_forward_hook(lambda *_: seen.append(1))
+    ids = torch.arange(5).unsqueeze(0)
+    hf_dirembed.compress(model, bits=6)(ids)
+    hf_dirembed.expand(model)(ids)
+    handle.remove()
+    model(ids)
+    assert seen == [1, 1]

@@ -82,17 +82,6 @@ _ASSIGNMENTS = frozenset({"__setitem__", *(f"__i{name}__" for name in _OPERATORS
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 _LEARNING: frozenset[Any] = frozenset({Tensor.requires_grad_, Tensor.requires_grad.__set__})  # type: ignore[attr-defined]
 
-_HARMLESS_IN_PLACE = frozenset({"requires_grad_", "share_memory_", "detach_"})
-_ASSIGNMENTS = frozenset(
-    {
-        "__setitem__",
-        *(
-            f"__i{name}__"
-            for name in ["add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "and", "or", "xor"]
-        ),
-    }
-)
-
 
 class _Guard:
     """What parameters of codes, and views of them, have in common."""
@@ -114,19 +103,25 @@ class _Guard:
 
         if func == _SET_DATA:
             return _set_data(args[0], args[1])
-        target = kwargs.get("out", args[0] if args and _writes(func) else None)
+        if args and _is_list_of_views(func, args[0]):
+            raise ModelError(CHANGED_CODES)
+        target = kwargs.get("out", args[0] if args and (_writes(func) or kwargs.get("inplace")) else None)
         if isinstance(target, _Guard) and (root := vars(target).get("_root", target)) is not None:
             return _write(target, root, func, args, kwargs)
 
         with torch._C.DisableTorchFunctionSubclass():
             if func in _LEARNING and isinstance(args[0], CodesParameter):
                 return args[0]  # whatever is asked of all parameters of a model: see `unfreeze_codes`
+            if func is Tensor.__iter__:
+                func = Tensor.unbind
             result = func(*args, **kwargs)
-            if func in _SAME_CODES and isinstance(result, Tensor) and isinstance(args[0], _Guard):
+            if not args or not isinstance(args[0], _Guard):
+                return result
+            if func in _SAME_CODES and isinstance(result, Tensor):
                 # `nn.Parameter(codes)` insists on the class
                 own = func is Tensor.detach and type(args[0]) is CodesParameter
                 return _view(result, args[0], CodesParameter if own else CodesView)
-        return result
+            return _views(result, args[0])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As a plain parameter or tensor: what reads it needs no class of this package."""
@@ -179,6 +174,8 @@ class CodesParameter(_Guard, nn.Parameter):
         result = CodesParameter(plain(self).clone(memory_format=torch.preserve_format), self.requires_grad)
         if (sealed := vars(self).get("_seal")) is not None:
             vars(result)["_seal"] = (_version(result), sealed[1])
+        if (table := vars(self).get("_table")) is not None:
+            vars(result)["_table"] = memo.setdefault(id(table), object())
         if "_follows" in vars(self):
             vars(result)["_follows"] = True
         memo[id(self)] = result
@@ -368,6 +365,24 @@ def _view(result: Tensor, source: Any, kind: type) -> Tensor:
     shared = root is not None and result.untyped_storage().data_ptr() == plain(root).untyped_storage().data_ptr()
     vars(view)["_root"] = root if shared else None
     return view
+
+
+def _views(result: Any, source: Any) -> Any:
+    """What an operation gives, the tensors in it that share the memory of codes guarded as these are."""
+    if isinstance(result, Tensor):
+        if type(result) is not Tensor or result.is_meta or result.layout != torch.strided:
+            return result
+        shared = result.untyped_storage().data_ptr() == plain(source).untyped_storage().data_ptr()
+        return _view(result, source, CodesView) if shared and result.numel() else result
+    if type(result) in (tuple, list):
+        return type(result)(_views(each, source) for each in result)
+    return result
+
+
+def _is_list_of_views(func: Any, tensors: Any) -> bool:
+    """Whether a function writes to views of codes that are in a list, which `_write` does not weigh."""
+    foreach = getattr(func, "__name__", "").startswith("_foreach_") and func.__name__.endswith("_")
+    return foreach and any(isinstance(each, CodesView) and vars(each).get("_root") is not None for each in tensors)
 
 
 def _writes(func: Any) -> bool:

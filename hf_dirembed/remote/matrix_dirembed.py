@@ -37,56 +37,22 @@ from .guarded_dirembed import (
     verify,
 )
 from .kernels_dirembed import PackedRows, count_classes, gaussian_codebook, pack_rows, row_classes
-from .products_dirembed import is_traced, package, product_dtype, read_rows, runs_compiled, scaled
+from .products_dirembed import package, product_dtype, read_rows, runs_compiled, scaled
 
 
 DENSE_ROWS_WANTED = (
     "which has codes and a decoder in the place of dense rows: leave it out of target_modules, or make a dense model "
     "first with hf_dirembed.expand"
 )
+TWO_TABLES = (
+    "this module has codes of one table and a decoder of another, as after `head.weight = embedding.weight`: tie the "
+    "dense model before it is compressed, with config.tie_word_embeddings and tie_weights()"
+)
 CACHE_LINE = 64  # bytes; what torch's own allocations are aligned to
 STEADY_ROWS = 8  # from which on float32 BLAS rounds each row of a product alike
 DENSE_CHUNK = 1 << 14  # rows decoded at a time when the whole table is asked for
 DECODER_TENSORS = ("decoder_weight", "decoder_bias_weight")  # of the code tensors, those that learn unless frozen
 INTEGER_TENSORS = ("weight", "codebook_weight", "further_weight")  # of packed codes, those that may hold any bits
-
-
-class WideCopies:
-    """Copies of tensors in another dtype, made at their first use, and again whenever one of the tensors has changed.
-
-    A cache: copies, pickles and state dicts of what holds it leave it empty. Changes are told by a tensor's memory,
-    shape and version counter; the counter misses writes through `.data`: call `clear` where these may come about.
-
-    Example:
-        >>> copies, narrow = WideCopies(), torch.ones(2, dtype=torch.bfloat16)
-        >>> wide = copies.get("decoder_weight", narrow, torch.float32)
-        >>> wide, copies.get("decoder_weight", narrow, torch.float32) is wide
-        (tensor([1., 1.]), True)
-        >>> copies.get("decoder_weight", narrow.mul_(2), torch.float32)
-        tensor([2., 2.])
-    """
-
-    def __init__(self) -> None:
-        self._entries: dict[str, tuple[tuple[Any, ...], Tensor, Tensor]] = {}
-
-    def get(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """The tensor in another dtype; without gradients."""
-        version = -1 if tensor.is_inference() else tensor._version
-        key = tensor.data_ptr(), version, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, dtype
-        entry = self._entries.get(name)
-        if entry is None or entry[0] != key:
-            # What is made under `inference_mode` could not serve a training step later. The tensor is held, so that
-            # its memory cannot be freed and come back as another's at the same address.
-            with torch.inference_mode(False), torch.no_grad():
-                entry = self._entries[name] = key, tensor.detach(), tensor.detach().to(dtype)
-        return entry[2]
-
-    def clear(self) -> None:
-        """Frees the copies."""
-        self._entries.clear()
-
-    def __reduce__(self) -> tuple[type[WideCopies], tuple[()]]:
-        return WideCopies, ()
 
 
 class CompressedMatrix(nn.Module):
@@ -146,7 +112,6 @@ class CompressedMatrix(nn.Module):
         dtype = dtype or torch.get_default_dtype()
         self.layout = layout
         self.record = TableRecord()
-        self._wide = WideCopies()
         shapes = layout.stored_shapes(num_rows, dim)
 
         def parameter(name: str, dtype: torch.dtype, trained: bool = False) -> nn.Parameter | None:
@@ -306,9 +271,14 @@ class CompressedMatrix(nn.Module):
         """
         if torch.compiler.is_compiling():
             return
+        tables = set()
         for name, tensor in self._parameters.items():
+            if tensor is not None and (table := vars(tensor).get("_table")) is not None:
+                tables.add(id(table))
             if type(tensor) is CodesParameter and name not in DECODER_TENSORS:
                 verify(tensor, values=values)
+        if len(tables) > 1:
+            raise ModelError(TWO_TABLES)
 
     def guard_codes(self) -> None:
         """Makes guarded parameters of the codes again."""
@@ -329,6 +299,11 @@ class CompressedMatrix(nn.Module):
         """
         for tensor in self.codes().values():
             seal(tensor, anew=anew)
+
+        # what belongs together: modules that are tied share all of it
+        table = object()
+        for tensor in self.code_tensors().values():
+            vars(tensor)["_table"] = table
 
     def row_classes(self) -> Tensor:
         """The class of every row, (num_rows,) int32; all zero where the codes are floats."""
@@ -360,6 +335,8 @@ class CompressedMatrix(nn.Module):
 
     def latents_of(self, ids: Tensor) -> Tensor:
         """The latents of rows, (..., rank), those of packed codes in float32 at least; zero where a row has none."""
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise ModelError(f"ids of {ids.dtype} are no numbers of rows: give integers, as a tokenizer does")
         self.check_gradients()
         self.verify_codes()
         if (shadow := self.active_shadow) is not None:
@@ -420,19 +397,14 @@ class CompressedMatrix(nn.Module):
         return rows
 
     def decoder_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """The decoder and its bias in a dtype; copies are kept where no gradient is asked for."""
+        """The decoder and its bias in a dtype.
+
+        Casts are not kept: torch does not count writes through `.data`, and they are quick beside the product.
+        """
         decoder, bias = self.decoder_weight, self.decoder_bias_weight
-        if dtype == self.dtype:
-            return decoder, bias
-        learns = decoder.requires_grad or (bias is not None and bias.requires_grad)
-        if (learns and torch.is_grad_enabled()) or is_traced(decoder):
-            self._wide.clear()  # an optimiser may write to them unseen
-            return decoder.to(dtype), None if bias is None else bias.to(dtype)
-        wide = self._wide.get("decoder_weight", decoder, dtype)
-        return wide, None if bias is None else self._wide.get("decoder_bias_weight", bias, dtype)
+        return decoder.to(dtype), None if bias is None else bias.to(dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> CompressedMatrix:
-        self._wide.clear()
         self.verify_codes()
         with opened(self.codes()):
             super()._apply(fn, recurse)
@@ -591,7 +563,6 @@ class CompressedMatrix(nn.Module):
         taken = self._codes_to_load(state_dict, prefix, local_metadata)
         with opened(self.codes()):
             super()._load_from_state_dict(taken, prefix, local_metadata, *args)
-        self._wide.clear()
         self.check_codes()
         if self.shadow is not None:
             self.shadow.follow(self)

@@ -15,11 +15,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from .codes_dirembed import TableError
 from .kernels_dirembed import PackedRows
 from .triton_dirembed import triton_product, triton_read, triton_works
 
+
+logger = logging.get_logger(__name__)
 
 BUFFER_BYTES = 4 << 20  # of float latents per thread: less is more operations, more leaves the cache
 DEVICE_BUFFER_BYTES = 64 << 20  # the same on an accelerator, where launches cost more than memory
@@ -72,6 +75,7 @@ def is_traced(*tensors: Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
         or any(type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta for tensor in tensors)
     )
 
@@ -213,6 +217,11 @@ def _product(states: Tensor, rows: PackedRows) -> Tensor:
     narrow = states.dtype.itemsize <= 4 and len(states) <= TRITON_STATES
     if device.type == "cuda" and narrow and triton_works(device):
         return triton_product(rows, states.contiguous())
+    if device.type == "cpu" and package.rows_product is None:
+        logger.warning_once(
+            "without the package hf_dirembed a head unpacks its whole table in every step, which takes tens of times "
+            "as long: import hf_dirembed, or make a dense model with hf-dirembed expand"
+        )
 
     product = torch.empty(len(states), len(rows.weight), dtype=states.dtype, device=device)
     for chunk, latents in _chunks(rows, states.dtype):

@@ -35,6 +35,10 @@ DECODER_TIE = re.compile(rf"\b({'|'.join(name for name in CODE_TENSORS if name !
 
 # What stands for tables, and is tied to what does.
 TABLE_MODULES = (CompressedEmbedding, CompressedBlocks, CompressedLinear)
+HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+)
 _PLAIN_WEIGHT = re.compile(r"[\w.]+\.weight$")  # other entries are patterns, which tie layers
 
 
@@ -201,6 +205,7 @@ def swap_tables(model: PreTrainedModel, spec: CompressionSpec, device: str | Non
                 continue  # a model that is built around an inner AutoModel gets it with its embedding swapped
             swapped[dense] = _compressed_like(dense, spec.tables[path], device)
             swapped[dense].record = spec.record(path)  # type: ignore[assignment]
+            carry_hooks(dense, swapped[dense])
 
     for names in tables.values():  # only now that all of them can be
         for name in names:
@@ -212,6 +217,12 @@ def swap_tables(model: PreTrainedModel, spec: CompressionSpec, device: str | Non
         if module is not model:  # whose class is derived by `derive_model_class`
             module.__class__ = reading_class(type(module))
     return tables
+
+
+def carry_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Gives a module the hooks of the one that it replaces, such as that of `enable_input_require_grads`."""
+    for name in HOOKS:
+        vars(new)[name] = vars(old)[name]  # the same object: what was registered can be removed
 
 
 def _cut_ties(model: PreTrainedModel, places: set[str]) -> None:

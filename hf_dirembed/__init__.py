@@ -1,4 +1,4 @@
-"""Vocabulary tables 8 to 32 times smaller, behind plain `from_pretrained`."""
+"""Vocabulary tables up to 32 times smaller, behind plain `from_pretrained`."""
 
 from .quiet import importing_quietly
 

@@ -105,7 +105,7 @@ def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.group(cls=ErrorReportingGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="hf_dirembed")
 def main() -> None:
-    """Makes a model's vocabulary tables 8 to 32 times smaller, behind plain from_pretrained."""
+    """Makes a model's vocabulary tables up to 32 times smaller, behind plain from_pretrained."""
 
 
 @main.command(short_help="Make the vocabulary tables of a checkpoint smaller.")

@@ -213,8 +213,8 @@ def layout_lines(layout: Layout) -> list[tuple[str, str]]:
     else:
         lines.append(("latents of every row", str(layout.rank)))
         first, *further = layout.classes
-        lines.append((f"codes of {'most rows' if further else 'every row'}", _widths(first)))
-        lines += [(f"codes of {each.rows:,} important rows", _widths(each)) for each in further]
+        lines += [(f"codes of {each.rows:,} rows", _widths(each)) for each in reversed(further)]
+        lines.append((f"codes of {'all other rows' if further else 'every row'}", _widths(first)))
     if layout.outliers:
         lines.append(("rows that are kept as they are", f"{layout.outliers:,}"))
     return [*lines, ("decoder", f"{layout.decoder}, {'affine' if layout.bias else 'linear'}")]

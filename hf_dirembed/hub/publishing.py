@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -65,11 +66,18 @@ def upload_checkpoint(folder: str | os.PathLike[str], repo_id: str, *, private: 
         if is_generated(Path(folder) / CARD_NAME):
             write_checkpoint_card(folder, model_id=repo.repo_id)  # which says what to load it by
         huggingface_hub.upload_folder(repo_id=repo.repo_id, folder_path=Path(folder))
-    except (HFValidationError, HfHubHTTPError, OSError) as error:
+    except _upload_errors() as error:
         raise CheckpointError(
-            f"{repo_id} takes no upload ({first_line(error)}): check its name and run hf auth login"
+            f"{repo_id} takes no upload ({first_line(error)}): check its name, run hf auth login, and try again with "
+            f"hf upload {repo_id} {folder}, which is complete"
         ) from error
     return str(repo)
+
+
+def _upload_errors() -> tuple[type[Exception], ...]:
+    """What uploads raise; where there is no connection, what depends on huggingface_hub's version and HTTP library."""
+    transport = (module.HTTPError for name in ("httpx", "httpx2") if (module := sys.modules.get(name)))
+    return HFValidationError, HfHubHTTPError, OSError, *transport
 
 
 def remove_traces(folder: str | os.PathLike[str]) -> None:

@@ -57,6 +57,8 @@ def convert(model: PreTrainedModel, spec: CompressionSpec, tensors: dict[str, di
     model.tie_weights()
     for path in compressed_tables(model):
         table_at(model, path).seal_codes()
+        for _, matrix in table_at(model, path).matrices():
+            matrix.mark_as_one()
     return model
 
 

@@ -224,3 +224,5 @@ def finish_loading(model: PreTrainedModel) -> None:
                 guard(tensor)
     for path in compressed_tables(model):
         table_at(model, path).seal_codes()
+        for _, matrix in table_at(model, path).matrices():
+            matrix.mark_as_one()

@@ -300,7 +300,8 @@ class CompressedMatrix(nn.Module):
         for tensor in self.codes().values():
             seal(tensor, anew=anew)
 
-        # what belongs together: modules that are tied share all of it
+    def mark_as_one(self) -> None:
+        """Marks codes and decoder as those of one table, which modules that are tied share as a whole."""
         table = object()
         for tensor in self.code_tensors().values():
             vars(tensor)["_table"] = table

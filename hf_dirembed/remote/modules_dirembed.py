@@ -580,7 +580,9 @@ class CompressedLinear(CompressedMatrix):
 
         # what is narrow is widened where products are taken so, but not where autocast chooses
         dtype, given = hidden_states.dtype, hidden_states.dtype
-        if self.layout.packed and not torch.is_autocast_enabled(hidden_states.device.type):
+        device = hidden_states.device.type
+        autocast = device != "meta" and torch.is_autocast_enabled(device)
+        if self.layout.packed and not autocast:
             dtype = product_dtype(dtype, hidden_states.device)
         widened = dtype != given
         hidden_states = hidden_states.to(dtype)

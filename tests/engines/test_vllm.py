@@ -146,7 +146,7 @@ CASES = [
 def test_tokens_are_those_of_transformers(folders, name, options):
     folder = folders(name)
     expected = tokens_of_transformers(folder)
-    assert len({token for tokens in expected for token in tokens}) > 12  # the models say something
+    assert len({token for tokens in expected for token in tokens}) > 8  # the models say something
     with served(folder, **options) as engine:
         assert tokens_of(engine) == expected
 

@@ -14,6 +14,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 
 from ...remote.checks_dirembed import AGAIN
 from ...remote.codes_dirembed import CheckpointError, CompressionSpec, ModelError
+from ...remote.guarded_dirembed import plain
 from .names import TableTensors
 from .tables import ServedTable, build_table, fitted
 
@@ -51,7 +52,8 @@ def put_table(layer: Any, table: ServedTable) -> None:
     """Makes a vocabulary layer run a compressed table; its `weight` is the codes, as in transformers."""
     layer.quant_method = TableMethod(table)
     layer.table = table
-    layer.register_parameter("weight", table.weight)
+    # as a plain parameter of the same memory: a dense module is refused one of codes
+    layer.register_parameter("weight", nn.Parameter(plain(table.weight), requires_grad=False))
     layer.use_fused_embedding = False  # which reads dense rows
 
 

@@ -64,17 +64,9 @@ _READERS: frozenset[Any] = frozenset(
     }
 )
 
-# What is codes still, in other words: the results of these refuse what codes refuse.
-_VIEWING_METHODS = (
-    *("detach", "float", "half", "double", "bfloat16", "to", "type", "view", "reshape", "flatten", "t", "transpose"),
-    *("permute", "narrow", "select", "unsqueeze", "squeeze", "__getitem__"),
-)
-_SAME_CODES: frozenset[Any] = frozenset(
-    {
-        *(getattr(Tensor, name) for name in _VIEWING_METHODS),
-        *(getattr(Tensor, name).__get__ for name in ("T", "mT", "data")),
-    }
-)
+# What may copy codes, and holds them still in another dtype or form. What shares their memory is a view in any case.
+_COPYING_METHODS = ("detach", "float", "half", "double", "bfloat16", "to", "type", "reshape", "flatten", "__getitem__")
+_SAME_CODES: frozenset[Any] = frozenset(getattr(Tensor, name) for name in _COPYING_METHODS)
 
 _HARMLESS_IN_PLACE = frozenset({"requires_grad_", "share_memory_", "detach_"})
 _OPERATORS = ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "and", "or", "xor")

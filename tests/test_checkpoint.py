@@ -55,6 +55,11 @@ def test_compress_inspect_expand(dense: Path, tmp_path: Path) -> None:
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in table.values())
     assert summary["bytes"] == num_bytes
     assert summary["dense_bytes"] == 160 * 32 * 4
+    whole, of_source = (
+        sum(tensor.numel() * tensor.element_size() for tensor in load_file(folder / "model.safetensors").values())
+        for folder in (out, dense)
+    )
+    assert (summary["model_bytes"], summary["dense_model_bytes"]) == (whole, of_source)
     assert summary["ratio"] == pytest.approx(summary["dense_bytes"] / num_bytes)
     assert summary["ratio"] >= 3
     assert summary["bits_per_weight"] == pytest.approx(8 * num_bytes / (160 * 32))
@@ -82,6 +87,8 @@ def test_compress_inspect_expand(dense: Path, tmp_path: Path) -> None:
     assert not list(stock.glob("*.py"))
     plain = transformers.BertForMaskedLM.from_pretrained(stock)
     torch.testing.assert_close(plain.get_input_embeddings().weight.data, after)
+    card = (stock / "README.md").read_text()
+    assert f"| `{TABLE}` | 160 x 32 | {summary['bits_per_weight']:.2f} bits per weight" in card
 
 
 def test_config_on_disk_is_golden(tmp_path: Path) -> None:
@@ -447,7 +454,7 @@ def test_inspect_states_how_many_rows_have_how_many_bits(tmp_path: Path) -> None
     assert table.decoder_bytes == embedding.stored_decoder().nbytes + embedding.decoder_bias_weight.nbytes
     shown = run("inspect", tmp_path).stdout
     assert f"{bits[0]:.3f} per weight in the codes of {table.classes[0].rows:,}" in shown
-    assert f"{table.bits_per_weight - table.bound_bits:.3f} bits per weight less" in shown
+    assert f"needs at least {table.bound_bits:.3f} bits per weight for that" in shown
 
 
 def test_print_compression(capsys: pytest.CaptureFixture[str]) -> None:

@@ -183,6 +183,8 @@ class CheckpointSummary:
         dense_bytes: The size of these tables, as the source checkpoint stored them.
         ratio: `dense_bytes` / `bytes`.
         bits_per_weight: 8 x `bytes` / the weights of these tables.
+        model_bytes: The size of all tensors of the checkpoint.
+        dense_model_bytes: The same with these tables as the source checkpoint stored them.
     """
 
     base_model_type: str
@@ -192,6 +194,8 @@ class CheckpointSummary:
     dense_bytes: int
     ratio: float
     bits_per_weight: float
+    model_bytes: int
+    dense_model_bytes: int
 
 
 def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSummary:
@@ -207,10 +211,12 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSummary:
         values = read_compressed_config(folder)
         spec = None if values is None else read_spec(values)[1]
         found = find_tables(model_on_meta(model_class(config), config))
-        tables = () if spec is None else tuple(_summaries(folder, spec, found))
+        tensors = _read_headers(folder)
+        tables = () if spec is None else tuple(_summaries(folder, spec, found, tensors))
 
     num_bytes, dense_bytes = sum(table.bytes for table in tables), sum(table.dense_bytes for table in tables)
     num_weights = sum(table.num_embeddings * table.embedding_dim for table in tables)
+    model_bytes = sum(tensor.num_bytes for tensor in tensors.values())
 
     return CheckpointSummary(
         base_model_type=config.model_type,
@@ -220,6 +226,8 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointSummary:
         dense_bytes=dense_bytes,
         ratio=dense_bytes / num_bytes if num_bytes else 1.0,
         bits_per_weight=8 * num_bytes / num_weights if num_weights else 0.0,
+        model_bytes=model_bytes,
+        dense_model_bytes=model_bytes - num_bytes + dense_bytes,
     )
 
 
@@ -246,10 +254,11 @@ def _join_pieces(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     return joined
 
 
-def _summaries(folder: Path, spec: CompressionSpec, found: list[VocabularyTable]) -> Iterator[TableSummary]:
+def _summaries(
+    folder: Path, spec: CompressionSpec, found: list[VocabularyTable], tensors: dict[str, StoredTensor]
+) -> Iterator[TableSummary]:
     """What stands in place of each table that a spec names, in the order of those that were found in the model."""
     order = {table.name: number for number, table in enumerate(found)}
-    tensors = _read_headers(folder)
     check_stored_dtypes(spec, {name: tensor.dtype for name, tensor in tensors.items()})
     for path in sorted(spec.tables, key=lambda path: order.get(path, len(order))):
         layout, stored = spec.tables[path], _tensors_of(path, spec.tables[path], tensors)

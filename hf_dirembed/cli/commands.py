@@ -287,9 +287,11 @@ def _print_summary(summary: CheckpointSummary, as_json: bool) -> None:
         for label, value in [("table", table.name), *_table_lines(table)]:
             click.echo(f"{label:<16} {value}")
 
+    before = f"{_size(summary.dense_model_bytes)} -> " if summary.tables else ""
+    click.echo(f"\n{'whole model':<16} {before}{_size(summary.model_bytes)}")
     if len(summary.tables) > 1:
         smaller = f"{_size(summary.dense_bytes)} -> {_size(summary.bytes)}, {summary.ratio:.2f}x smaller"
-        click.echo(f"\n{'all tables':<16} {smaller}, {summary.bits_per_weight:.3f} bits per weight")
+        click.echo(f"{'all tables':<16} {smaller}, {summary.bits_per_weight:.3f} bits per weight")
 
     for number, dense in enumerate(summary.dense_tables):
         size = f"{dense.rows:,} x {dense.dim:,}"
@@ -332,17 +334,15 @@ def _table_lines(table: TableSummary) -> list[tuple[str, str]]:
         lines.append(("long rows", f"{table.shortened_rows:,}, far longer than most: {kept}"))
 
     if table.distortion is not None and table.bound_bits is not None:
-        lines.append(("lost", f"{table.distortion:.2%} of the weighted variance"))
-        distance = f"{table.bits_per_weight - table.bound_bits:.3f} bits per weight less for that"
-        lines.append(("", f"a Gaussian table of this spectrum could do with {distance}"))
+        lines.append(("squared error", f"{table.distortion:.2%} of the table's variance, rows weighed by use"))
+        needed = f"{table.bound_bits:.3f} bits per weight for that"
+        lines.append(("", f"a Gaussian table of this spectrum needs at least {needed}"))
     return lines
 
 
 def _print_demo(result: DemoResult) -> None:
     click.echo("all-MiniLM-L6-v2, its token embeddings compressed\n")
     _print_summary(result.summary, as_json=False)
-    before, after = result.file_bytes
-    click.echo(f"{'whole file':<16} {_size(before)} -> {_size(after)}")
     click.echo(f"{'sentence cosine':<16} {result.sentence_cosine:.4f} between embeddings before and after\n")
     click.echo("similarity     before   after")
     for (first, second), (dense, compressed) in zip(PAIRS, result.similarities, strict=True):

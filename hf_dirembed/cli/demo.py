@@ -36,14 +36,12 @@ class DemoResult:
 
     Attributes:
         summary: What the compressed checkpoint holds.
-        file_bytes: The size of `model.safetensors`, before and after.
         similarities: The cosine of each pair in `PAIRS`, before and after.
         sentence_cosine: The mean cosine between a sentence's embedding before and after.
         agreement: The largest difference between what AutoModel and SentenceTransformer make of a token.
     """
 
     summary: CheckpointSummary
-    file_bytes: tuple[int, int]
     similarities: list[tuple[float, float]]
     sentence_cosine: float
     agreement: float
@@ -87,15 +85,10 @@ def run_demo(out: str | os.PathLike[str], **options: Any) -> DemoResult:
 
     return DemoResult(
         summary=summary,
-        file_bytes=(_file_bytes(source), _file_bytes(Path(out))),
         similarities=similarities,
         sentence_cosine=float(F.cosine_similarity(before, after).mean()),
         agreement=_agreement(Path(out), compressed),
     )
-
-
-def _file_bytes(folder: Path) -> int:
-    return (folder / "model.safetensors").stat().st_size
 
 
 @torch.no_grad()

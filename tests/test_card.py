@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,18 @@ def test_metadata_survives_and_results_come_in(small: Path) -> None:
     assert run("card", small).exit_code == 0
     assert list((small / ".eval_results").iterdir()) == []
     assert ModelCard.load(small / "README.md").data.eval_results is None
+
+
+def test_a_part_of_the_data_is_not_taken_for_all_of_it(small: Path) -> None:
+    """A quick look by `--limit` says so wherever its figures go, and goes to no leaderboard."""
+    metrics = {"spearman": 0.86591234567890123}
+    save_result(small, replace(STS, metrics=metrics, settings={"limit": 50}))
+    assert run("card", small).exit_code == 0
+
+    (found,) = ModelCard.load(small / "README.md").data.eval_results
+    assert (found.metric_value, found.dataset_args) == (0.865912, {"limit": 50})
+    assert "limit 50" in (small / "README.md").read_text()
+    assert not (small / ".eval_results").exists()
 
 
 def test_a_card_written_by_hand_is_replaced_by_force_alone(small: Path) -> None:

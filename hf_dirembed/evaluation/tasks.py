@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,11 @@ def evaluate(task: str, model: Name, data: Any, reference: Name | None = None, *
     for name in options:
         if name not in known:
             raise EvaluationError(f"{task} takes no {name}: its options are {', '.join(known)}")
-    return TASKS[task].run(model, reference, data, **options)
+    result = TASKS[task].run(model, reference, data, **options)
+
+    # Figures of a part of the data must not be taken for those of all of it.
+    limit = options.get("limit")
+    return result if limit is None else replace(result, settings={**result.settings, "limit": limit})
 
 
 def _run_sts(

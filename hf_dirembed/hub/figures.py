@@ -6,7 +6,7 @@ import os
 import shlex
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, EvalResultEntry
 
@@ -34,6 +34,7 @@ METRIC_NAMES = {
     "accuracy_mismatched": "accuracy, mismatched",
     "input_only_perplexity": "perplexity, dense head",
 }
+LIMIT = "limit"  # the setting of a quick look at a part of the data
 LEFT_OUT = ("nll", "input_only_nll")  # the logarithm of a figure that is there
 _RATIOS = ("perplexity", "input_only_perplexity")  # what is compared by division
 
@@ -82,10 +83,10 @@ class Figures:
                 dataset_config=result.dataset.config,
                 dataset_split=result.dataset.split,
                 dataset_revision=result.dataset.revision,
-                dataset_args={"sha256": result.dataset.sha256} if result.dataset.sha256 else None,
+                dataset_args=_dataset_args(result),
                 metric_type=METRIC_IDS.get(name, name),
                 metric_name=_metric_name(name),
-                metric_value=value,
+                metric_value=float(f"{value:.6g}"),
             )
             for result in self.known()
             for name, value in result.metrics.items()
@@ -93,11 +94,11 @@ class Figures:
         ]
 
     def for_leaderboards(self) -> list[EvalResultEntry]:
-        """The figures as `.eval_results/*.yaml` has them: those on data of the Hub, one for each dataset."""
+        """The figures as `.eval_results/*.yaml` has them: those on whole sets of the Hub, one for each dataset."""
         entries = {}
         for result in self.known():
             name = _main_metric(result)
-            if not _is_on_hub(result.dataset) or name is None:
+            if not _is_on_hub(result.dataset) or result.settings.get(LIMIT) is not None or name is None:
                 continue
 
             settings = ", ".join(f"{key}={value}" for key, value in result.settings.items() if value not in (None, ""))
@@ -108,7 +109,7 @@ class Figures:
             entries[result.dataset.name, task_id] = EvalResultEntry(
                 dataset_id=result.dataset.name,
                 task_id=task_id,
-                value=result.metrics[name],
+                value=float(f"{result.metrics[name]:.6g}"),
                 dataset_revision=result.dataset.revision,
                 date=result.date,
                 notes="; ".join(note for note in notes if note),
@@ -174,6 +175,12 @@ def _is_on_hub(dataset: DatasetSource) -> bool:
 
 def _dataset_id(dataset: DatasetSource) -> str:
     return dataset.name if _is_on_hub(dataset) else PurePosixPath(dataset.name).stem
+
+
+def _dataset_args(result: Result) -> dict[str, Any] | None:
+    """What of a dataset was taken: which file, and how much of it."""
+    stated = {"sha256": result.dataset.sha256, LIMIT: result.settings.get(LIMIT)}
+    return {name: value for name, value in stated.items() if value is not None} or None
 
 
 def _main_metric(result: Result) -> str | None:

@@ -110,6 +110,7 @@ def test_masked_perplexity_tied_and_input_only(
 def test_perplexity_of_a_causal_model(causal: Path, files: dict[str, Path], tokenizer, tmp_path: Path) -> None:
     compress_checkpoint(causal, tmp_path / "small", method="svd", rank=8)
     result = evaluate("perplexity", tmp_path / "small", files["text"], causal, window=16, limit=50, device="cpu")
+    assert result.settings["limit"] == 50
     torch.manual_seed(0)
     model = FAMILIES["llama-tied"].make("AutoModelForCausalLM")
     figures = perplexity(model, tokenizer, files["text"], window=16, max_tokens=50)

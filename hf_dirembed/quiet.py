@@ -6,9 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-
-# transformers imports torchao where it is installed, which then warns of kernels for other machines.
-WARNING_AT_IMPORT = ("torchao", "torch.utils._pytree")
+from hf_dirembed_command import WARNING_AT_IMPORT  # which cannot import it from here: it runs before this package
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from ..calibration.statistics import Statistics
 from ..calibration.text import Texts
 from ..compression.compress import Settings
 from ..errors import CheckpointError, ModelError
-from ..hub.card import write_card
+from ..hub.card import write_card, write_expanded_card
 from ..hub.metadata import hub_id
 from ..hub.source import Source
 from ..pipeline import compress_model
@@ -147,9 +147,11 @@ def expand_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str
         _refuse_nested(source, out)
         if not is_compressed(folder):
             raise ModelError(f"{folder} is not a compressed checkpoint: there is nothing to expand")
+        summary = inspect_checkpoint(folder)
         model = expand(load_model(folder))
         copy_companions(folder, staging)
         model.save_pretrained(staging)
+        write_expanded_card(staging, summary, Source.of_folder(folder), model_id=Path(out).name)
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -144,7 +144,7 @@ def render_card(
 
     return ModelCard.from_template(
         data,
-        template_str=files(__package__).joinpath("card.md.jinja").read_text(encoding="utf-8"),
+        template_str=_template("card.md.jinja"),
         mark=MARK,
         model_id=model_id,
         source=source,
@@ -162,6 +162,31 @@ def render_card(
         figures=figures,
         picture=PICTURE_NAME if (folder / PICTURE_NAME).is_file() else None,
     )
+
+
+def write_expanded_card(folder: Path, summary: CheckpointSummary, source: Source, *, model_id: str) -> None:
+    """Writes README.md of a stock checkpoint that was expanded from a compressed one.
+
+    Args:
+        folder: The stock checkpoint.
+        summary: What the compressed one holds.
+        source: What that was made from.
+        model_id: The name that the card gives it.
+    """
+    card = ModelCard.from_template(
+        ModelCardData(base_model=source.base_model, **source.metadata),
+        template_str=_template("expanded_card.md.jinja"),
+        mark=MARK,
+        model_id=model_id,
+        source=source,
+        summary=summary,
+    )
+    (folder / CARD_NAME).write_text(f"{card}\n", encoding="utf-8", newline="\n")
+
+
+def _template(name: str) -> str:
+    """The text of a card's template."""
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 def card_metadata(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -81,22 +82,29 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ModelError: If the config ties tables that are not the same, of which one would be thrown away.
     """
-    for target, source in broken_ties(model).items():
-        raise ModelError(
-            f"the config ties {target} to {source}, but they are not the same: set config.tie_word_embeddings to "
-            "False, and both stay as they are"
-        )
-
+    # The dense tables are made aside: where they cannot be tied, the model stays as it is.
     dense: dict[nn.Module, nn.Module] = {}
     weights: dict[int, nn.Parameter] = {}
-    for name in sorted(name for names in compressed_tables(model).values() for name in names):
-        compressed = table_at(model, name)
+    names = sorted(name for names in compressed_tables(model).values() for name in names)
+    tables = {name: table_at(model, name) for name in names}
+    for compressed in tables.values():
         if compressed not in dense:
             dense[compressed] = compressed.to_dense()
-            carry_hooks(compressed, dense[compressed])
             # what shares its codes shares its table, whatever the config says
             shared = weights.setdefault(id(compressed.weight), dense[compressed].weight)  # type: ignore[arg-type]
             dense[compressed].weight = shared
+
+    for target, source in broken_ties(model).items():
+        pair = (model.get_submodule(name) for name in (target, source))
+        one, other = (dense.get(module, module).weight for module in pair)
+        if one.shape != other.shape or one.dtype != other.dtype or not torch.equal(one, other):
+            raise ModelError(
+                f"the config ties {target} to {source}, but they are not the same: set config.tie_word_embeddings to "
+                "False, and both stay as they are"
+            )
+
+    for name, compressed in tables.items():
+        carry_hooks(compressed, dense[compressed])
         model.set_submodule(name, dense[compressed])
 
     for module in model.modules():

@@ -157,6 +157,15 @@ def close(found: Tensor, expected: Tensor, within: float = CLOSE) -> str:
     return f"max difference {difference:.0e} of {largest:.1f}"
 
 
+def without_package(difference: float, largest: float, subject: Subject) -> str:
+    """What the code in the repo answers: rows to the bit, heads in sums of another order than the compiled kernels."""
+    if subject.auto.__name__ == "AutoModel":
+        assert difference == 0, f"not exact, max difference {difference:.1e}"
+        return "exact"
+    assert difference <= CLOSE * largest, f"max difference {difference:.1e} of values up to {largest:.1f}"
+    return f"max difference {difference:.0e} of {largest:.1f}"
+
+
 def same_codes(model: nn.Module, subject: Subject) -> None:
     tables = [next(m for m in each.modules() if isinstance(m, CompressedEmbedding)) for each in (model, subject.model)]
     for key, tensor in tables[0].code_tensors().items():

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from drop_in_subject import BLOCK_PLUGIN, Skip, Subject, close, exact, row, same_codes
+from drop_in_subject import BLOCK_PLUGIN, Skip, Subject, close, exact, row, same_codes, without_package
 from safetensors.torch import save_file
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
@@ -31,7 +31,8 @@ for folder in (source, target):
     model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True).eval()
     assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
     with torch.no_grad():
-        assert torch.equal(model(**inputs)[0], expected), "it answers otherwise"
+        difference = (model(**inputs)[0] - expected).abs().max()
+    print(difference.item(), expected.abs().max().item())
     model.save_pretrained(target)
 """
 )
@@ -63,7 +64,7 @@ def trust_remote_code(subject: Subject) -> str:
     command = [sys.executable, "-c", FRESH, *map(str, files)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr.strip().rsplit("\n", 1)[-1]
-    return "exact, twice"
+    return "; ".join(without_package(*map(float, line.split()), subject) for line in done.stdout.splitlines())
 
 
 def of_torchao(kind: str) -> TorchAoConfig:

@@ -2,11 +2,14 @@
 
     python benchmarks/larger_tables.py n-gram [--rows 2000000 4000000]
     python benchmarks/larger_tables.py per-layer [--rows 262144] [--columns 1024]
+    python benchmarks/larger_tables.py n-gram --rows 2000000 --processes 1 2
 
 make, for each number of rows, the checkpoint of a tiny model (of the type `qwen4_exp_text` with an n-gram table of 160
 columns, of the type `gemma3n_text` with a per-layer table in blocks of 256 columns) whose table is in bfloat16 and of
-decaying spectrum, and compress that table in a process of its own. Printed are the core seconds and the peak of the
-resident memory of that process; from two numbers of rows, what 320,000,000 rows would take.
+decaying spectrum, and compress that table in processes of their own: one, or as many as `torchrun` is told to start by
+--processes, which share the rows of an n-gram table and have one thread each. Printed are the core seconds of all and
+the largest peak of resident memory of one; from two numbers of rows, what 320,000,000 rows would take, and from two
+numbers of processes, how long 16 would take.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -98,11 +102,11 @@ def table_of(num_rows: int, dim: int, generator: torch.Generator) -> Tensor:
     return table
 
 
-def compress(source: Path, out: Path, table: str, bits: float) -> None:
-    """Runs in a process of its own: compresses, and prints what it took as JSON."""
+def compress(source: Path, out: Path, table: str, bits: float, threads: int) -> None:
+    """Runs in processes of its own: compresses, and each prints what it took as JSON."""
     from hf_dirembed.checkpoints.convert import compress_checkpoint
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(threads)
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
     summary = compress_checkpoint(source, out, bits=bits, tables=[table])
     after = resource.getrusage(resource.RUSAGE_SELF)
@@ -111,18 +115,46 @@ def compress(source: Path, out: Path, table: str, bits: float) -> None:
     print(json.dumps({**figures, "bits": summary.bits_per_weight, "cosine": summary.tables[0].mean_cosine}))
 
 
-def measure(kind: str, rows: int, columns: int, bits: float, folder: Path | None) -> tuple[int, float, float]:
-    """Makes a checkpoint, compresses it and prints a row of figures; rows, core seconds and peak memory."""
-    with tempfile.TemporaryDirectory(dir=folder) as name:
+@dataclass(frozen=True)
+class Cost:
+    """What compressing a table took.
+
+    Attributes:
+        rows: Of the table.
+        wall: Seconds.
+        cores: Core seconds, of all processes.
+        peak: Bytes of resident memory, of the process that took most.
+    """
+
+    rows: int
+    wall: float
+    cores: float
+    peak: int
+
+
+def measure(kind: str, rows: int, processes: int, options: argparse.Namespace) -> Cost:
+    """Makes a checkpoint, compresses it and prints a row of figures."""
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
         source, out = Path(name, "dense"), Path(name, "compressed")
-        num_rows, dim = make(source, kind, rows, columns)
-        command = [sys.executable, __file__, kind, "--bits", str(bits), "--compress", str(source), str(out)]
-        found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
-    per_weight = 1e6 * found["cores"] / (num_rows * dim)
+        num_rows, dim = make(source, kind, rows, options.columns)
+        threads = 2 if len(options.processes) == 1 and processes == 1 else 1
+        arguments = [kind, "--bits", str(options.bits), "--threads", str(threads), "--compress", str(source), str(out)]
+        launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+        command = [sys.executable, *(launch if processes > 1 else []), __file__, *arguments]
+        printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+    found = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    assert len(found) == processes, printed
+    wall, peak = (max(each[figure] for each in found) for figure in ("wall", "peak"))
+    cost = Cost(num_rows, wall, sum(each["cores"] for each in found), peak)
+    per_weight = 1e6 * cost.cores / (num_rows * dim)
     dense = num_rows * dim * 2 / GIB
-    print(f"| {kind} | {num_rows:,} x {dim:,} | {dense:.2f} | {found['bits']:.3f} | {found['cosine']:.4f} ", end="")
-    print(f"| {found['wall']:.0f} | {found['cores']:.0f} | {per_weight:.3f} | {found['peak'] / GIB:.2f} |", flush=True)
-    return num_rows, found["cores"], found["peak"]
+    print(f"| {kind} | {num_rows:,} x {dim:,} | {dense:.2f} | {processes} | {found[0]['bits']:.3f} ", end="")
+    print(
+        f"| {found[0]['cosine']:.4f} | {wall:.0f} | {cost.cores:.0f} | {per_weight:.3f} | {peak / GIB:.2f} |",
+        flush=True,
+    )
+    return cost
 
 
 def main() -> None:
@@ -132,23 +164,36 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+")
     parser.add_argument("--columns", type=int, default=1024, help="of a per-layer table")
     parser.add_argument("--bits", type=float, default=2.0)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1])
+    parser.add_argument("--threads", type=int, default=2, help=argparse.SUPPRESS)
     parser.add_argument("--compress", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.compress:
-        compress(*options.compress, configs(options.kind, 2, 512)[2], options.bits)
+        compress(*options.compress, configs(options.kind, 2, 512)[2], options.bits, options.threads)
         return
-    print(
-        "| table | size | dense, GiB | bits per weight | mean cosine | wall s | core s | µs per weight | peak, GiB |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+
+    heads = "table", "size", "dense, GiB", "processes", "bits per weight", "mean cosine", "wall s", "core s"
+    print(f"| {' | '.join(heads)} | µs per weight | peak, GiB |")
+    print("| --- " * (len(heads) + 2) + "|")
     rows = options.rows or ([2_000_000, 4_000_000] if options.kind == "n-gram" else [262_144])
-    points = [measure(options.kind, each, options.columns, options.bits, options.folder) for each in rows]
-    if len(points) > 1:
-        (first, seconds, memory), (last, more_seconds, more_memory) = points[0], points[-1]
-        share = (BILLED_ROWS - first) / (last - first)
-        hours = (seconds + share * (more_seconds - seconds)) / 3600
-        grown = (more_memory - memory) / (1 << 20)
-        print(f"\n{BILLED_ROWS:,} rows: {hours:.1f} core hours; memory grew by {grown:.0f} MiB between the two sizes")
+    by_processes: list[tuple[int, float]] = []
+    for processes in options.processes:
+        costs = [measure(options.kind, each, processes, options) for each in rows]
+        if len(costs) > 1:
+            first, last = costs[0], costs[-1]
+            share = (BILLED_ROWS - first.rows) / (last.rows - first.rows)
+            hours = (first.cores + share * (last.cores - first.cores)) / 3600
+            grown = (last.peak - first.peak) / (1 << 20)
+            print(f"\n{BILLED_ROWS:,} rows: {hours:.1f} core hours; memory grew by {grown:.0f} MiB between the sizes")
+        by_processes.append((processes, costs[-1].wall))
+
+    if len(by_processes) > 1:
+        (few, longer), (more, shorter) = by_processes[0], by_processes[-1]
+        shared = (longer - shorter) / (1 / few - 1 / more)
+        alone = longer - shared / few
+        print(
+            f"\nShared is {shared:.0f} s of it, {alone:.0f} s are of one process: 16 take {alone + shared / 16:.0f} s"
+        )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -95,8 +96,8 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
             dense[compressed].weight = shared
 
     for target, source in broken_ties(model).items():
-        pair = (model.get_submodule(name) for name in (target, source))
-        one, other = (dense.get(module, module).weight for module in pair)
+        pair = [model.get_submodule(name) for name in (target, source)]
+        one, other = (cast(Tensor, dense.get(module, module).weight) for module in pair)
         if one.shape != other.shape or one.dtype != other.dtype or not torch.equal(one, other):
             raise ModelError(
                 f"the config ties {target} to {source}, but they are not the same: set config.tie_word_embeddings to "

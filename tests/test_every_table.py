@@ -389,17 +389,17 @@ def test_tables_that_were_compressed_apart_are_not_tied_later(tmp_path: Path) ->
 
 @pytest.mark.parametrize("same", [True, False])
 def test_an_input_table_that_was_replaced_under_a_tied_head_expands_by_its_values(same: bool, tmp_path: Path) -> None:
-    """What saving advises, to expand it, works: tied where both hold the same rows, and untied otherwise if told so."""
+    """What saving advises, to expand it, works: tied where both hold the same rows, else untied once told so."""
     model = hf_dirembed.compress(llama(tie=True), bits=BITS).eval()
     rows = model.get_input_embeddings().dense_weight().detach()
     model.set_input_embeddings(nn.Embedding.from_pretrained(rows if same else rows + 1))
     ids = torch.arange(VOCAB)[None]
     expected = model(ids).logits
-    with pytest.raises(ModelError, match="make a stock model with hf_dirembed.expand"):
+    with pytest.raises(ModelError, match=r"make a stock model with hf_dirembed\.expand"):
         model.save_pretrained(tmp_path)
 
     if not same:
-        with pytest.raises(ModelError, match="set config.tie_word_embeddings to False, and both stay"):
+        with pytest.raises(ModelError, match=r"set config\.tie_word_embeddings to False, and both stay"):
             hf_dirembed.expand(model)
         torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=0)
         model.config.tie_word_embeddings = False

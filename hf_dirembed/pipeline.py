@@ -26,7 +26,7 @@ from .errors import BudgetError, ModelError, OptionError
 from .hub.metadata import hub_id
 from .remote.codes_dirembed import BlocksLayout, CompressionSpec, Layout, TableRecord
 from .request import CompressionRequest, whole_bytes
-from .tables import VocabularyTable, choose_tables, find_tables, match_name
+from .tables import VocabularyTable, choose_tables, find_tables, match_name, num_blocks
 
 
 logger = logging.get_logger(__name__)
@@ -102,7 +102,7 @@ class _Matrix:
         table: The table that it is, or is a block of.
         path: The path of the module that holds its codes.
         rows: Its rows.
-        is_block: Whether it is one of several blocks.
+        block: Which of several blocks of columns it is; None if it is the whole table.
         padding_idx: The row of the padding token.
         token_weights: How much each row counts.
         hessian: What errors are measured in.
@@ -113,7 +113,7 @@ class _Matrix:
     table: VocabularyTable
     path: str
     rows: RowSource
-    is_block: bool
+    block: int | None
     padding_idx: int | None
     token_weights: Tensor | None = None
     hessian: Tensor | None = None
@@ -136,16 +136,17 @@ def _matrices_of(model: PreTrainedModel, table: VocabularyTable, files: TableFil
     module: Any = model.get_submodule(table.name)
     rows: RowSource = module.weight.data if files is None else files.rows[table.name]
     padding_idx = getattr(module, "padding_idx", None)
-    block = getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None)
-    if table.kind != "per-layer" or not block or table.dim % block or table.dim == block:
-        return [_Matrix(table, table.name, rows, False, padding_idx)]
+    block = table.dim // num_blocks(model, table)
+    if block == table.dim:
+        return [_Matrix(table, table.name, rows, None, padding_idx)]
     starts = range(0, table.dim, block)
     if files is None:
         blocks: list[RowSource] = [Columns(rows, start, start + block) for start in starts]
     else:
         blocks = [*files.blocks(table.name, [block] * len(starts))]
     return [
-        _Matrix(table, f"{table.name}.blocks.{number}", each, True, padding_idx) for number, each in enumerate(blocks)
+        _Matrix(table, f"{table.name}.blocks.{number}", each, number, padding_idx)
+        for number, each in enumerate(blocks)
     ]
 
 
@@ -165,18 +166,19 @@ def _measure(
     matrix: _Matrix,
 ) -> _Matrix:
     """Says what errors of a matrix cost."""
-    if request.method not in WEIGHING or matrix.table.kind == "n-gram":  # hashed: all rows count alike
+    hashed = matrix.table.kind == "n-gram"  # whose rows count alike
+    seen = used is not None and matrix.table.name in used.statistics.further
+    if request.method not in WEIGHING or (hashed and not seen):
         return matrix
-    weights, hessian = None, None
+
+    weights, hessian = None if hashed else request.token_weights, request.hessian
     if tokenizer is not None and used is not None:
-        weights, hessian = used.measure(model, tokenizer, matrix.table.name, request.languages)
-    elif tokenizer is not None and request.token_weights is None:
+        found, moment = used.measure(model, tokenizer, matrix.table.name, request.languages, matrix.block or 0)
+        weights = found if weights is None else weights
+        hessian = moment if hessian is None and request.method == "transform" else hessian
+    elif tokenizer is not None and weights is None:
         weights = weights_of_tokens(tokenizer, matrix.table.rows, languages=request.languages)
-    return replace(
-        matrix,
-        token_weights=weights if request.token_weights is None else request.token_weights,
-        hessian=(hessian if request.method == "transform" else None) if request.hessian is None else request.hessian,
-    )
+    return replace(matrix, token_weights=weights, hessian=hessian)
 
 
 def _with_budgets(
@@ -225,7 +227,7 @@ def _share(
         )
 
     device = request.options.fitting_device()
-    tables = [(matrix.table.name, Table(matrix.rows, device=device)) for matrix in matrices]
+    tables = [(matrix.table.name, matrix.block or 0, Table(matrix.rows, device=device)) for matrix in matrices]
     demands = [
         demand_of(
             matrix.rows, name=matrix.table.name, cost=cost, options=request.options,
@@ -234,7 +236,7 @@ def _share(
         for matrix, cost in zip(matrices, table_costs(model, tables, used), strict=True)
     ]  # fmt: skip
 
-    widths = _BLOCK_BYTES * sum(matrix.is_block for matrix in matrices)
+    widths = _BLOCK_BYTES * sum(matrix.block is not None for matrix in matrices)
     shares = share_bytes(demands, whole_bytes(bits, num_weights), reserved=widths)
     return [
         replace(matrix, budget=Budget(num_bytes=num_bytes), total_budget=total)
@@ -264,7 +266,7 @@ def _put_into(
     layouts: dict[str, Layout] = {}
     records: dict[str, TableRecord] = {}
     tensors: dict[str, dict[str, Tensor]] = {}
-    blocks = {matrix.table.name for matrix in matrices if matrix.is_block}
+    blocks = {matrix.table.name for matrix in matrices if matrix.block is not None}
     for name, parts in by_table.items():
         layouts[name], tensors[name], records[name] = _joined(parts) if name in blocks else _alone(parts[0])
         told = {key: value for key, value in {**_budgets_of(name, matrices), **made_with}.items() if value}
@@ -279,7 +281,7 @@ def _budgets_of(name: str, matrices: list[_Matrix]) -> dict[str, str]:
     total = of_table[0].total_budget
     if total is None:
         return {}
-    widths = _BLOCK_BYTES * sum(matrix.is_block for matrix in of_table)
+    widths = _BLOCK_BYTES * sum(matrix.block is not None for matrix in of_table)
     own = Budget(num_bytes=widths + sum(matrix.budget_options["num_bytes"] for matrix in of_table))
     return {"budget": str(total), "table_budget": str(own)}
 

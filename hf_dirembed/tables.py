@@ -128,6 +128,14 @@ def find_tables(model: PreTrainedModel) -> list[VocabularyTable]:
     return tables
 
 
+def num_blocks(model: PreTrainedModel, table: VocabularyTable) -> int:
+    """How many blocks of columns of a table are coded by themselves: one a layer of a per-layer table, else 1."""
+    width = getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None)
+    if table.kind != "per-layer" or not width or table.dim % width:
+        return 1
+    return table.dim // width
+
+
 def choose_tables(model: PreTrainedModel, names: tuple[str, ...] | None) -> list[VocabularyTable]:
     """The tables to compress: those with weights of their own, each once.
 

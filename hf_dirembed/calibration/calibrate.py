@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
@@ -28,6 +28,7 @@ from transformers.utils import logging
 from ..compression.table import Table
 from ..errors import CalibrationError
 from ..processes import process_state
+from .lookups import FurtherTable
 from .probe import Probe
 from .statistics import Statistics, read_metadata
 from .text import CALIBRATION_TOKENS, Texts, windows
@@ -52,7 +53,7 @@ def calibrate(
 ) -> Statistics:
     """Gathers what a dense model does with its table: token counts and probabilities, E[h hᵀ] and E[g gᵀ].
 
-    h is the head's input where the model predicts, g the gradient of the loss at the embedding's output.
+    h is the head's input where the model predicts, g the gradient of the loss at the rows that it looked up.
 
     The gradient is that of the model's own loss, summed over positions, with labels sampled from its predictions: of
     the next token (causal), of masked tokens (masked), of the text itself from the text (encoder-decoder). A model
@@ -132,7 +133,7 @@ def calibrate(
                 _add_in_order(sums, probe.sums(of_process.get(state.process_index, [])), len(of_turn), state)
                 bar.update(sum(len(ids) for batch in of_turn for _, ids in batch))
 
-            statistics += _as_statistics(sums)
+            statistics += _as_statistics(sums, probe.further)
             if resume is not None and state.is_main_process:
                 statistics.save(resume, metadata={**settings, "text": _update(digest, of_round)})
 
@@ -162,16 +163,20 @@ def _add_in_order(sums: dict[str, Tensor], mine: dict[str, Tensor], num_batches:
             sums[name] += value.cpu()
 
 
-def _as_statistics(sums: dict[str, Tensor]) -> Statistics:
+def _as_statistics(sums: dict[str, Tensor], further: Sequence[FurtherTable]) -> Statistics:
     num_tokens, num_predictions, num_windows = (int(number) for number in sums["numbers"])
     head = sums["head"] / max(num_predictions, 1) if "head" in sums else None
     probabilities = sums["probabilities"] / max(num_predictions, 1) if "head" in sums else None
     uncertainty = sums["uncertainty"] / max(num_predictions, 1) if "head" in sums else None
     gradient = sums["gradient"] / max(num_tokens, 1)
+    seen = {
+        table.name: table.statistics({part: sums[f"{table.name}/{part}"] for part in table.no_sums()})
+        for table in further
+    }
     if not (gradient.isfinite().all() and (head is None or head.isfinite().all())):
         raise CalibrationError("the model gives NaN or infinity: load it in float32, or mend the checkpoint")
     return Statistics(
-        sums["counts"], head, gradient, num_tokens, num_predictions, num_windows, probabilities, uncertainty
+        sums["counts"], head, gradient, num_tokens, num_predictions, num_windows, probabilities, uncertainty, seen
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -18,7 +19,7 @@ from ..errors import CalibrationError
 from ..remote.tables_dirembed import tied_modules
 from .calibrate import calibrate
 from .self_text import reads_words, self_texts
-from .statistics import Statistics, hessian, usage
+from .statistics import Statistics, damped, hessian, usage
 from .text import CALIBRATION_TOKENS, Texts
 from .token_weights import token_weights
 
@@ -34,7 +35,7 @@ class Calibration:
     """What was seen of a model on text.
 
     Attributes:
-        statistics: Of its input embedding and its head.
+        statistics: Of its input embedding, its head, and what else is looked up.
         of_lists: Whether the text was drawn from word lists, which say more of how frequent tokens are than it does.
         source: What it was made of, for the record; of a file its name alone.
     """
@@ -80,25 +81,43 @@ class Calibration:
         return cls(source, of_lists, described)
 
     def measure(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str, languages: Languages
-    ) -> tuple[Tensor, Tensor | None]:
-        """Token weights, (V,), and Hessian, (d, d), of a table; no Hessian where nothing was seen of it.
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        path: str,
+        languages: Languages,
+        block: int = 0,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Token weights, (V,), and Hessian, (d, d), of a table, or of a block of its columns.
 
         Args:
             model: The dense model.
             tokenizer: Its tokenizer.
             path: Of the table's module.
             languages: As for [`token_weights`].
+            block: Which block of columns, of a table that is coded in several.
+
+        Returns:
+            Both; no weights of a hashed table, whose rows count alike, and no Hessian where nothing was seen.
         """
+        weights: Tensor | None
         is_read, predicts = _sides(model, path)
         rows = model.get_parameter(f"{path}.weight").shape[0]
-        if not (is_read or predicts):
-            return token_weights(tokenizer, rows, languages=languages), None
-        counts = None if self.of_lists else self._counts(is_read, predicts)
-        weights = token_weights(tokenizer, rows, languages=languages, counts=counts)
-        return weights, hessian(self.statistics, use_head=predicts, use_gradient=is_read)
+        if is_read or predicts:
+            counts = None if self.of_lists else self._counts(is_read, predicts)
+            weights = token_weights(tokenizer, rows, languages=languages, counts=counts)
+            return weights, hessian(self.statistics, use_head=predicts, use_gradient=is_read)
 
-    def cost(self, model: PreTrainedModel, path: str, table: Table) -> float | None:
+        seen = self.statistics.further.get(path)
+        if seen is None:
+            return token_weights(tokenizer, rows, languages=languages), None
+        weights, moment = None, seen.moment(block)
+        if seen.counts is not None:
+            counts = None if self.of_lists else seen.counts
+            weights = token_weights(tokenizer, rows, languages=languages, counts=counts)
+        return weights, None if moment is None else damped(moment)
+
+    def cost(self, model: PreTrainedModel, path: str, block: int, rows: Table) -> float | None:
         """What leaving a table uncoded, but for its mean, costs the loss, to second order, in nats per prediction.
 
         An error e of the row of token v costs ½ eᵀ E[g gᵀ] e each time that v is read, and ½ p (1 - p) eᵀ E[h hᵀ] e
@@ -107,20 +126,27 @@ class Calibration:
         Args:
             model: The dense model.
             path: Of the table's module.
-            table: Its rows.
+            block: Which block of columns, of a table that is coded in several; 0 otherwise.
+            rows: Of the table, or of that block.
 
         Returns:
             The cost; None where nothing was seen of the table, or nothing was predicted, and so there is no loss.
         """
         seen, (is_read, predicts) = self.statistics, _sides(model, path)
-        if not seen.num_predictions or not (is_read or predicts):
+        further = seen.further.get(path)
+        moment = None if further is None else further.moment(block)
+        if not seen.num_predictions or not (is_read or predicts or moment is not None):
             return None
         total = 0.0
         if is_read and seen.gradient_moment is not None:
-            total += weighted_variance(table, seen.counts / seen.num_predictions, seen.gradient_moment) / 2
+            total += weighted_variance(rows, seen.counts / seen.num_predictions, seen.gradient_moment) / 2
         if predicts and seen.head_moment is not None:
             weights = _known(seen.probabilities) if seen.uncertainty is None else seen.uncertainty
-            total += weighted_variance(table, weights, seen.head_moment) / 2
+            total += weighted_variance(rows, weights, seen.head_moment) / 2
+        if further is not None and moment is not None:
+            counts = torch.full((rows.num_rows,), further.num_reads / rows.num_rows)
+            counts = counts if further.counts is None else further.counts
+            total += weighted_variance(rows, counts / seen.num_predictions, moment) / 2
         return total
 
     def _counts(self, is_read: bool, predicts: bool) -> Tensor:

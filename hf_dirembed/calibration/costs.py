@@ -38,21 +38,21 @@ def cost_by_rule(model: PreTrainedModel, path: str) -> float:
 
 
 def table_costs(
-    model: PreTrainedModel, matrices: Sequence[tuple[str, Table]], calibration: Calibration | None
+    model: PreTrainedModel, matrices: Sequence[tuple[str, int, Table]], calibration: Calibration | None
 ) -> list[float]:
     """What leaving each of several matrices uncoded costs, all in one unit.
 
     Args:
         model: The dense model.
-        matrices: Of each the path of the table that it is, or is a block of, and its rows.
+        matrices: Of each the path of the table that it is, or is a block of columns of, which block, and its rows.
         calibration: What was seen of the model. In its unit, nats, are the costs of the tables that it saw, and of the
             others what the rule says of them relative to these. Without it all costs are by rule, in no unit.
 
     Returns:
         A cost for each matrix. By rule, as many weights of two tables of one kind cost as much.
     """
-    by_rule = [cost_by_rule(model, path) * table.num_rows * table.dim for path, table in matrices]
-    seen = [None if calibration is None else calibration.cost(model, path, table) for path, table in matrices]
+    by_rule = [cost_by_rule(model, path) * rows.num_rows * rows.dim for path, _, rows in matrices]
+    seen = [None if calibration is None else calibration.cost(model, *matrix) for matrix in matrices]
     pairs = [(cost, rule) for cost, rule in zip(seen, by_rule, strict=True) if cost is not None]
     unit = sum(cost for cost, _ in pairs) / sum(rule for _, rule in pairs) if pairs else 1.0
     return [unit * rule if cost is None else cost for cost, rule in zip(seen, by_rule, strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -16,9 +16,11 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..errors import CalibrationError
+from .lookups import FurtherTable, RecordedLookups
 
 
 SAMPLED_ROWS = 256  # positions whose distribution over the vocabulary is held in float32 at once
+_INPUT = ""  # what the input embedding is called among the tables that are looked up
 MASKED_SHARE = 0.15  # of the tokens, as masked language models are trained
 
 
@@ -29,7 +31,6 @@ class Probe:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     seed: int
-    embedded: list[Tensor] = field(default_factory=list)
     head_inputs: list[Tensor] = field(default_factory=list)
     positions: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool))
 
@@ -40,6 +41,14 @@ class Probe:
                 f"the input embedding is a {type(embedding).__name__}: calibrate the dense model, then compress"
             )
         self.embedding = embedding
+        self.further = FurtherTable.all_of(self.model)
+        # encoder and decoder may each have a module for the same table
+        shared = [
+            module
+            for module in self.model.modules()
+            if isinstance(module, nn.Embedding) and module.weight is embedding.weight
+        ]
+        self.lookups = RecordedLookups({_INPUT: shared} | {table.name: table.modules for table in self.further})
         self.num_rows, self.dim = self.embedding.weight.shape
         self.kind = "encoder" if self.head is None else _language_model_kind(self.model, self.tokenizer)
         if self.kind == "masked" and self.tokenizer.mask_token is None:
@@ -50,15 +59,11 @@ class Probe:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Cuts the graph at the embedding's output, so that gradients end there, and keeps the head's input.
+        """Cuts the graph at the rows that tables give, so that gradients end there, and keeps the head's input.
 
         The head is given the positions that predict and no others, as one row (1, n, d): a masked language model
         predicts at one position in seven, and a head is half of the work of a small one.
         """
-
-        def embed(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            self.embedded.append(output.detach().requires_grad_())
-            return self.embedded[-1]
 
         def select(module: nn.Module, args: Any) -> Any:
             if args[0].shape[:2] != self.positions.shape:
@@ -67,24 +72,19 @@ class Probe:
             self.head_inputs.append(hidden.detach())
             return (hidden.unsqueeze(0), *args[1:])
 
-        # encoder and decoder may each have a module for the same table
-        shared = [
-            module
-            for module in self.model.modules()
-            if isinstance(module, nn.Embedding) and module.weight is self.embedding.weight
-        ]
-        hooks = [module.register_forward_hook(embed) for module in shared]
-        if self.head is not None:
-            hooks.append(self.head.register_forward_pre_hook(select))
+        hook = None if self.head is None else self.head.register_forward_pre_hook(select)
         try:
-            yield
+            with self.lookups:
+                yield
         finally:
-            for hook in hooks:
+            if hook is not None:
                 hook.remove()
 
     def no_sums(self, id_lists: list[list[int]]) -> dict[str, Tensor]:
         """The counts of windows, and sums that are still zero, float64: the sums of batches are added to them."""
         sums = {"counts": self.count(id_lists), "gradient": _moment(torch.zeros(0, self.dim))}
+        for table in self.further:
+            sums |= {f"{table.name}/{part}": zeros for part, zeros in table.no_sums().items()}
         sums["numbers"] = torch.tensor([sums["counts"].sum(), 0, len(id_lists)], dtype=torch.float64)
         if self.head is not None:
             head_rows, head_dim = cast(Tensor, self.head.weight).shape
@@ -97,8 +97,11 @@ class Probe:
         """The sums over a batch of numbered windows, (...) float64 on the CPU; counts stay zero."""
         sums = self.no_sums([])
         if batch:
-            gradients, hidden, probabilities, uncertainty = self.run(batch)
-            sums["gradient"] += _moment(gradients)
+            reads, hidden, probabilities, uncertainty = self.run(batch)
+            sums["gradient"] += _moment(reads[_INPUT][1])
+            for table in self.further:
+                for part, value in table.sums(*reads[table.name]).items() if table.name in reads else ():
+                    sums[f"{table.name}/{part}"] += value
             if self.head is not None:
                 sums["head"] += _moment(hidden)
                 sums["probabilities"] += probabilities.cpu().double()
@@ -115,14 +118,20 @@ class Probe:
             )
         return torch.bincount(ids, minlength=self.num_rows).double()
 
-    def run(self, batch: list[tuple[int, list[int]]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def run(
+        self, batch: list[tuple[int, list[int]]]
+    ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor, Tensor, Tensor]:
         """Runs the model, forward and backward, on one batch; padding is left out of what comes back.
 
         Returns:
-            The gradients at the embedding's output (n, d), the head's inputs (m, d), and the sums over these of the
-            predicted probabilities p (V,) and of p (1 - p); the latter three are empty for a model without a head.
+            For each table that was looked up the ids (n,) and the gradients at their rows (n, d), under the empty name
+            for the input embedding; the head's inputs (m, d), and the sums over these of the predicted probabilities p
+            (V,) and of p (1 - p); the latter three are empty for a model without a head.
+
+        Raises:
+            CalibrationError: If the model looks its tokens up, or predicts, in a way that is not seen here.
         """
-        self.embedded.clear()
+        self.lookups.found.clear()
         self.head_inputs.clear()
         inputs, self.positions, uniforms = self.inputs(batch)
         attended = inputs["attention_mask"].bool()
@@ -141,10 +150,27 @@ class Probe:
                 direction, probabilities, uncertainty = _score(output.detach()[0], uniforms[self.positions])
                 direction = direction.unsqueeze(0)
 
-        gradients = torch.autograd.grad(output, self.embedded, direction)
-        self.embedded.clear()
+        if not any(name == _INPUT for name, _, _ in self.lookups.found):
+            raise CalibrationError(f"{type(self.model).__name__} reads its table beside its embedding's lookups")
+        rows = [rows for _, _, rows in self.lookups.found]
+        gradients = torch.autograd.grad(output, rows, direction, allow_unused=True, materialize_grads=True)
+        reads = self.reads(gradients, attended)
+
+        self.lookups.found.clear()
         self.head_inputs.clear()
-        return torch.cat([gradient[attended] for gradient in gradients]), hidden, probabilities, uncertainty
+        return reads, hidden, probabilities, uncertainty
+
+    def reads(self, gradients: Sequence[Tensor], attended: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """The ids (n,) and gradients (n, d) of all lookups in each table, without those of padding, (B, T) bool."""
+        kept: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for (name, ids, _), gradient in zip(self.lookups.found, gradients, strict=True):
+            if ids.shape[:2] == attended.shape:
+                ids, gradient = ids[attended.to(ids.device)], gradient[attended.to(gradient.device)]
+            kept.setdefault(name, []).append((ids.flatten(), gradient.reshape(-1, gradient.shape[-1])))
+        return {
+            name: (torch.cat([ids for ids, _ in parts]), torch.cat([gradients for _, gradients in parts]))
+            for name, parts in kept.items()
+        }
 
     def inputs(self, batch: list[tuple[int, list[int]]]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Pads a batch: the model's inputs, where it predicts (B, T) bool, and random numbers (B, T) to sample by."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,11 +13,13 @@ from torch import Tensor
 
 from ..checkpoints.atomic import save_state
 from ..errors import CalibrationError
+from .lookups import LookupStatistics
 
 
-FORMAT = "dirembed-statistics-2"
+FORMAT = "dirembed-statistics-3"
 TENSORS = ("counts", "head_moment", "gradient_moment", "probabilities", "uncertainty")
 NUMBERS = ("num_tokens", "num_predictions", "num_windows")
+_FURTHER = "further."  # of names in files: what follows is the path of a table, and a field of `LookupStatistics`
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,15 @@ class Statistics:
         counts: How often each token occurred, (V,) float64.
         head_moment: E[h hᵀ] over predicted positions, h the input of the output embedding, (d, d) float64; None for
             a model without a head.
-        gradient_moment: E[g gᵀ] over tokens, g the gradient of the loss at the embedding's output, (d, d) float64.
+        gradient_moment: E[g gᵀ] over tokens, g the gradient of the loss at the embedding's rows, (d, d) float64.
         num_tokens: Tokens seen: the sum of the counts.
         num_predictions: Positions at which the head's input was taken.
         num_windows: Windows of text seen.
         probabilities: The mean probability of each token in the model's own predictions, (rows of the head,) float64
             of sum 1; None for a model without a head.
         uncertainty: The mean of p (1 - p), p the probability of a token in a prediction, (rows of the head,) float64;
-            None for a model without a head, and where it was not taken, as in files of before.
+            None for a model without a head, and where it was not taken.
+        further: What was seen of the tables that are looked up beside the input embedding, by their module's path.
     """
 
     counts: Tensor
@@ -49,6 +52,7 @@ class Statistics:
     num_windows: int = 0
     probabilities: Tensor | None = None
     uncertainty: Tensor | None = None
+    further: Mapping[str, LookupStatistics] = field(default_factory=dict)
 
     def __add__(self, other: Statistics) -> Statistics:
         if not isinstance(other, Statistics):
@@ -74,6 +78,7 @@ class Statistics:
             self.num_windows + other.num_windows,
             _mean(self.probabilities, self.num_predictions, other.probabilities, other.num_predictions),
             uncertainty,
+            _added(self.further, other.further),
         )
 
     def save(self, path: str | Path, *, metadata: Mapping[str, object] | None = None) -> None:
@@ -88,6 +93,9 @@ class Statistics:
         """
         tensors = {name: getattr(self, name) for name in TENSORS}
         numbers = {name: str(getattr(self, name)) for name in NUMBERS}
+        for table, seen in self.further.items():
+            tensors |= {f"{_FURTHER}{table}.{name}": getattr(seen, name) for name in ("counts", "gradient_moment")}
+            numbers[f"{_FURTHER}{table}.num_reads"] = str(seen.num_reads)
         header = {"format": FORMAT, "settings": json.dumps(dict(metadata or {})), **numbers}
         save_state(path, {name: value for name, value in tensors.items() if value is not None}, header)
 
@@ -123,7 +131,33 @@ class Statistics:
         if any(each is not None and each.ndim != 1 for each in (probabilities, uncertainty)):
             raise CalibrationError(f"{path} holds probabilities that are no vector: calibrate anew")
 
-        return cls(counts, head, gradient, probabilities=probabilities, uncertainty=uncertainty, **numbers)
+        further = _further_of(tensors, header)
+        return cls(
+            counts, head, gradient, probabilities=probabilities, uncertainty=uncertainty, further=further, **numbers
+        )
+
+
+def _further_of(tensors: dict[str, Tensor], header: Mapping[str, str]) -> dict[str, LookupStatistics]:
+    """What a file says of further lookups.
+
+    Raises:
+        CalibrationError: If a number or a moment is missing or malformed.
+    """
+    further = {}
+    for name, moment in tensors.items():
+        if name.startswith(_FURTHER) and name.endswith(".gradient_moment"):
+            table = name.removeprefix(_FURTHER).removesuffix(".gradient_moment")
+            reads = header.get(f"{_FURTHER}{table}.num_reads", "")
+            if moment.ndim != 3 or moment.shape[1] != moment.shape[2] or not reads.isdigit():
+                raise CalibrationError(f"what the file says of {table} is malformed: calibrate anew")
+            further[table] = LookupStatistics(tensors.get(f"{_FURTHER}{table}.counts"), moment, int(reads))
+    return further
+
+
+def _added(mine: Mapping[str, LookupStatistics], other: Mapping[str, LookupStatistics]) -> dict[str, LookupStatistics]:
+    if mine.keys() != other.keys():
+        raise CalibrationError("statistics of models with different tables: merge those of one model only")
+    return {path: seen + other[path] for path, seen in mine.items()}
 
 
 def read_metadata(path: str | Path) -> dict[str, object]:
@@ -164,23 +198,35 @@ def hessian(
         >>> hessian(Statistics(torch.ones(5), None, moment, num_tokens=5), damping=0.5).diagonal().tolist()
         [2.0, 1.0]
     """
-    if not 0 <= damping < float("inf"):
-        raise CalibrationError(f"damping {damping}: give a number that is at least 0, such as 0.1")
-
     head = statistics.head_moment if use_head else None
     gradient = statistics.gradient_moment if use_gradient else None
     moments = [moment.double() for moment in (head, gradient) if moment is not None]
     if not moments:
         raise CalibrationError("no moment to make a Hessian of: calibrate, or compress without one")
 
-    if not all(moment.isfinite().all() and moment.diagonal().sum() > 0 for moment in moments):
-        raise CalibrationError("a calibration moment is zero or not finite: is the model broken, the text too short?")
     if len({moment.shape for moment in moments}) > 1:
         raise CalibrationError(
             f"the head has dimension {len(moments[0])}, the embedding {len(moments[1])}: give use_head=False"
         )
+    return damped(torch.stack(moments).sum(0), damping=damping)
 
-    total = torch.stack(moments).sum(0)
+
+def damped(moment: Tensor, *, damping: float = 0.1) -> Tensor:
+    """A moment, (d, d), as a Hessian: symmetric, scaled to mean diagonal 1, plus `damping` times the identity.
+
+    Raises:
+        CalibrationError: If the moment is zero or not finite, or the damping is negative.
+
+    Example:
+        >>> import torch
+        >>> damped(torch.diag(torch.tensor([3.0, 1.0])), damping=0.5).diagonal().tolist()
+        [2.0, 1.0]
+    """
+    if not 0 <= damping < float("inf"):
+        raise CalibrationError(f"damping {damping}: give a number that is at least 0, such as 0.1")
+    if not (moment.isfinite().all() and moment.diagonal().sum() > 0):
+        raise CalibrationError("a calibration moment is zero or not finite: is the model broken, the text too short?")
+    total = moment.double()
     total = (total + total.T) / (2 * total.diagonal().mean())
     return total + damping * torch.eye(len(total), dtype=torch.float64)
 

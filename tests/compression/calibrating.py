@@ -80,3 +80,10 @@ def assert_same(ours, others):
         others.num_predictions,
         others.num_windows,
     )
+    assert ours.further.keys() == others.further.keys()
+    for name, mine in ours.further.items():
+        other = others.further[name]
+        assert mine.num_reads == other.num_reads
+        torch.testing.assert_close(mine.gradient_moment, other.gradient_moment, rtol=1e-4, atol=1e-6)
+        if mine.counts is not None or other.counts is not None:
+            assert torch.equal(mine.counts, other.counts)

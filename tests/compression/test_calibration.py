@@ -5,7 +5,8 @@ from collections import Counter
 import datasets
 import pytest
 import torch
-from calibrating import DIM, LENGTH, MODELS, ROWS, TEXTS, assert_same, build, make_tokenizer
+from calibrating import DIM, LENGTH, MODELS, ROWS, TEXTS, WORDS, assert_same, build, make_tokenizer
+from families import FAMILIES, TABLE_FAMILIES
 from torch import nn
 from torch.nn import functional as F
 from transformers import BertForMaskedLM, DataCollatorForLanguageModeling, T5ForConditionalGeneration
@@ -13,6 +14,7 @@ from transformers import BertForMaskedLM, DataCollatorForLanguageModeling, T5For
 from hf_dirembed.calibration.calibrate import calibrate
 from hf_dirembed.calibration.text import windows
 from hf_dirembed.errors import CalibrationError
+from hf_dirembed.tables import find_tables
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,48 @@ def test_moments_are_those_of_brute_force(model, tokenizer):
     else:
         assert statistics.probabilities is None
         assert statistics.uncertainty is None
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma3n_text", "gemma4_text", "gemma4"])
+def test_gradients_are_those_of_the_rows_that_tables_hold(name, tokenizer):
+    """Whatever a model makes of rows after the lookup, as a scale; every table has its own, by blocks of columns."""
+    family = {**FAMILIES, **TABLE_FAMILIES}[name]
+    model = family.make("AutoModelForImageTextToText" if name == "gemma4" else "AutoModelForCausalLM")
+    text = [" ".join(WORDS[3:12])]  # no token that stands for an image
+    (window,) = windows(text, tokenizer, length=LENGTH, packed=True)
+    assert len(set(window)) == len(window)  # so that the gradient of a row is that of one read
+    statistics = calibrate(model, tokenizer, text, sequence_length=LENGTH)
+
+    head = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone())  # what the head adds is no gradient of a read
+    logits = model(torch.tensor([window])).logits[0]
+    draws = torch.rand(len(window), generator=torch.Generator().manual_seed(0))
+    labels = (logits.softmax(-1).cumsum(-1) <= draws[:, None]).sum(-1)
+    F.cross_entropy(logits[:-1], labels[:-1], reduction="sum").backward()
+
+    seen = {table.name: statistics.further.get(table.name) for table in find_tables(model) if "head" not in table.kind}
+    assert len(seen) == (1 if name == "gemma3" else 2)
+    for path, further in seen.items():
+        rows = model.get_parameter(f"{path}.weight").grad[window].double()
+        moments = statistics.gradient_moment.unsqueeze(0) if further is None else further.gradient_moment
+        if further is not None:
+            assert further.num_reads == further.counts.sum() == len(window)
+            assert further.counts[window].eq(1).all()
+            assert rows.any() == (name != "gemma3n_text")  # whose layers take nothing of them when they are new
+        for moment, part in zip(moments, rows.chunk(len(moments), dim=1), strict=True):
+            expected = part.T @ part / len(window)
+            torch.testing.assert_close(moment, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
+def test_tables_of_hashed_rows_are_seen_without_counts(tokenizer):
+    model = TABLE_FAMILIES["qwen4_exp_text"].make("AutoModelForCausalLM")
+    further = calibrate(model, tokenizer, TEXTS, sequence_length=LENGTH).further
+    names = [table.name for table in find_tables(model) if table.kind == "n-gram"]
+    assert names
+    for seen in map(further.get, names):
+        assert seen.counts is None
+        assert seen.num_reads
+        assert seen.gradient_moment.diagonal(dim1=1, dim2=2).gt(0).all()
 
 
 def test_batch_size_and_repetition_change_nothing(model, tokenizer):

@@ -5,11 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 from calibrating import DIM, LENGTH, TEXTS, assert_same, build, make_tokenizer
-from safetensors.torch import save_file
+from families import TABLE_FAMILIES
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+import hf_dirembed
 from hf_dirembed.calibration.calibrate import calibrate
+from hf_dirembed.calibration.calibrated import Calibration
 from hf_dirembed.calibration.statistics import Statistics, hessian, usage
+from hf_dirembed.compression.table import Table
 from hf_dirembed.errors import CalibrationError
+from hf_dirembed.tables import find_tables, num_blocks
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +71,54 @@ def test_statistics_are_saved_whole_and_merged(tokenizer, tmp_path):
     assert_same(Statistics.load(tmp_path / "s.safetensors"), merged)
     with pytest.raises(CalibrationError, match="one model only"):
         merged + calibrate(build("encoder"), tokenizer, TEXTS, sequence_length=LENGTH)
+
+
+def test_what_was_seen_of_further_tables_is_saved_and_merged(tokenizer, tmp_path):
+    model = TABLE_FAMILIES["gemma4_text"].make("AutoModelForCausalLM")
+    halves = [calibrate(model, tokenizer, texts, sequence_length=LENGTH) for texts in (TEXTS[:2], TEXTS[2:])]
+    merged = halves[0] + halves[1]
+    ((name, seen),) = merged.further.items()
+    first, second = (half.further[name] for half in halves)
+    assert torch.equal(seen.counts, first.counts + second.counts)
+    expected = (first.gradient_moment * first.num_reads + second.gradient_moment * second.num_reads) / seen.num_reads
+    torch.testing.assert_close(seen.gradient_moment, expected)
+
+    file = tmp_path / "s.safetensors"
+    merged.save(file)
+    assert_same(Statistics.load(file), merged)
+    with pytest.raises(CalibrationError, match="different tables"):
+        merged + replace(halves[0], further={})
+
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    del header[f"further.{name}.num_reads"]
+    save_file(load_file(file), tmp_path / "malformed.safetensors", header)
+    with pytest.raises(CalibrationError, match=f"{name} is malformed"):
+        Statistics.load(tmp_path / "malformed.safetensors")
+
+
+@pytest.mark.parametrize("name", ["gemma3n_text", "gemma4_text", "qwen4_exp_text"])
+def test_every_table_is_compressed_by_what_was_seen_of_it(name, tokenizer):
+    """Its rows by how often they were read, its errors along the gradients at them, its bytes by what these cost."""
+    model = TABLE_FAMILIES[name].make("AutoModelForCausalLM")
+    calibration = Calibration.of(model, tokenizer, TEXTS, "en")
+    tables = [table for table in find_tables(model) if table.tied_to is None]
+    for table in tables:
+        rows = model.get_parameter(f"{table.name}.weight").data
+        for block, part in enumerate(rows.chunk(num_blocks(model, table), dim=1)):
+            weights, moment = calibration.measure(model, tokenizer, table.name, "en", block)
+            assert weights is None if table.kind == "n-gram" else len(weights) == len(rows)
+            cost = calibration.cost(model, table.name, block, Table(part))
+            if (name, table.kind) == ("gemma3n_text", "per-layer"):  # when they are new, its layers take nothing of it
+                assert (moment, cost) == (None, None)
+            else:
+                assert moment.shape == (part.shape[1],) * 2
+                assert cost > 0
+
+    hf_dirembed.compress(model, tokenizer, bits=6, calibration=calibration)
+    records = model.config.dirembed["record"]["tables"]
+    measured = {path for path, record in records.items() if record["settings"]["hessian"]}
+    assert measured == {table.name for table in tables if (name, table.kind) != ("gemma3n_text", "per-layer")}
 
 
 def test_mistakes_are_named(tmp_path):

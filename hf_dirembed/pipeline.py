@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,14 +16,16 @@ from .calibration.costs import table_costs
 from .calibration.token_weights import token_weights as weights_of_tokens
 from .compression.budget import Budget
 from .compression.coded import CodedTable
-from .compression.compress import WEIGHING, compress_table
+from .compression.compress import WEIGHING, fit_table, shows_progress, warn_of_shortened
 from .compression.demand import demand_of
 from .compression.row_files import TableFiles, memory_sink
 from .compression.sharing import share_bytes
 from .compression.table import Columns, RowSource, Table
+from .compression.work import table_work
 from .conversion import convert
 from .errors import BudgetError, ModelError, OptionError
 from .hub.metadata import hub_id
+from .progress import progress_bar
 from .remote.codes_dirembed import BlocksLayout, CompressionSpec, Layout, TableRecord
 from .request import CompressionRequest, whole_bytes
 from .tables import VocabularyTable, choose_tables, find_tables, match_name, num_blocks
@@ -64,19 +66,30 @@ def compress_model(
 
     used = _calibrate(model, tokenizer, request)
     matrices = [matrix for table in chosen for matrix in _matrices_of(model, table, files)]
-    measured = [_measure(model, tokenizer, request, used, matrix) for matrix in matrices]
+    measured = []
+    for table in chosen:
+        of_table = [matrix for matrix in matrices if matrix.table is table]
+        blocks = [matrix.block or 0 for matrix in of_table]
+        weights, hessians = _measure(model, tokenizer, request, used, table, blocks)
+        for matrix, hessian in zip(of_table, hessians, strict=True):
+            measured.append(replace(matrix, token_weights=weights, hessian=hessian))
     budgeted = _with_budgets(model, request, used, measured)
 
-    coded = [
-        compress_table(
-            matrix.rows, **matrix.budget_options, method=request.method, token_weights=matrix.token_weights,
-            hessian=matrix.hessian, latent_dtype=request.latent_dtype, settings=request.settings,
-            padding_idx=matrix.padding_idx, device=request.device,
-            resume=None if used is not None else request.resume,
-            make_sink=memory_sink if files is None else files.make_sink(matrix.path),
-        )
-        for matrix in budgeted
-    ]  # fmt: skip
+    named = chosen[0].name if len(chosen) == 1 else f"{len(chosen)} tables"
+    work = [table_work(*matrix.shape) for matrix in budgeted]
+    with progress_bar(f"Fitting {named}", sum(work), shown=shows_progress(request.method)) as progress:
+        coded = [
+            fit_table(
+                matrix.rows, matrix.checked_budget, request.options, token_weights=matrix.token_weights,
+                hessian=matrix.hessian, padding_idx=matrix.padding_idx,
+                resume=None if used is not None else request.resume,
+                make_sink=memory_sink if files is None else files.make_sink(matrix.path),
+                progress=progress.part(of_matrix),
+            )
+            for matrix, of_matrix in zip(budgeted, work, strict=True)
+        ]  # fmt: skip
+    for each in coded:
+        warn_of_shortened(each.record)
 
     return _put_into(model, request, used, budgeted, coded)
 
@@ -121,14 +134,21 @@ class _Matrix:
     total_budget: Budget | None = None
 
     @property
-    def budget_options(self) -> dict[str, Any]:
-        """The budget as `compress_table` takes it."""
-        return {} if self.budget is None else vars(self.budget)
+    def shape(self) -> tuple[int, int]:
+        """V and d."""
+        num_rows, dim = self.rows.shape
+        return num_rows, dim
+
+    @property
+    def checked_budget(self) -> Budget:
+        """The budget, once it is known."""
+        assert self.budget is not None
+        return self.budget
 
     @property
     def num_weights(self) -> int:
         """V x d."""
-        return self.rows.shape[0] * self.rows.shape[1]
+        return self.shape[0] * self.shape[1]
 
 
 def _matrices_of(model: PreTrainedModel, table: VocabularyTable, files: TableFiles | None) -> list[_Matrix]:
@@ -163,26 +183,31 @@ def _measure(
     tokenizer: PreTrainedTokenizerBase | None,
     request: CompressionRequest,
     used: Calibration | None,
-    matrix: _Matrix,
-) -> _Matrix:
-    """Says what errors of a matrix cost."""
-    hashed = matrix.table.kind == "n-gram"  # whose rows count alike
-    seen = used is not None and matrix.table.name in used.statistics.further
+    table: VocabularyTable,
+    blocks: Sequence[int],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Says what errors of a table cost: the token weights, and the Hessian of each of its blocks of columns."""
+    hashed = table.kind == "n-gram"  # whose rows count alike
+    seen = used is not None and table.name in used.statistics.further
     if request.method not in WEIGHING or (hashed and not seen):
-        return matrix
+        return None, [None] * len(blocks)
 
-    weights, hessian = None if hashed else request.token_weights, request.hessian
-    if tokenizer is not None and used is not None:
-        found, moment = used.measure(model, tokenizer, matrix.table.name, request.languages, matrix.block or 0)
-        weights = found if weights is None else weights
-        hessian = moment if hessian is None and request.method == "transform" else hessian
-    elif tokenizer is not None and weights is None:
-        weights = weights_of_tokens(tokenizer, matrix.table.rows, languages=request.languages)
-    return replace(matrix, token_weights=weights, hessian=hessian)
+    weights = None if hashed else request.token_weights
+    if weights is None and tokenizer is not None and used is not None:
+        weights = used.weights(model, tokenizer, table.name, request.languages)
+    elif weights is None and tokenizer is not None:
+        weights = weights_of_tokens(tokenizer, table.rows, languages=request.languages)
+
+    if request.hessian is not None or used is None or request.method != "transform":
+        return weights, [request.hessian] * len(blocks)
+    return weights, [used.hessian(model, table.name, block) for block in blocks]
 
 
 def _with_budgets(
-    model: PreTrainedModel, request: CompressionRequest, used: Calibration | None, matrices: list[_Matrix]
+    model: PreTrainedModel,
+    request: CompressionRequest,
+    used: Calibration | None,
+    matrices: list[_Matrix],
 ) -> list[_Matrix]:
     """Says what may replace each matrix: a share of the bytes of all, or of its table where bits are by name."""
     if request.rank is not None:
@@ -228,13 +253,15 @@ def _share(
 
     device = request.options.fitting_device()
     tables = [(matrix.table.name, matrix.block or 0, Table(matrix.rows, device=device)) for matrix in matrices]
-    demands = [
-        demand_of(
-            matrix.rows, name=matrix.table.name, cost=cost, options=request.options,
-            token_weights=matrix.token_weights, hessian=matrix.hessian,
-        )
-        for matrix, cost in zip(matrices, table_costs(model, tables, used), strict=True)
-    ]  # fmt: skip
+    demands = []
+    with progress_bar("Measuring tables", num_weights) as progress:
+        for matrix, cost in zip(matrices, table_costs(model, tables, used), strict=True):
+            asked = demand_of(
+                matrix.rows, name=matrix.table.name, cost=cost, options=request.options,
+                token_weights=matrix.token_weights, hessian=matrix.hessian,
+            )  # fmt: skip
+            demands.append(asked)
+            progress.advance(matrix.num_weights)
 
     widths = _BLOCK_BYTES * sum(matrix.block is not None for matrix in matrices)
     shares = share_bytes(demands, whole_bytes(bits, num_weights), reserved=widths)
@@ -282,7 +309,7 @@ def _budgets_of(name: str, matrices: list[_Matrix]) -> dict[str, str]:
     if total is None:
         return {}
     widths = _BLOCK_BYTES * sum(matrix.block is not None for matrix in of_table)
-    own = Budget(num_bytes=widths + sum(matrix.budget_options["num_bytes"] for matrix in of_table))
+    own = Budget(num_bytes=widths + sum(matrix.checked_budget.num_bytes or 0 for matrix in of_table))
     return {"budget": str(total), "table_budget": str(own)}
 
 

@@ -23,11 +23,11 @@ from accelerate import Accelerator, PartialState  # type: ignore[import-untyped]
 from accelerate.utils import broadcast  # type: ignore[import-untyped]
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from ..compression.table import Table
 from ..errors import CalibrationError
 from ..processes import process_state
+from ..progress import progress_bar
 from .lookups import FurtherTable
 from .probe import Probe
 from .statistics import Statistics, read_metadata
@@ -115,12 +115,11 @@ def calibrate(
     elements = LOGIT_ELEMENTS_CPU if state.device.type == "cpu" else LOGIT_ELEMENTS
     fitting = batch_size if probe.kind == "encoder" else max(1, elements // (length * probe.num_rows))
     per_batch = min(batch_size, fitting)
-    bar = logging.tqdm(
-        total=max_tokens, initial=statistics.num_tokens, unit="token", desc="Calibrating",
-        disable=not state.is_main_process,
-    )  # fmt: skip
+    bar = progress_bar(
+        "Calibrating", max_tokens, unit="token", done=statistics.num_tokens, shown=state.is_main_process
+    )
 
-    with bar, _prepared(model, state.device), probe.recording():
+    with bar as progress, _prepared(model, state.device), probe.recording():
         while of_round := list(islice(stream, ROUND_WINDOWS)):
             numbered = list(enumerate(of_round, start=statistics.num_windows))
             numbered.sort(key=lambda each: len(each[1]))  # texts of like length in a batch: little padding
@@ -131,7 +130,7 @@ def calibrate(
                 of_turn = batches[turn : turn + state.num_processes]
                 of_process = dict(enumerate(of_turn))
                 _add_in_order(sums, probe.sums(of_process.get(state.process_index, [])), len(of_turn), state)
-                bar.update(sum(len(ids) for batch in of_turn for _, ids in batch))
+                progress.advance(sum(len(ids) for batch in of_turn for _, ids in batch))
 
             statistics += _as_statistics(sums, probe.further)
             if resume is not None and state.is_main_process:

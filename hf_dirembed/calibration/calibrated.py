@@ -81,47 +81,53 @@ class Calibration:
         return cls(source, of_lists, described)
 
     def measure(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        path: str,
-        languages: Languages,
-        block: int = 0,
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str, languages: Languages
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Token weights, (V,), and Hessian, (d, d), of a table, or of a block of its columns.
+        """Token weights and Hessian of a table that is coded as one, as [`weights`] and [`hessian`] give them."""
+        return self.weights(model, tokenizer, path, languages), self.hessian(model, path)
+
+    def weights(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str, languages: Languages
+    ) -> Tensor | None:
+        """Token weights of a table, (V,) float64; None of a hashed table, whose rows count alike.
 
         Args:
             model: The dense model.
             tokenizer: Its tokenizer.
             path: Of the table's module.
             languages: As for [`token_weights`].
-            block: Which block of columns, of a table that is coded in several.
-
-        Returns:
-            Both; no weights of a hashed table, whose rows count alike, and no Hessian where nothing was seen.
         """
-        weights: Tensor | None
         is_read, predicts = _sides(model, path)
-        rows = model.get_parameter(f"{path}.weight").shape[0]
-        if is_read or predicts:
-            counts = None if self.of_lists else self._counts(is_read, predicts)
-            weights = token_weights(tokenizer, rows, languages=languages, counts=counts)
-            return weights, hessian(self.statistics, use_head=predicts, use_gradient=is_read)
-
         seen = self.statistics.further.get(path)
-        if seen is None:
-            return token_weights(tokenizer, rows, languages=languages), None
-        weights, moment = None, seen.moment(block)
-        if seen.counts is not None:
-            counts = None if self.of_lists else seen.counts
-            weights = token_weights(tokenizer, rows, languages=languages, counts=counts)
-        return weights, None if moment is None else damped(moment)
+        if seen is not None and seen.counts is None:
+            return None
+
+        counts = None if seen is None else seen.counts
+        if is_read or predicts:
+            counts = self._counts(is_read, predicts)
+        rows = model.get_parameter(f"{path}.weight").shape[0]
+        return token_weights(tokenizer, rows, languages=languages, counts=None if self.of_lists else counts)
+
+    def hessian(self, model: PreTrainedModel, path: str, block: int = 0) -> Tensor | None:
+        """Hessian of a table, (d, d) float64; None where nothing was seen of it.
+
+        Args:
+            model: The dense model.
+            path: Of the table's module.
+            block: Which block of columns, of a table that is coded in several.
+        """
+        is_read, predicts = _sides(model, path)
+        if is_read or predicts:
+            return hessian(self.statistics, use_head=predicts, use_gradient=is_read)
+        seen = self.statistics.further.get(path)
+        moment = None if seen is None else seen.moment(block)
+        return None if moment is None else damped(moment)
 
     def cost(self, model: PreTrainedModel, path: str, block: int, rows: Table) -> float | None:
         """What leaving a table uncoded, but for its mean, costs the loss, to second order, in nats per prediction.
 
         An error e of the row of token v costs ½ eᵀ E[g gᵀ] e each time that v is read, and ½ p (1 - p) eᵀ E[h hᵀ] e
-        for each prediction that gives v the probability p. `hessian` is scaled, this is not: so costs compare.
+        for each prediction that gives v the probability p. [`hessian`] is scaled, this is not: so costs compare.
 
         Args:
             model: The dense model.

@@ -9,9 +9,16 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from ..errors import CalibrationError
+from ..progress import Progress, progress_bar
 from .languages import word_forms, word_list, wordfreq_language
 from .text import CALIBRATION_TOKENS
 from .token_weights import LANGUAGE_WORDS, MAX_WORDS, tokenizer_languages
@@ -131,22 +138,26 @@ def self_generated_texts(
     written = 0
 
     # Both kinds of start take turns, until enough is written.
-    for start, with_word in cycle([(start, word) for start in starts or [None] for word in (False, True)]):
-        prompt = [] if start is None else [torch.full((batch_size,), start)]
-        if with_word or start is None:
-            prompt.append(words[torch.randint(len(words), (batch_size,), generator=generator)])
+    with progress_bar("Writing text to calibrate on", num_tokens, unit="token") as progress:
+        for start, with_word in cycle([(start, word) for start in starts or [None] for word in (False, True)]):
+            prompt = [] if start is None else [torch.full((batch_size,), start)]
+            if with_word or start is None:
+                prompt.append(words[torch.randint(len(words), (batch_size,), generator=generator)])
 
-        batch_seed = int(torch.randint(2**31, (), generator=generator))
-        for text in _generate(model, tokenizer, torch.stack(prompt, dim=1), sequence_length, batch_seed):
-            written += len(text)
-            yield text
-        if written >= num_tokens:
-            return
+            batch_seed = int(torch.randint(2**31, (), generator=generator))
+            prompts = torch.stack(prompt, dim=1)
+            progress.advance(prompts.numel())
+            for text in _generate(model, tokenizer, prompts, sequence_length, batch_seed, progress):
+                written += len(text)
+                yield text
+            if written >= num_tokens:
+                return
 
 
 def _generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Tensor, length: int, seed: int
-) -> Iterator[list[int]]:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Tensor, length: int, seed: int,
+    progress: Progress,
+) -> Iterator[list[int]]:  # fmt: skip
     """Samples one text for each row of prompts, (batch, n), each up to the end that the model gives it."""
     eos = model.generation_config.eos_token_id
     ends = {eos} if isinstance(eos, int) else set(eos or ())
@@ -166,7 +177,10 @@ def _generate(
             model.eval()
             prompts = prompts.to(device)
             mask = torch.ones_like(prompts)
-            texts = cast(Any, model).generate(prompts, attention_mask=mask, generation_config=config).tolist()
+            texts = cast(Any, model).generate(
+                prompts, attention_mask=mask, generation_config=config,
+                stopping_criteria=StoppingCriteriaList([_Watch(progress, ends)]),
+            ).tolist()  # fmt: skip
         finally:
             for module, training in modes.items():
                 module.training = training
@@ -175,6 +189,18 @@ def _generate(
     for text in texts:
         written = range(prompts.shape[1], len(text))
         yield text[: next((i + 1 for i in written if text[i] in ends), len(text))]
+
+
+class _Watch(StoppingCriteria):
+    """Stops no text: says how many tokens are written."""
+
+    def __init__(self, progress: Progress, ends: set[int]) -> None:
+        self._progress, self._ends = progress, torch.tensor(sorted(ends), dtype=torch.long)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        last = input_ids[:, -1]  # of a text that ended, padding, which is one of the ends
+        self._progress.advance(int(torch.isin(last, self._ends.to(last.device), invert=True).sum()))
+        return torch.zeros_like(last, dtype=torch.bool)
 
 
 def _first_tokens(tokenizer: PreTrainedTokenizerBase, languages: Sequence[str]) -> Tensor:

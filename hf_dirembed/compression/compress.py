@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..errors import BudgetError, OptionError, TableError, first_line
+from ..progress import Progress, progress_bar
 from ..remote.codes_dirembed import FLOAT_CODES, TableRecord
 from .baselines.autoencoder import AutoencoderSettings, train_autoencoder
 from .baselines.factorization import Factorization
@@ -24,6 +25,7 @@ from .subspace import direction, svd
 from .table import RowSource, Table
 from .transform.sampled import CodedRows, code_large, is_large
 from .transform.transform import TransformSettings, transform
+from .work import FittingWork
 
 
 logger = logging.get_logger(__name__)
@@ -174,32 +176,98 @@ def compress_table(
     options.check(budget, hessian)
     if resume is not None and method != "autoencoder":
         raise OptionError("resume goes with calibration on text and with method 'autoencoder': leave it out")
-    dtype = rows.dtype
+    with progress_bar(f"Fitting {' x '.join(map(str, rows.shape))}", 1.0, shown=shows_progress(method)) as progress:
+        coded = fit_table(
+            rows, budget, options, token_weights=token_weights, hessian=hessian, padding_idx=padding_idx,
+            resume=resume, make_sink=make_sink, progress=progress,
+        )  # fmt: skip
+    warn_of_shortened(coded.record)
+    return coded
+
+
+def shows_progress(method: str) -> bool:
+    """Whether a method says how far it is: the autoencoder has a bar of its own, over its epochs.
+
+    Example:
+        >>> shows_progress("transform"), shows_progress("autoencoder")
+        (True, False)
+    """
+    return method != "autoencoder"
+
+
+def fit_table(
+    rows: Tensor | RowSource,
+    budget: Budget,
+    options: MethodOptions,
+    *,
+    token_weights: Tensor | None = None,
+    hessian: Tensor | None = None,
+    padding_idx: int | None = None,
+    resume: str | Path | None = None,
+    make_sink: MakeSink = memory_sink,
+    progress: Progress | None = None,
+) -> CodedTable:
+    """What `compress_table` does, which says what each argument is, of options that are checked already.
+
+    It warns of nothing, and shows no bar.
+
+    Args:
+        rows: The table.
+        budget: What may replace it.
+        options: How it is compressed.
+        token_weights: How much each row counts.
+        hessian: What errors are measured in.
+        padding_idx: The row of the padding token.
+        resume: The file of the autoencoder's training.
+        make_sink: Makes the place for the codes of a large table.
+        progress: Is told what share of the work is done.
+
+    Raises:
+        DirEmbedError: As `compress_table` does.
+    """
+    dtype, method, progress = rows.dtype, options.method, progress or Progress()
     if dtype is None or not dtype.is_floating_point:
         raise TableError(f"the embedding table is of dtype {dtype}: load the model unquantised")
 
     table = Table(rows, device=options.fitting_device())
     budget.check_smaller(_size(table, dtype))
     measure = Measure(token_weights, hessian, options.tempering)
+    fitting = progress.part(_share_of_fitting(table, measure, options))
     if method == "transform":
-        made = _transform(table, budget, dtype, measure, options, make_sink)
+        made = _transform(table, budget, dtype, measure, options, make_sink, fitting)
     else:
-        made = _factorize(table, budget, dtype, token_weights, options, resume)
+        made = _factorize(table, budget, dtype, token_weights, options, resume, fitting)
     coded = made.coded if isinstance(made, CodedRows) else made
     if not (made.fits if isinstance(made, CodedRows) else coded.fits(dtype)):
         raise _out_of_range(coded, dtype)
+    fitting.finish()
 
     is_zero = padding_idx is not None and not table.rows[padding_idx : padding_idx + 1].any()
     layout = replace(coded.layout, zero_row=padding_idx if is_zero else None)
     figures = made.quality if isinstance(made, CodedRows) else table_quality(table, coded, measure)
     quality = {"dense_bytes": _size(table, dtype).dense_bytes, **figures}
-    if shortened := quality.get("shortened_rows"):
-        logger.warning(
-            f"rows of the embedding table that are far longer than most: {shortened:,}. Their direction is kept, to a "
-            f"mean cosine of {quality['shortened_cosine']:.4f}, their length is cut; methods of float latents keep it."
-        )
+    progress.finish()
     record = TableRecord(_made_with(budget, measure, options, table.device), quality)
     return replace(coded, layout=layout, record=record)
+
+
+def warn_of_shortened(record: TableRecord) -> None:
+    """Warns where rows were cut in length."""
+    if shortened := record.quality.get("shortened_rows"):
+        logger.warning(
+            f"rows of the embedding table that are far longer than most: {shortened:,}. Their direction is kept, to a "
+            f"mean cosine of {record.quality['shortened_cosine']:.4f}, their length is cut; methods of float latents "
+            "keep it."
+        )
+
+
+def _share_of_fitting(table: Table, measure: Measure, options: MethodOptions) -> float:
+    """The share of the work that is over before the figures are made."""
+    settings = options.settings if isinstance(options.settings, TransformSettings) else TransformSettings()
+    if options.method == "transform" and is_large(table, measure, settings):
+        return 1.0  # the figures are made on the way
+    work = FittingWork.of_rows(table.num_rows, settings.passes)
+    return work.fitting / work.total
 
 
 def _size(table: Table, dtype: torch.dtype) -> TableSize:
@@ -234,14 +302,17 @@ def _transform(
     measure: Measure,
     options: MethodOptions,
     make_sink: MakeSink,
+    progress: Progress,
 ) -> CodedTable | CodedRows:
     max_bytes = budget.max_bytes(_size(table, dtype))
     assert max_bytes is not None
     assert not isinstance(options.settings, AutoencoderSettings)
     settings = options.settings or TransformSettings()
     if is_large(table, measure, settings):
-        return code_large(table, max_bytes, make_sink, dtype=dtype, measure=measure, settings=settings)
-    return transform(table, max_bytes, dtype=dtype, measure=measure, settings=settings)
+        return code_large(
+            table, max_bytes, make_sink, dtype=dtype, measure=measure, settings=settings, progress=progress
+        )
+    return transform(table, max_bytes, dtype=dtype, measure=measure, settings=settings, progress=progress)
 
 
 def _factorize(
@@ -251,9 +322,10 @@ def _factorize(
     token_weights: Tensor | None,
     options: MethodOptions,
     resume: str | Path | None,
+    progress: Progress,
 ) -> CodedTable:
     rank = budget.float_rank(_size(table, dtype), options.latent_storage(dtype))
-    found = _find_factors(table, rank, token_weights, options, resume)
+    found = _find_factors(table, rank, token_weights, options, resume, progress)
     decoder = str(dtype).removeprefix("torch.")
     coded = CodedTable.of(found, options.method, codes=options.latent_dtype or decoder, decoder=decoder)
     if not coded.keeps(found):
@@ -262,11 +334,16 @@ def _factorize(
 
 
 def _find_factors(
-    table: Table, rank: int, token_weights: Tensor | None, options: MethodOptions, resume: str | Path | None
+    table: Table,
+    rank: int,
+    token_weights: Tensor | None,
+    options: MethodOptions,
+    resume: str | Path | None,
+    progress: Progress,
 ) -> Factorization:
     if options.method == "svd":
         return svd(table, rank)
     if options.method == "direction":
-        return direction(table, rank, token_weights)
+        return direction(table, rank, token_weights, progress=progress)
     assert not isinstance(options.settings, TransformSettings)
     return train_autoencoder(table, rank, options.settings, resume=resume)

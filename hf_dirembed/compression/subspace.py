@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BudgetError, OptionError
+from ..progress import Progress
 from .baselines.factorization import Approximation, Factorization
 from .table import Table
 
@@ -180,6 +181,7 @@ def direction(
     *,
     affine: bool = True,
     iterations: int = 30,
+    progress: Progress | None = None,
 ) -> Factorization:
     """The subspace that maximises Σ wᵢ cos(xᵢ, x̂ᵢ), in closed form, where the paper trains an autoencoder.
 
@@ -201,6 +203,7 @@ def direction(
         weights: wᵢ, (num_rows,) non-negative; by default uniform.
         affine: Whether the decoder has a bias. It costs dim numbers and gives at least the linear model's cosine.
         iterations: The most passes over the table, those for the linear model first. A dozen is usual.
+        progress: Is told of each pass.
 
     Returns:
         Latents (num_rows, rank), orthonormal decoder (rank, dim) in descending order of weighted variance, and with
@@ -221,7 +224,12 @@ def direction(
     if not isinstance(iterations, int) or iterations < 1:
         raise OptionError(f"iterations={iterations!r}: give an integer of at least 1")
     weights = check_weights(weights, table)
-    *_, best = islice(_ascent(table, rank, weights, affine), iterations)
+    progress = progress or Progress()
+    ascent = _ascent(table, rank, weights, affine)
+    best = next(ascent)
+    for later in islice(ascent, iterations - 1):
+        progress.advance(1 / iterations)
+        best = later
     variances = ((best.basis.T @ best.covariance(affine)) * best.basis.T).sum(dim=1)
     basis = best.basis[:, variances.argsort(descending=True, stable=True)]
     return _project(table, basis, best.bias if affine else None)

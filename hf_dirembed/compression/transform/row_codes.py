@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...progress import Progress
 from ...remote.codes_dirembed import code_bytes
 from ...remote.kernels_dirembed import count_classes, pack_rows
 from ..table import Table
@@ -33,7 +34,9 @@ class RowCodes:
     packed: list[Tensor]
 
     @classmethod
-    def encode(cls, codec: Codec, table: Table, omega: Tensor, row_class: Tensor) -> tuple[RowCodes, Tensor]:
+    def encode(
+        cls, codec: Codec, table: Table, omega: Tensor, row_class: Tensor, progress: Progress | None = None
+    ) -> tuple[RowCodes, Tensor]:
         """Codes all rows, and fits the decoder to them.
 
         Args:
@@ -41,10 +44,12 @@ class RowCodes:
             table: The rows y.
             omega: (num_rows,) what an error of each counts.
             row_class: (num_rows,) uint8, the class of each.
+            progress: Is told of the share of the rows that is coded.
 
         Returns:
             The codes, and what they leave of each row, ‖y - ŷ‖², (num_rows,) float64.
         """
+        progress = progress or Progress()
         coded, errors, fit = cls.empty(codec, row_class), torch.empty_like(omega), codec.new_fit()
         for part, rows in table.chunks():
             for number, mine, slots in coded._by_class(part):
@@ -52,6 +57,7 @@ class RowCodes:
                 coded._put(number, part, mine, slots, found)
                 fit.add(rows[mine], codec.latents(found, number), omega[part][mine].float())
                 errors[part][mine] = found.errors.to(errors)
+            progress.advance(len(rows) / table.num_rows)
         codec.refit(fit)
         return coded, errors
 
@@ -63,18 +69,21 @@ class RowCodes:
         packed = [row_class.new_empty(shape) for shape in zip(rows_of, sizes, strict=True)]
         return cls(codec, row_class, torch.ones(len(row_class), device=row_class.device), packed)
 
-    def improve(self, table: Table, omega: Tensor, row_class: Tensor) -> tuple[RowCodes, StoredDecoder]:
+    def improve(
+        self, table: Table, omega: Tensor, row_class: Tensor, progress: Progress | None = None
+    ) -> tuple[RowCodes, StoredDecoder]:
         """Codes all rows anew for the decoder there is, and fits that to them once more.
 
         Args:
             table: The rows y.
             omega: (num_rows,) what an error of each counts.
             row_class: (num_rows,) uint8, the class of each from now on; these codes have to be forgotten.
+            progress: Is told of the share of the rows that is coded.
 
         Returns:
             The codes, and the decoder as it is stored.
         """
-        codec, fit = self.codec, self.codec.new_fit()
+        codec, fit, progress = self.codec, self.codec.new_fit(), progress or Progress()
         coded = RowCodes.empty(codec, row_class)
         for part, rows in table.chunks():
             of_class = {number: (mine, slots) for number, mine, slots in self._by_class(part)}
@@ -92,6 +101,7 @@ class RowCodes:
                 found = codec.improve(rows[mine], begun, number)
                 coded._put(number, part, mine, slots, found)
                 fit.add(rows[mine], codec.latents(found, number), omega[part][mine].float())
+            progress.advance(len(rows) / table.num_rows)
         return coded, codec.refit(fit)
 
     def _put(self, number: int, part: slice, mine: Tensor, slots: slice, found: Symbols) -> None:

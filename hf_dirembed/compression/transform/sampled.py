@@ -8,16 +8,18 @@ rows as for a million.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from math import ceil
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import TableError
 from ...processes import on_every_process
+from ...progress import Progress
 from ...remote.codes_dirembed import code_bytes
 from ...remote.kernels_dirembed import pack_rows
 from ..coded import CodedTable
@@ -28,6 +30,7 @@ from ..row_files import FileSink, MakeSink, RowSink
 from ..row_weights import RowWeights, Sample
 from ..subspace import eigenbasis
 from ..table import Table
+from ..work import FittingWork
 from .codec import Codec
 from .decoder import StoredDecoder
 from .outliers import RESERVED_SHARE, count_outliers, count_worst, outlier_bytes, worth_keeping
@@ -71,6 +74,7 @@ def code_large(
     dtype: torch.dtype,
     measure: Measure,
     settings: TransformSettings,
+    progress: Progress | None = None,
 ) -> CodedRows:
     """Codes a table of many rows that all count alike, within a number of bytes.
 
@@ -83,6 +87,7 @@ def code_large(
         dtype: The dtype of the table, and so of the decoder's bias.
         measure: How errors are measured, without token weights.
         settings: How to fit.
+        progress: Is told what share of the work is done.
 
     Raises:
         BudgetError: If the bytes do not hold any code of the table.
@@ -99,14 +104,18 @@ def code_large(
         >>> sum(tensor.nbytes for tensor in made.coded.tensors.values()) <= 5000 * 16
         True
     """
+    progress = progress or Progress()
+    fitting = FittingWork.of_rows(min(settings.fitted_rows, table.num_rows), settings.passes).total
     fit = Fit.of(table, max_bytes, dtype, measure, settings)
+    progress.advance(fitting / (fitting + table.num_rows))
     sinks = {name: make_sink(name, shape) for name, shape in fit.coder.shapes(table.num_rows).items()}
-    job = CodeShare(table, fit.coder, sinks)
+    job = CodeShare(table, fit.coder, sinks, progress)
     # The memory of other processes is not this one's: only what is written to files is shared.
     in_files = all(isinstance(sink, FileSink) for sink in sinks.values())
     found, *others = on_every_process(job) if in_files else [job(0, 1)]
     for other in others:
         found = found.joined(other, fit.coder.capacity)
+    progress.finish()
     return fit.finish({name: sink.tensor() for name, sink in sinks.items()}, found)
 
 
@@ -118,18 +127,31 @@ class CodeShare:
         table: The whole table.
         coder: Codes its rows.
         sinks: Where the codes go, by the names of their tensors.
+        progress: Is told how much of the table is coded, where all processes are as far as this one; it stays in the
+            process that it was made in.
     """
 
     table: Table
     coder: RowCoder
     sinks: Mapping[str, RowSink]
+    progress: Progress = field(default_factory=Progress)
 
     def __call__(self, process: int, processes: int) -> Found:
         """Codes every so many'th part of the table."""
-        return code_parts(self.table, self.coder, self.sinks, range(process, PARTS, processes))
+        parts = range(process, PARTS, processes)
+        return code_parts(self.table, self.coder, self.sinks, parts, self.progress.part(1.0))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "progress": Progress()}
 
 
-def code_parts(table: Table, coder: RowCoder, sinks: Mapping[str, RowSink], parts: Iterable[int]) -> Found:
+def code_parts(
+    table: Table,
+    coder: RowCoder,
+    sinks: Mapping[str, RowSink],
+    parts: Sequence[int],
+    progress: Progress | None = None,
+) -> Found:
     """Codes some of the `PARTS` of a table.
 
     Args:
@@ -137,16 +159,20 @@ def code_parts(table: Table, coder: RowCoder, sinks: Mapping[str, RowSink], part
         coder: Codes its rows.
         sinks: Where the codes go, by the names of their tensors.
         parts: The numbers of these parts, in ascending order.
+        progress: Is told of the share of these parts that is coded.
     """
+    progress, of_part = progress or Progress(), 1 / max(len(parts), 1)
     found = Found.nothing()
     for part in parts:
         found.tallies[part] = tally = Tally.zeros(table.dim)
-        for first, chunk in _read_ahead(table, part * table.num_rows // PARTS, (part + 1) * table.num_rows // PARTS):
+        start, stop = (number * table.num_rows // PARTS for number in (part, part + 1))
+        for first, chunk in _read_ahead(table, start, stop):
             coded = coder.code(chunk, first)
             for name, sink in sinks.items():
                 sink.put(first, coded.codes[name])
             tally.count(coded)
             found.worst = found.worst.joined(coded.candidates(coder.entry, first), coder.capacity)
+            progress.advance(of_part * len(chunk) / (stop - start))
     return found
 
 

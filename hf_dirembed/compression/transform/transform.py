@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BudgetError, OptionError, TableError
+from ...progress import Progress
 from ...remote.codes_dirembed import CODEBOOK_SHAPE, MAX_CLASSES, PACKED_CODES, RowClass, TableLayout
 from ..coded import CodedTable
 from ..distortion import TEMPERING, Measure
@@ -20,6 +21,7 @@ from ..rate_distortion import RateDistortion
 from ..row_weights import RowWeights, Sample
 from ..subspace import eigenbasis, exact_chunks, second_moment
 from ..table import Table
+from ..work import FittingWork
 from .allocation import CODE_ENTRY_BYTES
 from .codec import ClassCodes, Codec, storable_scales
 from .decoder import DecoderStorage
@@ -81,6 +83,7 @@ def transform(
     dtype: torch.dtype,
     measure: Measure | None = None,
     settings: TransformSettings | None = None,
+    progress: Progress | None = None,
 ) -> CodedTable:
     """Codes a table within a number of bytes.
 
@@ -94,6 +97,7 @@ def transform(
         dtype: The dtype of the table, and so of the decoder's bias.
         measure: How errors are measured; by default relative to the rows' lengths, with the settings' tempering.
         settings: How to fit; by default as `TransformSettings` says.
+        progress: Is told what share of the work is done.
 
     Raises:
         BudgetError: If the bytes do not hold any code of the table.
@@ -111,6 +115,7 @@ def transform(
     """
     settings = settings or TransformSettings()
     measure = measure or Measure(tempering=settings.tempering)
+    progress, work = progress or Progress(), FittingWork.of_rows(table.num_rows, settings.passes)
     factor = measure.factor(table)
     rooms, least = byte_budgets_of(table, max_bytes, dtype, factor)
     room = rooms[0].num_bytes
@@ -131,7 +136,9 @@ def transform(
     sample = Sample.draw(rows, importance, settings.sample_rows, settings.seed)
     codec, plan = plan_codec(rows, importance, sample, planned)
     codec.train(sample, plan.row_class[sample.numbers])
-    coded, errors = RowCodes.encode(codec, rows, importance.omega, plan.row_class)
+    progress.advance(work.planning / work.fitting)
+    coding = progress.part(work.coding / work.fitting)
+    coded, errors = RowCodes.encode(codec, rows, importance.omega, plan.row_class, coding)
     errors = importance.omega * errors
 
     # which rows are kept as they are, and codes and decoder fitted to the others
@@ -139,7 +146,8 @@ def transform(
     outliers, row_class = _keep_outliers(errors, cut, plan, importance, storing, row_bytes)
     omega = importance.omega.masked_fill(outliers, 0)
     for _ in range(settings.passes):
-        coded, decoder = coded.improve(rows, omega, row_class)
+        improving = progress.part(work.improving / work.fitting)
+        coded, decoder = coded.improve(rows, omega, row_class, improving)
 
     tensors = coded.tensors(decoder)
     bias = codec.bias if factor is None else codec.bias @ torch.linalg.inv(factor).to(codec.bias)

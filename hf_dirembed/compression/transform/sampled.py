@@ -107,9 +107,10 @@ def code_large(
     progress = progress or Progress()
     fitting = FittingWork.of_rows(min(settings.fitted_rows, table.num_rows), settings.passes).total
     fit = Fit.of(table, max_bytes, dtype, measure, settings)
-    progress.advance(fitting / (fitting + table.num_rows))
+    of_sample = fitting / (fitting + table.num_rows)
+    progress.advance(of_sample)
     sinks = {name: make_sink(name, shape) for name, shape in fit.coder.shapes(table.num_rows).items()}
-    job = CodeShare(table, fit.coder, sinks, progress)
+    job = CodeShare(table, fit.coder, sinks, progress.part(1 - of_sample))
     # The memory of other processes is not this one's: only what is written to files is shared.
     in_files = all(isinstance(sink, FileSink) for sink in sinks.values())
     found, *others = on_every_process(job) if in_files else [job(0, 1)]
@@ -139,7 +140,7 @@ class CodeShare:
     def __call__(self, process: int, processes: int) -> Found:
         """Codes every so many'th part of the table."""
         parts = range(process, PARTS, processes)
-        return code_parts(self.table, self.coder, self.sinks, parts, self.progress.part(1.0))
+        return code_parts(self.table, self.coder, self.sinks, parts, self.progress)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "progress": Progress()}

@@ -9,7 +9,15 @@ from .glue_tasks import GLUE
 from .masked import MaskedPerplexityFigures, dense_head, masked_perplexity
 from .results import ReferenceResult, Result, load_results, save_result
 from .running import Comparison, compare
-from .similarity import STSFigures, STSOptions, compare_sts, similarity_error, sts
+from .similarity import (
+    STSFigures,
+    STSOptions,
+    compare_sts,
+    embed_sentences,
+    movement,
+    similarity_error,
+    sts,
+)
 from .squad import SquadSettings, squad
 from .tasks import TASKS, Task, evaluate
 
@@ -35,6 +43,7 @@ __all__ = [
     "compare",
     "compare_sts",
     "dense_head",
+    "embed_sentences",
     "evaluate",
     "freeze_codes",
     "glue",
@@ -42,6 +51,7 @@ __all__ = [
     "load_results",
     "load_text",
     "masked_perplexity",
+    "movement",
     "perplexity",
     "save_result",
     "similarity_error",

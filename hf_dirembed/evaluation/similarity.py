@@ -159,8 +159,67 @@ def _evaluate(
     """Figures and embeddings, (2, pairs, dim), of each model."""
     gold = _limited(load_pairs(pairs), limit)
     encoders = [_Encoder.of(model, tokenizer, pooling, max_length, device) for model in models]
-    embeddings = [encoder.embed(gold, prefix, batch_size) for encoder in encoders]
+    both = (*gold.first, *gold.second)
+    embeddings = [encoder.embed(both, prefix, batch_size).view(2, len(gold.scores), -1) for encoder in encoders]
     return [(_figures(*each, gold, prefix), each[1]) for each in zip(encoders, embeddings, strict=True)]
+
+
+def embed_sentences(
+    model: PreTrainedModel | str | os.PathLike[str] | Any,
+    sentences: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    pooling: Pooling | None = None,
+    prefix: str = "",
+    max_length: int | None = None,
+    batch_size: int = 32,
+    device: str | None = None,
+) -> Tensor:
+    """The embeddings of sentences, (n, dim) float32 on the CPU.
+
+    Args:
+        model: As in [`sts`].
+        sentences: Strings.
+        tokenizer: The tokenizer of a transformers model that is given as an object.
+        pooling: This and the following: see [`STSOptions`].
+        prefix: Likewise.
+        max_length: Likewise.
+        batch_size: Likewise.
+        device: Likewise.
+
+    Raises:
+        EvaluationError: If the model or a setting does not fit.
+        CheckpointError: If there is no such folder or model, or it cannot be loaded.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel, ByT5Tokenizer
+        >>> sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+        >>> embed_sentences(BertModel(BertConfig(vocab_size=384, **sizes)), ["a cat", "a dog"], ByT5Tokenizer()).shape
+        torch.Size([2, 16])
+    """
+    return _Encoder.of(model, tokenizer, pooling, max_length, device).embed(sentences, prefix, batch_size)
+
+
+def movement(embeddings: Tensor, reference: Tensor) -> float:
+    """How far embeddings have moved from a reference's, as a share of how far those lie apart.
+
+    Embeddings are compared by direction, so all are made of length 1. Movement is the root of their mean squared
+    distance from the reference's, over the root of the mean squared distance of the reference's from their mean. At 0
+    nothing has moved; at 1 a text is as far from where it was as texts are from their middle. The spread makes models
+    comparable: where all embeddings fill a narrow cone, a small angle is a long way.
+
+    Args:
+        embeddings: (n, dim).
+        reference: (n, dim), of the same texts by the reference model.
+
+    Example:
+        >>> reference = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+        >>> movement(2 * reference, reference), round(movement(reference.roll(1, 1), reference), 3)
+        (0.0, 1.414)
+    """
+    ours, theirs = (F.normalize(each.double(), dim=1) for each in (embeddings, reference))
+    spread = (theirs - theirs.mean(dim=0)).square().sum(dim=1).mean()
+    return float(((ours - theirs).square().sum(dim=1).mean() / spread).sqrt())
 
 
 def similarity_error(cosines: Any, reference: Any, axis: int = -1) -> Any:
@@ -253,15 +312,13 @@ class _Encoder:
             raise EvaluationError(f"a {type(model).__name__} pools and truncates by itself: leave out both settings")
         return cls(model, None, "modules", None)
 
-    def embed(self, pairs: SentencePairs, prefix: str, batch_size: int) -> Tensor:
-        """The embeddings of both sides, (2, pairs, dim), in float32 on the CPU."""
+    def embed(self, texts: Sequence[str], prefix: str, batch_size: int) -> Tensor:
+        """The embeddings of texts, (n, dim), in float32 on the CPU."""
         check_counts(batch_size=batch_size)
-        sentences = [prefix + sentence for sentence in (*pairs.first, *pairs.second)]
+        sentences = [prefix + text for text in texts]
         if self.tokenizer is None:
-            embeddings = torch.as_tensor(self.model.encode(sentences, batch_size=batch_size)).float().cpu()
-        else:
-            embeddings = self._embed(sentences, batch_size)
-        return embeddings.view(2, len(pairs.scores), -1)
+            return torch.as_tensor(self.model.encode(sentences, batch_size=batch_size)).float().cpu()
+        return self._embed(sentences, batch_size)
 
     def _embed(self, sentences: Sequence[str], batch_size: int) -> Tensor:
         if self.tokenizer.pad_token is None:
@@ -274,7 +331,7 @@ class _Encoder:
         encoder = self.model.base_model  # beneath whatever head there is
         embeddings: list[Tensor] = [torch.empty(0)] * len(sentences)
         with inference(self.model):
-            for batch in logging.tqdm(batches, desc=f"sts ({self.pooling})"):
+            for batch in logging.tqdm(batches, desc=f"embeddings ({self.pooling})"):
                 inputs = self.tokenizer(
                     [sentences[index] for index in batch], padding=True, padding_side="right", truncation=True,
                     max_length=self.max_length, return_tensors="pt",

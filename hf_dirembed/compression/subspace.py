@@ -58,11 +58,17 @@ def second_moment(table: Table, weights: Tensor | None = None) -> Tensor:
         tensor([[1.5000, 1.0000],
                 [1.0000, 2.0000]], dtype=torch.float64)
     """
+    return moments(table, weights)[1]
+
+
+def moments(table: Table, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The weighted first and second moment, Σ wᵢ xᵢ, (dim,), and what `second_moment` gives, in one pass."""
     weights = check_weights(weights, table)
-    moment = weights.new_zeros(table.dim, table.dim)
+    first, second = weights.new_zeros(table.dim), weights.new_zeros(table.dim, table.dim)
     for rows, chunk in exact_chunks(table):
-        moment += (chunk * weights[rows, None]).T @ chunk
-    return (moment + moment.T) / 2
+        first += weights[rows] @ chunk
+        second += (chunk * weights[rows, None]).T @ chunk
+    return first, (second + second.T) / 2
 
 
 def eigenbasis(moment: Tensor) -> tuple[Tensor, Tensor]:

@@ -133,7 +133,8 @@ def test_what_codes_leave_is_told_before_anything_is_coded() -> None:
     codec = Codec([codes], quantisers.codebooks, torch.eye(256), torch.zeros(256), DecoderStorage(torch.float16, None))
     scales = torch.ones(len(rows))
     nothing = torch.zeros(len(rows), codes.num_codes)
-    found = codec._sweep(rows, rows, Symbols(nothing.byte(), nothing, scales, scales), 0, keep_better=False)
+    begun = Symbols(nothing.byte(), nothing, scales, scales)
+    found = codec._sweep(rows, rows, begun, 0, torch.eye(256), keep_better=False)
     left = (rows - codec.latents(found, 0)).square().mean(dim=0)
     promised = rows.square().mean(dim=0) * quantisers.left[bits, torch.arange(256)]
     for number in range(8):

@@ -19,6 +19,7 @@ from .trellis import Codebooks, quantise
 
 
 _REACH = 3.5  # standard deviations of a latent that its levels reach: what lies further out is cut off
+_BLOCK_ELEMENTS = 1 << 18  # of a block of rows, and of each of their products: small enough for a core's own cache
 _SCALE_STEPS = 32  # a row may have a scale of up to 256 times the usual length of its latents
 
 
@@ -101,6 +102,17 @@ class Symbols:
     scales: Tensor
     errors: Tensor
 
+    @classmethod
+    def joined(cls, parts: Sequence[Symbols]) -> Symbols:
+        """The rows of several, one after the other."""
+        names = ("symbols", "levels", "scales", "errors")
+        return parts[0] if len(parts) == 1 else cls(*(torch.cat([getattr(each, n) for each in parts]) for n in names))
+
+    def split(self, size: int) -> list[Symbols]:
+        """Views of so many rows each."""
+        each = (self.symbols.split(size), self.levels.split(size), self.scales.split(size), self.errors.split(size))
+        return [Symbols(*parts) for parts in zip(*each, strict=True)]
+
     def merged(self, others: Symbols, mine: Tensor) -> Symbols:
         """These rows and others in one order: `mine`, (n,), says which of all rows are these."""
         both = ((getattr(each, name) for each in (self, others)) for name in ("symbols", "levels", "scales", "errors"))
@@ -149,29 +161,44 @@ class Codec:
     def encode(self, rows: Tensor, number: int) -> Symbols:
         """Finds scales and symbols of rows, (n, dim), of one class, for the decoder there is."""
         codes = self.classes[number]
-        products = (rows - self.bias) @ self.decoder.T
-        lengths = self.decoder.square().sum(dim=1).clamp_min(torch.finfo(products.dtype).tiny)
-        scales = codes.scales(products / lengths, lengths)
-        nothing = rows.new_zeros(len(rows), codes.num_codes)
-        begun = Symbols(nothing.byte(), nothing, scales, scales)
-        return self._sweep(rows, products, begun, number, keep_better=False)
+        lengths = self.decoder.square().sum(dim=1).clamp_min(torch.finfo(self.decoder.dtype).tiny)
+        gram, found = self.decoder @ self.decoder.T, []
+        for block in rows.split(self._block_rows(rows, number)):
+            products = (block - self.bias) @ self.decoder.T
+            scales = codes.scales(products / lengths, lengths)
+            nothing = block.new_zeros(len(block), codes.num_codes)
+            begun = Symbols(nothing.byte(), nothing, scales, scales)
+            found.append(self._sweep(block, products, begun, number, gram, keep_better=False))
+        return Symbols.joined(found)
 
     def improve(self, rows: Tensor, begun: Symbols, number: int) -> Symbols:
         """Codes rows anew for the decoder there is, from the codes they have, written over; no row's error rises."""
-        return self._sweep(rows, (rows - self.bias) @ self.decoder.T, begun, number, keep_better=True)
+        size, gram, found = self._block_rows(rows, number), self.decoder @ self.decoder.T, []
+        for block, mine in zip(rows.split(size), begun.split(size), strict=True):
+            products = (block - self.bias) @ self.decoder.T
+            found.append(self._sweep(block, products, mine, number, gram, keep_better=True))
+        return Symbols.joined(found)
+
+    def _block_rows(self, rows: Tensor, number: int) -> int:
+        """How many rows are coded together; a row's codes do not depend on it."""
+        if rows.device.type != "cpu":
+            return max(1, len(rows))
+        return max(1, _BLOCK_ELEMENTS // max(*self.decoder.shape, self.classes[number].num_codes))
 
     def unpack(self, packed: Tensor, scales: Tensor, number: int) -> Symbols:
         """Packed rows of a class, (n, bytes), and their scales, as symbols; what they leave of rows is not known."""
         symbols, levels = unpack_symbols(packed, self.classes[number].counts, self.codebooks.levels)
         return Symbols(symbols, levels, scales, torch.full_like(scales, torch.nan))
 
-    def _sweep(self, rows: Tensor, products: Tensor, begun: Symbols, number: int, *, keep_better: bool) -> Symbols:
+    def _sweep(
+        self, rows: Tensor, products: Tensor, begun: Symbols, number: int, gram: Tensor, *, keep_better: bool
+    ) -> Symbols:
         """Codes one section after the other, each for what all others leave.
 
         Over its scale, the error of a row is ‖u‖² - 2 z·t + z G zᵀ with u = (y - b) / s, t = u Dᵀ, the `products` over
         the scale, and G = D Dᵀ: no row has to be decoded.
         """
-        codes, gram = self.classes[number], self.decoder @ self.decoder.T
+        codes = self.classes[number]
         symbols, levels, scales = begun.symbols, begun.levels, begun.scales.unsqueeze(1)
         sums = products / scales
         latents = self._sums(levels, number)
@@ -184,16 +211,17 @@ class Codec:
             gains = gains.clamp_min(torch.finfo(gram.dtype).tiny)
 
             # The codes that would be best if the section's rows of the decoder were orthogonal.
-            before, sloping = levels[:, section], slopes[:, named]
+            before, sloping = levels[:, section], slopes.index_select(1, named)
             found, after = quantise(before + sloping * steps / gains, gains, self.codebooks.levels, width)
             moves = (after - before) * steps
             change = moves @ curvature  # of the slopes of all latents
 
             # A row whose error would not fall keeps its codes; such rows are few.
             if keep_better:
-                kept = ~((moves * (change[:, named] - 2 * sloping)).sum(dim=1) < 0)
-                found[kept], after[kept] = symbols[kept, section], before[kept]
-                moves[kept], change[kept] = 0, 0
+                kept = ~((moves * (change.index_select(1, named) - 2 * sloping)).sum(dim=1) < 0)
+                if len(stays := kept.nonzero().squeeze(1)):
+                    found[stays], after[stays] = symbols[stays, section], before[stays]
+                    moves[stays], change[stays] = 0, 0
 
             symbols[:, section], levels[:, section] = found, after
             latents[:, named] += moves

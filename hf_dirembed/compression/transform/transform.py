@@ -19,7 +19,7 @@ from ..coded import CodedTable
 from ..distortion import TEMPERING, Measure
 from ..rate_distortion import RateDistortion
 from ..row_weights import RowWeights, Sample
-from ..subspace import eigenbasis, exact_chunks, second_moment
+from ..subspace import eigenbasis, exact_chunks, moments
 from ..table import Table
 from ..work import FittingWork
 from .allocation import CODE_ENTRY_BYTES
@@ -342,9 +342,8 @@ def _keep_outliers(
 
 def principal_axes(rows: Table, importance: RowWeights) -> tuple[Tensor, Tensor, Tensor]:
     """The weighted mean, (dim,), and the eigenvalues, (dim,), and -vectors of the weighted covariance, float32."""
-    moment = second_moment(rows, importance.omega)
-    omega = importance.omega.to(moment)
-    total = omega.sum()
-    mean = sum((omega[part] @ chunk.to(moment) for part, chunk in rows.chunks()), moment.new_zeros(rows.dim)) / total
+    first, moment = moments(rows, importance.omega)
+    total = importance.omega.to(moment).sum()
+    mean = first / total
     variances, basis = eigenbasis(moment / total - torch.outer(mean, mean))
     return mean.to(rows.device).float(), variances.to(rows.device).float(), basis.to(rows.device).float()

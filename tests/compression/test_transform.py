@@ -24,7 +24,7 @@ from hf_dirembed.compression.transform.allocation import (
     RowsByShare,
     class_count_bytes,
 )
-from hf_dirembed.compression.transform.codec import ClassCodes, Codec, Symbols
+from hf_dirembed.compression.transform.codec import ClassCodes, Codec, Symbols, _Sweep
 from hf_dirembed.compression.transform.decoder import DecoderFit, DecoderStorage
 from hf_dirembed.compression.transform.quantisation import CODES_OF_BITS, MAX_BITS, Quantisers
 from hf_dirembed.compression.transform.row_codes import RowCodes
@@ -134,7 +134,7 @@ def test_what_codes_leave_is_told_before_anything_is_coded() -> None:
     scales = torch.ones(len(rows))
     nothing = torch.zeros(len(rows), codes.num_codes)
     begun = Symbols(nothing.byte(), nothing, scales, scales)
-    found = codec._sweep(rows, rows, begun, 0, torch.eye(256), keep_better=False)
+    found = codec._sweep(rows, rows, begun, _Sweep.of(codec, 0), keep_better=False)
     left = (rows - codec.latents(found, 0)).square().mean(dim=0)
     promised = rows.square().mean(dim=0) * quantisers.left[bits, torch.arange(256)]
     for number in range(8):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -203,17 +204,12 @@ class Segments:
         num_rows = int(self.num_rows.max())
         of_class = price / num_rows * 8 * (CODE_ENTRY_BYTES * codes + class_count_bytes(num_rows, 2))
         costs = (errors + per_row * bits + of_class).tolist()
-        parts = int(self.ends.max())
-        into: list[list[int]] = [[] for _ in range(parts + 1)]
-        for segment, end in enumerate(self.ends.tolist()):
-            into[end].append(segment)
-
-        begins, unreached = self.begins.tolist(), (float("inf"), -1)
+        parts, begins, unreached = len(self._into) - 1, self._begins, (float("inf"), -1)
         paths = [[(0.0, -1)] + [unreached] * parts]
         for _ in range(most):
             before, path = paths[-1], [unreached]
-            for end in range(1, parts + 1):
-                path.append(min((before[begins[each]][0] + costs[each], each) for each in into[end]))
+            for segments in self._into[1:]:
+                path.append(min([(before[begins[each]][0] + costs[each], each) for each in segments]))
             paths.append(path)
 
         # back from the last part, with as many classes as are best
@@ -224,6 +220,18 @@ class Segments:
             classes.append((segment, int(bits[segment])))
             end = begins[segment]
         return classes[::-1]
+
+    @cached_property
+    def _begins(self) -> list[int]:
+        return self.begins.tolist()
+
+    @cached_property
+    def _into(self) -> list[list[int]]:
+        """The segments that end at each part."""
+        into: list[list[int]] = [[] for _ in range(int(self.ends.max()) + 1)]
+        for segment, end in enumerate(self.ends.tolist()):
+            into[end].append(segment)
+        return into
 
     def _num_bytes(self, classes: list[tuple[int, int]]) -> int:
         """Bytes of the codes of all rows, and of what is stored of the classes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ class ClassCodes:
         """How many codes a row has."""
         return sum(self.counts)
 
-    @property
+    @cached_property
     def steps(self) -> Tensor:
         """(codes,) float32, what a half-integer of each is in its latent's unit."""
         return code_steps(self.exponents, torch.float32)
@@ -151,32 +152,31 @@ class Codec:
 
     def latents(self, found: Symbols, number: int) -> Tensor:
         """The latents of rows of a class, (n, rank), times their scales."""
-        return self._sums(found.levels, number) * found.scales.unsqueeze(1)
+        return self._sums(found.levels, self.classes[number]) * found.scales.unsqueeze(1)
 
-    def _sums(self, levels: Tensor, number: int) -> Tensor:
+    def _sums(self, levels: Tensor, codes: ClassCodes) -> Tensor:
         """The latents, (n, rank), that the levels of the codes of rows, (n, codes), add up to."""
-        codes = self.classes[number]
         return levels.new_zeros(len(levels), self.rank).index_add_(1, codes.latents, levels * codes.steps)
 
     def encode(self, rows: Tensor, number: int) -> Symbols:
         """Finds scales and symbols of rows, (n, dim), of one class, for the decoder there is."""
         codes = self.classes[number]
         lengths = self.decoder.square().sum(dim=1).clamp_min(torch.finfo(self.decoder.dtype).tiny)
-        gram, found = self.decoder @ self.decoder.T, []
+        sweep, found = _Sweep.of(self, number), []
         for block in rows.split(self._block_rows(rows, number)):
             products = (block - self.bias) @ self.decoder.T
             scales = codes.scales(products / lengths, lengths)
             nothing = block.new_zeros(len(block), codes.num_codes)
             begun = Symbols(nothing.byte(), nothing, scales, scales)
-            found.append(self._sweep(block, products, begun, number, gram, keep_better=False))
+            found.append(self._sweep(block, products, begun, sweep, keep_better=False))
         return Symbols.joined(found)
 
     def improve(self, rows: Tensor, begun: Symbols, number: int) -> Symbols:
         """Codes rows anew for the decoder there is, from the codes they have, written over; no row's error rises."""
-        size, gram, found = self._block_rows(rows, number), self.decoder @ self.decoder.T, []
+        size, sweep, found = self._block_rows(rows, number), _Sweep.of(self, number), []
         for block, mine in zip(rows.split(size), begun.split(size), strict=True):
             products = (block - self.bias) @ self.decoder.T
-            found.append(self._sweep(block, products, mine, number, gram, keep_better=True))
+            found.append(self._sweep(block, products, mine, sweep, keep_better=True))
         return Symbols.joined(found)
 
     def _block_rows(self, rows: Tensor, number: int) -> int:
@@ -190,25 +190,20 @@ class Codec:
         symbols, levels = unpack_symbols(packed, self.classes[number].counts, self.codebooks.levels)
         return Symbols(symbols, levels, scales, torch.full_like(scales, torch.nan))
 
-    def _sweep(
-        self, rows: Tensor, products: Tensor, begun: Symbols, number: int, gram: Tensor, *, keep_better: bool
-    ) -> Symbols:
+    def _sweep(self, rows: Tensor, products: Tensor, begun: Symbols, sweep: _Sweep, *, keep_better: bool) -> Symbols:
         """Codes one section after the other, each for what all others leave.
 
         Over its scale, the error of a row is ‖u‖² - 2 z·t + z G zᵀ with u = (y - b) / s, t = u Dᵀ, the `products` over
         the scale, and G = D Dᵀ: no row has to be decoded.
         """
-        codes = self.classes[number]
+        codes = sweep.codes
         symbols, levels, scales = begun.symbols, begun.levels, begun.scales.unsqueeze(1)
         sums = products / scales
-        latents = self._sums(levels, number)
-        slopes = sums - latents @ gram if keep_better else sums.clone()
+        latents = self._sums(levels, codes)
+        slopes = sums - latents @ sweep.gram if keep_better else sums.clone()
 
-        for width, section in codes.sections():
+        for width, section, curvature, gains in sweep.sections:
             named, steps = codes.latents[section], codes.steps[section]
-            curvature = gram[named]
-            gains = curvature[torch.arange(len(named)), named] * steps.square()
-            gains = gains.clamp_min(torch.finfo(gram.dtype).tiny)
 
             # The codes that would be best if the section's rows of the decoder were orthogonal.
             before, sloping = levels[:, section], slopes.index_select(1, named)
@@ -252,6 +247,33 @@ class Codec:
             found = self.encode(rows, number)
             fit.add(rows, self.latents(found, number), sample.omega[of_class])
         self.refit(fit)
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """What all rows of a class are coded with, for one decoder.
+
+    Attributes:
+        codes: What their codes are.
+        gram: G = D Dᵀ.
+        sections: Each width that any codes have, with these codes, their rows of G, and what a level's error costs,
+            (codes,).
+    """
+
+    codes: ClassCodes
+    gram: Tensor
+    sections: list[tuple[int, slice, Tensor, Tensor]]
+
+    @classmethod
+    def of(cls, codec: Codec, number: int) -> _Sweep:
+        """What rows of a class are coded with for the decoder there is."""
+        codes, gram, sections = codec.classes[number], codec.decoder @ codec.decoder.T, []
+        for width, section in codes.sections():
+            named, steps = codes.latents[section], codes.steps[section]
+            gains = gram.diagonal()[named] * steps.square()
+            gains = gains.clamp_min(torch.finfo(gram.dtype).tiny)
+            sections.append((width, section, gram[named], gains))
+        return cls(codes, gram, sections)
 
 
 def storable_scales(units: Tensor, power: Tensor, lost: float) -> Tensor:

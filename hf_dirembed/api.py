@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .calibration.calibrated import Calibration
 from .calibration.statistics import Statistics
 from .calibration.text import Texts
-from .compression.compress import Settings
+from .compression.compress import Effort, Settings
 from .conversion import restore
 from .errors import ModelError
 from .hub.publishing import remove_traces
@@ -41,6 +41,7 @@ def compress(
     device: torch.device | str | None = None,
     base_model: str | None = None,
     resume: str | Path | None = None,
+    effort: Effort | None = None,
 ) -> PreTrainedModel:
     """Compresses the vocabulary tables of a pretrained model, in place: whatever token ids look up, and LM heads.
 
@@ -71,6 +72,8 @@ def compress(
         base_model: The model's Hub id, for the record; by default the one that it was loaded by.
         resume: A file that calibration on text, or the training of `autoencoder`, is saved in now and then, and goes
             on from if it exists.
+        effort: How long `transform` may fit: `fast`, `balanced`, which is the default, or `thorough`; docs/budgets.md
+            says what each costs and gives.
 
     Returns:
         The model it was given.
@@ -92,7 +95,7 @@ def compress(
     """
     request = CompressionRequest(
         bits, ratio, rank, tables, method, languages, calibration, token_weights, hessian, latent_dtype, settings,
-        device, base_model, resume,
+        device, base_model, resume, effort,
     )  # fmt: skip
     return compress_model(model, tokenizer, request)
 

@@ -14,7 +14,7 @@ from .calibration.calibrated import Calibration
 from .calibration.statistics import Statistics
 from .calibration.text import Texts, check_file
 from .compression.budget import Budget
-from .compression.compress import WEIGHING, MethodOptions, Settings
+from .compression.compress import WEIGHING, Effort, MethodOptions, Settings
 from .errors import BudgetError, OptionError
 
 
@@ -48,6 +48,7 @@ class CompressionRequest:
     device: torch.device | str | None = None
     base_model: str | None = None
     resume: str | Path | None = None
+    effort: Effort | None = None
 
     def __post_init__(self) -> None:
         for budget in self._budgets():
@@ -83,7 +84,7 @@ class CompressionRequest:
     @property
     def options(self) -> MethodOptions:
         """How each table is compressed, whatever its budget."""
-        return MethodOptions(self.method, self.latent_dtype, self.settings, self.device)
+        return MethodOptions(self.method, self.latent_dtype, self.settings, self.device, self.effort)
 
     @property
     def names(self) -> tuple[str, ...] | None:

@@ -19,7 +19,7 @@ from ..errors import CalibrationError
 from .lookups import FurtherTable, RecordedLookups
 
 
-SAMPLED_ROWS = 256  # positions whose distribution over the vocabulary is held in float32 at once
+SAMPLED_ELEMENTS = 1 << 22  # of distributions over the vocabulary that are held in float32 at once: 16 MB
 _INPUT = ""  # what the input embedding is called among the tables that are looked up
 MASKED_SHARE = 0.15  # of the tokens, as masked language models are trained
 
@@ -230,11 +230,13 @@ def _score(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     gradient = torch.empty_like(logits)
     total, uncertainty = torch.zeros(2, logits.shape[-1], device=logits.device)
     draws = uniforms.to(logits.device).unsqueeze(-1)
-    for start in range(0, len(logits), SAMPLED_ROWS):
-        rows = slice(start, start + SAMPLED_ROWS)
+    number = max(1, SAMPLED_ELEMENTS // logits.shape[-1])
+    for start in range(0, len(logits), number):
+        rows = slice(start, start + number)
         probabilities = logits[rows].softmax(-1, dtype=torch.float32)
-        total += probabilities.sum(0)
-        uncertainty += torch.einsum("nv,nv->v", probabilities, 1 - probabilities)
+        expected = probabilities.sum(0)
+        total += expected
+        uncertainty += (expected - probabilities.square().sum(0)).clamp_min(0)
         cumulative = probabilities.cumsum(-1)
         labels = torch.searchsorted(cumulative, draws[rows] * cumulative[:, -1:], right=True)
         labels.clamp_(max=logits.shape[-1] - 1)

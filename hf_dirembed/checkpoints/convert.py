@@ -18,7 +18,7 @@ from ..calibration.calibrated import Calibration
 from ..calibration.languages import card_languages
 from ..calibration.statistics import Statistics
 from ..calibration.text import Texts
-from ..compression.compress import Settings
+from ..compression.compress import Effort, Settings
 from ..errors import CheckpointError, ModelError
 from ..hub.card import write_card, write_expanded_card
 from ..hub.metadata import hub_id
@@ -72,6 +72,7 @@ def compress_checkpoint(
     device: torch.device | str | None = None,
     base_model: str | None = None,
     resume: str | Path | None = None,
+    effort: Effort | None = None,
 ) -> CheckpointSummary:
     """Compresses a checkpoint into another: weights, config, tokenizer, SentenceTransformer modules, and a card.
 
@@ -100,13 +101,14 @@ def compress_checkpoint(
         device: Likewise.
         base_model: The source's Hub id, for the card; by default `source`, where it is one.
         resume: As for [`hf_dirembed.compress`].
+        effort: Likewise.
 
     Raises:
         DirEmbedError: If the source cannot be compressed, the budget cannot be met, or `out` cannot be written.
     """
     request = CompressionRequest(
         bits, ratio, rank, tables, method, languages, calibration, token_weights, hessian, latent_dtype, settings,
-        device, base_model, resume,
+        device, base_model, resume, effort,
     )  # fmt: skip
     with ExitStack() as stack:
         staging = on_main_process(lambda: stack.enter_context(staged_folder(out)))

@@ -6,16 +6,16 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
 from ..checkpoints.convert import compress_checkpoint, expand_checkpoint
 from ..checkpoints.loading import resolve_checkpoint
 from ..checkpoints.summary import CheckpointSummary, TableSummary, inspect_checkpoint
-from ..compression.compress import METHODS, SETTINGS
+from ..compression.compress import EFFORTS, METHODS, SETTINGS, Settings
 from ..errors import CheckpointError, DirEmbedError, OptionError
 from ..exporting.export import export as export_checkpoint
 from ..exporting.folder import POOLINGS
@@ -128,6 +128,7 @@ def main() -> None:
     type=click.Path(path_type=Path, dir_okay=False),
     help="Save the calibration, or the autoencoder's training, in this file now and then, and go on from it.",
 )
+@click.option("--effort", help=f"How long transform may fit: one of {', '.join(EFFORTS)}.  [default: balanced]")
 @click.option("--seed", type=int, help="Seed of transform and autoencoder.  [default: 0]")
 @click.option("--device", help="Where to fit.  [default: a GPU where there is one]")
 @click.option("--base-model", metavar="REPO", help="Hub id of SRC, for the model card.  [default: SRC, if it is one]")
@@ -141,6 +142,7 @@ def compress(
     languages: str | None,
     calibrate: str | None,
     seed: int | None,
+    effort: str | None,
     method: str,
     push_to_hub: str | None,
     private: bool,
@@ -160,7 +162,8 @@ def compress(
         languages=_listed(languages),
         method=method,
         calibration=calibrate,
-        settings=SETTINGS[method](seed=seed) if seed is not None and method in SETTINGS else None,
+        effort=cast(Any, effort),  # checked where it is used
+        settings=_seeded(seed, method, effort),
         **options,
     )
 
@@ -169,6 +172,15 @@ def compress(
     _print_summary(summary, as_json)
     if push_to_hub:
         click.echo(f"uploaded to {upload_checkpoint(out, push_to_hub, private=private)}", err=True)
+
+
+def _seeded(seed: int | None, method: str, effort: str | None) -> Settings | None:
+    """The settings of a method with a seed; None where there is none, or no such method."""
+    if seed is None or method not in SETTINGS:
+        return None
+    if method == "transform" and effort in EFFORTS:
+        return replace(EFFORTS[effort], seed=seed)
+    return SETTINGS[method](seed=seed)
 
 
 def _listed(text: str | None) -> tuple[str, ...] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from .row_files import MakeSink, memory_sink
 from .subspace import direction, svd
 from .table import RowSource, Table
 from .transform.sampled import CodedRows, code_large, is_large
-from .transform.transform import TransformSettings, transform
+from .transform.transform import EFFORTS, TransformSettings, transform
 from .work import FittingWork
 
 
@@ -36,6 +36,7 @@ SETTINGS = {"transform": TransformSettings, "autoencoder": AutoencoderSettings}
 VERSIONS = ("hf_dirembed", "torch", "transformers", "numpy", "wordfreq")  # that the bytes may depend on
 
 Settings = TransformSettings | AutoencoderSettings
+Effort: TypeAlias = Literal["fast", "balanced", "thorough"]  # of `EFFORTS`
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class MethodOptions:
         latent_dtype: Dtype of float latents, one of `FLOAT_CODES`; by default the table's.
         settings: How `transform` or `autoencoder` fit; by default as their classes say.
         device: Where to fit; by default a GPU where there is one.
+        effort: How long `transform` may fit, one of `EFFORTS`; by default as long as the settings say.
 
     Raises:
         OptionError: If the method is unknown, or an option is not of its kind, or does not go with the method.
@@ -56,12 +58,15 @@ class MethodOptions:
         Traceback (most recent call last):
         ...
         hf_dirembed...OptionError: method 'svd' takes no TransformSettings: leave the settings out
+        >>> MethodOptions(effort="fast").transform_settings.passes
+        0
     """
 
     method: str = "transform"
     latent_dtype: str | None = None
     settings: Settings | None = None
     device: torch.device | str | None = None
+    effort: Effort | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -69,6 +74,7 @@ class MethodOptions:
         if self.settings is not None and type(self.settings) is not SETTINGS.get(self.method):
             kind = type(self.settings).__name__
             raise OptionError(f"method {self.method!r} takes no {kind}: leave the settings out")
+        self._check_effort()
         if self.latent_dtype is not None and self.method == "transform":
             raise OptionError(
                 f"latent_dtype={self.latent_dtype!r} goes with methods of float latents: transform packs its own"
@@ -76,6 +82,23 @@ class MethodOptions:
         if self.latent_dtype is not None and self.latent_dtype not in FLOAT_CODES:
             known = ", ".join(FLOAT_CODES)
             raise OptionError(f"latent_dtype={self.latent_dtype!r} is no dtype of latents: choose one of {known}")
+
+    def _check_effort(self) -> None:
+        if self.effort is None:
+            return
+        if not isinstance(self.effort, str) or self.effort not in EFFORTS:
+            raise OptionError(f"effort={self.effort!r} is unknown: choose one of {', '.join(EFFORTS)}")
+        if self.method != "transform":
+            raise OptionError(f"method {self.method!r} takes no effort: leave it out, or choose transform")
+        if self.settings is None:
+            return
+        assert isinstance(self.settings, TransformSettings)
+        preset = EFFORTS[self.effort]
+        if (self.settings.passes, self.settings.sample_rows) != (preset.passes, preset.sample_rows):
+            raise OptionError(
+                f"effort={self.effort!r} stands for passes={preset.passes} and sample_rows={preset.sample_rows}, the "
+                f"settings for {self.settings.passes} and {self.settings.sample_rows}: leave one of them out"
+            )
 
     def check(self, budget: Budget, hessian: Tensor | None) -> None:
         """Refuses a budget or a Hessian that does not go with the method.
@@ -91,7 +114,21 @@ class MethodOptions:
     @property
     def tempering(self) -> float:
         """The exponent of the token weights."""
-        return self.settings.tempering if isinstance(self.settings, TransformSettings) else TEMPERING
+        return self.transform_settings.tempering if self.method == "transform" else TEMPERING
+
+    @property
+    def transform_settings(self) -> TransformSettings:
+        """How `transform` fits."""
+        if isinstance(self.settings, TransformSettings):
+            return self.settings
+        return EFFORTS[self.effort or "balanced"]
+
+    @property
+    def all_settings(self) -> Settings | None:
+        """How the method fits; None for one without settings."""
+        if self.method == "transform":
+            return self.transform_settings
+        return self.settings or (AutoencoderSettings() if self.method == "autoencoder" else None)
 
     def latent_storage(self, dtype: torch.dtype) -> LatentStorage:
         """How float latents of a table of that dtype are stored.
@@ -139,6 +176,7 @@ def compress_table(
     device: torch.device | str | None = None,
     resume: str | Path | None = None,
     make_sink: MakeSink = memory_sink,
+    effort: Effort | None = None,
 ) -> CodedTable:
     """Compresses a table of any torch model: [`hf_dirembed.compress`] without the model.
 
@@ -159,6 +197,7 @@ def compress_table(
         resume: A file that `autoencoder` saves its training in after every epoch, and goes on from if it exists.
         make_sink: Makes the place, for the codes of a table of more than a million rows that all count alike, from
             the name and shape of their tensor; by default in memory.
+        effort: How long `transform` may fit: `fast`, `balanced` or `thorough`; by default as the settings say.
 
     Raises:
         BudgetError: If the budget cannot be met.
@@ -171,7 +210,7 @@ def compress_table(
         >>> coded.layout.rank, {name: tuple(tensor.shape) for name, tensor in coded.tensors.items()}
         (7, {'decoder_weight': (7, 32), 'weight': (500, 7)})
     """
-    options = MethodOptions(method, latent_dtype, settings, device)
+    options = MethodOptions(method, latent_dtype, settings, device, effort)
     budget = Budget(bits, ratio, rank, num_bytes)
     options.check(budget, hessian)
     if resume is not None and method != "autoencoder":
@@ -263,7 +302,7 @@ def warn_of_shortened(record: TableRecord) -> None:
 
 def _share_of_fitting(table: Table, measure: Measure, options: MethodOptions) -> float:
     """The share of the work that is over before the figures are made."""
-    settings = options.settings if isinstance(options.settings, TransformSettings) else TransformSettings()
+    settings = options.transform_settings
     if options.method == "transform" and is_large(table, measure, settings):
         return 1.0  # the figures are made on the way
     work = FittingWork.of_rows(table.num_rows, settings.passes)
@@ -280,8 +319,10 @@ def _made_with(budget: Budget, measure: Measure, options: MethodOptions, device:
     made_with: dict[str, Any] = {"budget": str(budget), "token_weights": measure.weights is not None}
     if method == "transform":
         made_with["hessian"] = measure.hessian is not None
-    if method in SETTINGS:
-        made_with[method] = asdict(options.settings or SETTINGS[method]())
+    if (settings := options.all_settings) is not None:
+        made_with[method] = asdict(settings)
+    if options.effort is not None:
+        made_with["effort"] = options.effort
     made_with |= {"device": device.type, "threads": torch.get_num_threads()}  # sums round differently on others
     made_with["versions"] = {name: version(name) for name in VERSIONS}
     return made_with
@@ -306,8 +347,7 @@ def _transform(
 ) -> CodedTable | CodedRows:
     max_bytes = budget.max_bytes(_size(table, dtype))
     assert max_bytes is not None
-    assert not isinstance(options.settings, AutoencoderSettings)
-    settings = options.settings or TransformSettings()
+    settings = options.transform_settings
     if is_large(table, measure, settings):
         return code_large(
             table, max_bytes, make_sink, dtype=dtype, measure=measure, settings=settings, progress=progress

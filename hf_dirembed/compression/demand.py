@@ -15,7 +15,7 @@ from .sharing import Curve, Demand, LatentCurve
 from .table import RowSource, Table
 from .transform.quantisation import MAX_BITS
 from .transform.sampled import draw_rows, is_large
-from .transform.transform import TransformSettings, code_bytes, fixed_bytes
+from .transform.transform import code_bytes, fixed_bytes
 
 
 _GROUPS = 4096  # of rows of like weight: as many numbers stand for the weights of all rows
@@ -85,7 +85,7 @@ def demand_of(
 
 def _rows_that_tell(table: Table, measure: Measure, options: MethodOptions) -> Table:
     """The table, or the rows of it that a table is fitted to which is too large for the memory."""
-    settings = options.settings if isinstance(options.settings, TransformSettings) else TransformSettings()
+    settings = options.transform_settings
     if options.method != "transform" or not is_large(table, measure, settings):
         return table
     return Table(draw_rows(table, settings.fitted_rows, settings.seed), device=table.device)

@@ -14,7 +14,7 @@ from transformers.quantizers import auto, register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..calibration.statistics import Statistics
-from ..compression.compress import METHODS, SETTINGS, Settings
+from ..compression.compress import METHODS, SETTINGS, Effort, Settings
 from ..errors import OptionError
 from ..remote.configuration_dirembed import MODEL_TYPE
 from ..request import CompressionRequest
@@ -46,6 +46,7 @@ class DirEmbedQuantizationConfig(QuantizationConfigMixin):
         latent_dtype: Of float latents: `float32`, `float16` or `bfloat16`.
         settings: `TransformSettings` or `AutoencoderSettings`, or their values by name; kept as the latter.
         device: Where to fit; by default a GPU where there is one.
+        effort: How long `transform` may fit: `fast`, `balanced` or `thorough`.
         statistics: What calibration saw of the dense model: [`Statistics`], or the path of a file that
             `calibrate(resume=...)` or `Statistics.save` wrote. Without it the model is not calibrated.
         tokenizer: Tells which tokens are frequent: `auto` for the one that lies beside the model's weights, the name
@@ -78,6 +79,7 @@ class DirEmbedQuantizationConfig(QuantizationConfigMixin):
     device: torch.device | str | None = None
     statistics: Statistics | str | Path | None = None
     tokenizer: PreTrainedTokenizerBase | str | Path | None = OWN_TOKENIZER
+    effort: Effort | None = None
 
     def __post_init__(self) -> None:
         self.quant_method = MODEL_TYPE
@@ -123,6 +125,7 @@ class DirEmbedQuantizationConfig(QuantizationConfigMixin):
             latent_dtype=self.latent_dtype,
             settings=self._settings(),
             device=self.device,
+            effort=self.effort,
         )
 
     def _settings(self) -> Settings | None:

@@ -251,7 +251,7 @@ def test_improving_never_raises_a_row_s_error() -> None:
 def test_rows_may_change_their_class() -> None:
     rows = table_of(300, 24)
     codec, row_class = codec_of_two_classes(rows)
-    coded, _ = RowCodes.encode(codec, Table(rows, chunk_rows=70), torch.ones(300).double(), row_class)
+    coded, _, _ = RowCodes.encode(codec, Table(rows, chunk_rows=70), torch.ones(300).double(), row_class)
     fewer = row_class * (torch.arange(300) % 2 == 0)
     after, _ = coded.improve(Table(rows, chunk_rows=110), torch.ones(300).double(), fewer)
     assert [len(each) for each in after.packed] == [int((fewer == number).sum()) for number in (0, 1)]
@@ -425,6 +425,6 @@ def test_mistakes() -> None:
         code(rows, 6, hessian=-torch.eye(16))
     with pytest.raises(OptionError, match=r"\(16, 16\)"):
         code(rows, 6, hessian=torch.eye(4))
-    for wrong in ({"tempering": -1}, {"tempering": None}, {"passes": 0}, {"sample_rows": 1.5}, {"seed": -1}):
+    for wrong in ({"tempering": -1}, {"tempering": None}, {"passes": -1}, {"sample_rows": 1.5}, {"seed": -1}):
         with pytest.raises(OptionError, match=next(iter(wrong))):
             TransformSettings(**wrong)  # type: ignore[arg-type]

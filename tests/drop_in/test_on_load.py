@@ -240,7 +240,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "dtype": ({"rank": 2, "method": "svd", "latent_dtype": "int8"}, OptionError, "is no dtype of latents"),
     "settings": ({"bits": 2, "settings": AutoencoderSettings()}, OptionError, "takes no AutoencoderSettings"),
     "a setting": ({"bits": 2, "settings": {"epochs": 3}}, OptionError, "'transform' has no setting 'epochs': it has"),
-    "its value": ({"bits": 2, "settings": {"passes": 0}}, OptionError, "passes=0"),
+    "its value": ({"bits": 2, "settings": {"passes": -1}}, OptionError, "passes=-1"),
     "settings of svd": ({"rank": 2, "method": "svd", "settings": {}}, OptionError, "'svd' takes no settings"),
     "other settings": ({"bits": 2, "settings": 3}, OptionError, "takes no int"),
     "statistics": ({"bits": 2, "statistics": 3}, OptionError, "statistics=3 are none: give Statistics, or the path"),

@@ -36,7 +36,7 @@ class RowCodes:
     @classmethod
     def encode(
         cls, codec: Codec, table: Table, omega: Tensor, row_class: Tensor, progress: Progress | None = None
-    ) -> tuple[RowCodes, Tensor]:
+    ) -> tuple[RowCodes, Tensor, StoredDecoder]:
         """Codes all rows, and fits the decoder to them.
 
         Args:
@@ -47,7 +47,8 @@ class RowCodes:
             progress: Is told of the share of the rows that is coded.
 
         Returns:
-            The codes, and what they leave of each row, ‖y - ŷ‖², (num_rows,) float64.
+            The codes, what they leave of each row, ‖y - ŷ‖², (num_rows,) float64, for the decoder that there was, and
+            the decoder that was fitted to them, as it is stored.
         """
         progress = progress or Progress()
         coded, errors, fit = cls.empty(codec, row_class), torch.empty_like(omega), codec.new_fit()
@@ -58,8 +59,7 @@ class RowCodes:
                 fit.add(rows[mine], codec.latents(found, number), omega[part][mine].float())
                 errors[part][mine] = found.errors.to(errors)
             progress.advance(len(rows) / table.num_rows)
-        codec.refit(fit)
-        return coded, errors
+        return coded, errors, codec.refit(fit)
 
     @classmethod
     def empty(cls, codec: Codec, row_class: Tensor) -> RowCodes:
@@ -86,16 +86,10 @@ class RowCodes:
         codec, fit, progress = self.codec, self.codec.new_fit(), progress or Progress()
         coded = RowCodes.empty(codec, row_class)
         for part, rows in table.chunks():
-            of_class = {number: (mine, slots) for number, mine, slots in self._by_class(part)}
             for number, mine, slots in coded._by_class(part):
-                # rows that were of another class begin anew
-                stayed = self.row_class[part][mine] == number
-                old = self.packed[number][:0]
-                if number in of_class:
-                    before, old_slots = of_class[number]
-                    old = self.packed[number][old_slots][row_class[part][before] == number]
+                stayed, old = self._of_before(part, number, mine, row_class)
                 begun = codec.unpack(old, self.scales[part][mine[stayed]], number)
-                if len(old) < len(mine):
+                if len(old) < len(mine):  # rows that were of another class begin anew
                     begun = begun.merged(codec.encode(rows[mine[~stayed]], number), stayed)
 
                 found = codec.improve(rows[mine], begun, number)
@@ -103,6 +97,35 @@ class RowCodes:
                 fit.add(rows[mine], codec.latents(found, number), omega[part][mine].float())
             progress.advance(len(rows) / table.num_rows)
         return coded, codec.refit(fit)
+
+    def moved(self, table: Table, row_class: Tensor) -> RowCodes:
+        """Codes anew, for the decoder there is, the rows alone whose class has changed.
+
+        Args:
+            table: The rows y.
+            row_class: (num_rows,) uint8, the class of each from now on; these codes have to be forgotten.
+        """
+        if torch.equal(row_class, self.row_class):
+            return self
+        coded = RowCodes.empty(self.codec, row_class)
+        for part, rows in table.chunks():
+            for number, mine, slots in coded._by_class(part):
+                stayed, old = self._of_before(part, number, mine, row_class)
+                packed, scales = coded.packed[number][slots], self.scales[part][mine]
+                packed[stayed] = old
+                if len(old) < len(mine):
+                    found = self.codec.encode(rows[mine[~stayed]], number)
+                    packed[~stayed] = pack_symbols(found.symbols, self.codec.classes[number].counts)
+                    scales[~stayed] = found.scales
+                coded.scales[part][mine] = scales
+        return coded
+
+    def _of_before(self, part: slice, number: int, mine: Tensor, row_class: Tensor) -> tuple[Tensor, Tensor]:
+        """Of rows of a class, which were of it before, (n,), and the packed codes of these."""
+        was = self.row_class[part]
+        first = int((self.row_class[: part.start] == number).sum())
+        old = self.packed[number][first : first + int((was == number).sum())]
+        return was[mine] == number, old[row_class[part][was == number] == number]
 
     def _put(self, number: int, part: slice, mine: Tensor, slots: slice, found: Symbols) -> None:
         """Packs what was found of rows of one class."""

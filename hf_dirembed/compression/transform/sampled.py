@@ -570,7 +570,7 @@ def _fit_decoder(codec: Codec, rows: Table, omega: Tensor, row_bytes: int, passe
         The decoder, and the error, times ω, that no row below is an outlier with.
     """
     one_class = torch.zeros(rows.num_rows, dtype=torch.uint8, device=rows.device)
-    coded, errors = RowCodes.encode(codec, rows, omega, one_class)
+    coded, errors, stored = RowCodes.encode(codec, rows, omega, one_class)
     errors = omega * errors
     outliers = errors.argsort(descending=True, stable=True)[: count_outliers(errors, rows.dim, row_bytes)]
     usual = omega.index_fill(0, outliers, 0)

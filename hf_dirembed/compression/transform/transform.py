@@ -48,8 +48,8 @@ class TransformSettings:
         tempering: The exponent of the token weights. Below 1 it trusts them less: rare tokens matter more than a word
             list says.
         sample_rows: Rows that the first decoder is fitted to.
-        passes: How often all rows are coded anew, each time for the decoder of the time before. A second time lowers
-            the error by another 1 to 3 %, and takes about half as long as all the rest.
+        passes: How often all rows are coded anew, each time for the decoder of the time before. `EFFORTS` says what
+            more of them give.
         seed: The seed that the sample is drawn with.
         large_rows: If a table has more rows than this, all of which count alike, bits, codebooks and decoder are
             fitted to some of the rows, and all others are then coded in one pass over them.
@@ -69,11 +69,19 @@ class TransformSettings:
     def __post_init__(self) -> None:
         if not isinstance(self.tempering, (int, float)) or not 0 <= self.tempering <= 4:
             raise OptionError(f"transform setting tempering={self.tempering!r}: give a number from 0 to 4")
-        least_of = {"sample_rows": 1, "passes": 1, "seed": 0, "large_rows": 1, "fitted_rows": 1}
+        least_of = {"sample_rows": 1, "passes": 0, "seed": 0, "large_rows": 1, "fitted_rows": 1}
         for name, least in least_of.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise OptionError(f"transform setting {name}={value!r}: give an integer of at least {least}")
+
+
+# What fitting may cost: docs/budgets.md says what each costs and gives.
+EFFORTS = {
+    "fast": TransformSettings(sample_rows=4_000, passes=0),
+    "balanced": TransformSettings(),
+    "thorough": TransformSettings(sample_rows=20_000, passes=3),
+}
 
 
 def transform(
@@ -138,13 +146,15 @@ def transform(
     codec.train(sample, plan.row_class[sample.numbers])
     progress.advance(work.planning / work.fitting)
     coding = progress.part(work.coding / work.fitting)
-    coded, errors = RowCodes.encode(codec, rows, importance.omega, plan.row_class, coding)
+    coded, errors, decoder = RowCodes.encode(codec, rows, importance.omega, plan.row_class, coding)
     errors = importance.omega * errors
 
     # which rows are kept as they are, and codes and decoder fitted to the others
     storing = ByteBudget(room, table.num_rows, table.dim, codec.storage)
     outliers, row_class = _keep_outliers(errors, cut, plan, importance, storing, row_bytes)
     omega = importance.omega.masked_fill(outliers, 0)
+    if not settings.passes:
+        coded = coded.moved(rows, row_class)
     for _ in range(settings.passes):
         improving = progress.part(work.improving / work.fitting)
         coded, decoder = coded.improve(rows, omega, row_class, improving)

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ import hf_dirembed
 from hf_dirembed import CompressedEmbedding
 from hf_dirembed.calibration.calibrated import Calibration
 from hf_dirembed.calibration.text import CALIBRATION_TOKENS
+from hf_dirembed.compression.transform.transform import EFFORTS
 from hf_dirembed.evaluation import (
     PerplexityFigures,
     STSFigures,
@@ -74,18 +76,21 @@ def variants(
         table.data = integer_table(table.data, width)
         yield f"int{width}, groups of {GROUP}", width + 0.5, 0.0, model
     seen = list(calibrations(arguments, load, tokenizer)) if arguments.calibrate else [("", None)]
-    for (told, calibration), method, bits, seed in product(seen, arguments.methods, arguments.bits, arguments.seeds):
+    for (told, calibration), method, bits, effort, seed in product(
+        seen, arguments.methods, arguments.bits, arguments.efforts, arguments.seeds
+    ):
         model, options = load(), {"method": method, "bits": bits, "languages": arguments.languages}
         if method in ("transform", "direction"):
             options["calibration"] = calibration
         if method == "transform":
-            options["settings"] = hf_dirembed.TransformSettings(seed=seed)
+            options |= {"settings": replace(EFFORTS[effort], seed=seed), "effort": effort}
         start = time.perf_counter()
         hf_dirembed.compress(model, tokenizer, **options)
         seconds = time.perf_counter() - start
         embedding = model.get_input_embeddings()
         assert isinstance(embedding, CompressedEmbedding)
         name = method if len(arguments.seeds) == 1 else f"{method}, seed {seed}"
+        name = name if len(arguments.efforts) == 1 else f"{name}, {effort}"
         yield f"{name}{told}", embedding.bits_per_weight, seconds, model
 
 
@@ -188,6 +193,7 @@ def main() -> None:
     )
     parser.add_argument("--languages", nargs="+")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of transform's sample, a row each")
+    parser.add_argument("--efforts", nargs="+", default=["balanced"], choices=list(EFFORTS), help="a row each")
     parser.add_argument("--limit", type=int, help="pairs, sentences or tokens of each file")
     arguments = parser.parse_args()
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgpack  # type: ignore[import-untyped]
 import numpy as np
 
 from ..errors import WeightsError
@@ -124,17 +126,34 @@ def word_list(language: str, number: int) -> tuple[list[str], np.ndarray]:
     """
     import wordfreq
 
-    # read_cBpack, not get_frequency_dict: that would keep every list of every language in memory for good
     small = wordfreq.available_languages("small")
     available = small if number <= 20_000 else wordfreq.available_languages()
     words, frequencies = [], []
-    for centibels, bucket in enumerate(wordfreq.read_cBpack(available[language])):
+    for centibels, bucket in enumerate(_buckets(available[language])):
         kept = [word for word in bucket if not any(map(str.isdigit, word))]
         words += kept
         frequencies += [10 ** (-centibels / 100)] * len(kept)
         if len(words) >= number:
             break
     return words[:number], np.array(frequencies[:number])
+
+
+def _buckets(path: str) -> Iterator[list[str]]:
+    """The words of a list of wordfreq's by their frequency, 1, 10^-.01, 10^-.02 and so on.
+
+    `wordfreq.read_cBpack` reads a file to its end, where the beginning is wanted, and `get_frequency_dict` keeps it in
+    memory for good.
+
+    Raises:
+        WeightsError: If the file is of another format.
+    """
+    with gzip.open(path) as file:
+        unpacker = msgpack.Unpacker(file, raw=False)
+        number, header = unpacker.read_array_header(), unpacker.unpack()
+        if not isinstance(header, dict) or (header.get("format"), header.get("version")) != ("cB", 1):
+            raise WeightsError(f"{path} is no word list of the format cB 1: install another version of wordfreq")
+        for _ in range(number - 1):
+            yield unpacker.unpack()
 
 
 def word_forms(language: str, number: int) -> Iterator[tuple[str, list[str], np.ndarray]]:

@@ -162,6 +162,7 @@ def fresh(file: Path) -> tuple[float, float]:
 def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
+    arguments.work.mkdir(parents=True, exist_ok=True)
     dense, exported = dense_files(arguments.model, arguments.work), exported_files(arguments)
     files = {f"dense, {name}": file for name, file in dense.items()}
     files |= {f"compressed, {name}": file for name, file in exported.items()}

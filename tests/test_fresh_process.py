@@ -100,6 +100,7 @@ def test_trust_remote_code_without_plugin(repos: Path, tmp_path: Path) -> None:
                 "matrix_dirembed.py",
                 "modeling_dirembed.py",
                 "modules_dirembed.py",
+                "placement_dirembed.py",
                 "products_dirembed.py",
                 "resizing_dirembed.py",
                 "stock_dirembed.py",

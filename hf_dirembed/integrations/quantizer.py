@@ -22,6 +22,7 @@ from ..remote.checks_dirembed import AGAIN, check_checksum, check_files, check_t
 from ..remote.configuration_dirembed import MODEL_TYPE, derive_config_class, read_spec
 from ..remote.matrix_dirembed import CompressedMatrix
 from ..remote.modeling_dirembed import derive_model_class
+from ..remote.placement_dirembed import keep_mapped
 from ..remote.tables_dirembed import compressed_tables, swap_tables, table_at
 from .on_load import CompressionOnLoad, forget_quantisation, refuse_compressed
 from .quantization_config import DirEmbedQuantizationConfig
@@ -118,10 +119,16 @@ class DirEmbedQuantizer(HfQuantizer):
         """
         self.loading.check_devices(device_map)
 
+    def update_device_map(self, device_map: Any) -> Any:
+        """A map of the quantiser's own, in which it may change where tables are."""
+        return dict(device_map) if isinstance(device_map, dict) else device_map
+
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: Any = None, **kwargs: Any
+        self, model: PreTrainedModel, checkpoint_files: Any = None, device_map: Any = None, **kwargs: Any
     ) -> None:
         self.loading.before_weights(model, [str(file) for file in checkpoint_files or ()])
+        if isinstance(device_map, dict):
+            keep_mapped(model, device_map)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self.remove_quantization_config(model)

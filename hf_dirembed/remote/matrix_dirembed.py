@@ -37,7 +37,7 @@ from .guarded_dirembed import (
     verify,
 )
 from .kernels_dirembed import PackedRows, count_classes, gaussian_codebook, pack_rows, row_classes
-from .products_dirembed import package, product_dtype, read_rows, runs_compiled, scaled
+from .products_dirembed import is_apart, package, product_dtype, read_rows, runs_compiled, scaled
 
 
 DENSE_ROWS_WANTED = (
@@ -228,6 +228,11 @@ class CompressedMatrix(nn.Module):
         return self.decoder_weight.dtype
 
     @property
+    def device(self) -> torch.device:
+        """The device that the matrix is on, and runs on."""
+        return self.decoder_weight.device
+
+    @property
     def num_rows(self) -> int:
         """V, the number of rows."""
         return self.weight.shape[0]
@@ -369,9 +374,11 @@ class CompressedMatrix(nn.Module):
         """Rows of the matrix: (...,) row numbers to (..., dim).
 
         On CPUs a row is the same to the bit, whatever is decoded with it: many models find the places of images in
-        their embeddings by `inputs_embeds == embedding(image_token_id)`.
+        their embeddings by `inputs_embeds == embedding(image_token_id)`. Rows are where the row numbers are.
         """
-        dtype = product_dtype(self.dtype, self.weight.device)
+        if is_apart(ids, self.device):
+            return self.decode(ids.to(self.device)).to(ids.device)
+        dtype = product_dtype(self.dtype, self.device)
         decoder, bias = self.decoder_in(dtype)
         rows = _rowwise_product(self.latents_of(ids).to(dtype), decoder)
         outliers = None if self.outlier_weight is None else plain(self.outlier_weight)

@@ -54,6 +54,7 @@ from .modules_dirembed import (
     CompressedTable,
     compression_line,
 )
+from .placement_dirembed import body_parameters, keep_mapped, run_in_place
 from .products_dirembed import package
 from .resizing_dirembed import resize_rows
 from .tables_dirembed import (
@@ -110,6 +111,30 @@ class DirEmbedModelMixin(PreTrainedModel):
                 )
         return super().__call__(*args, **kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "hf_device_map":  # what accelerate does last when it dispatches a model
+            self._run_tables_in_place()
+
+    @property
+    def device(self) -> torch.device:
+        """The device of what is not compressed, which `generate` and pipelines bring their inputs to.
+
+        Tables may be on another one, to which they bring ids and states themselves.
+        """
+        first = next(body_parameters(self), None)
+        found: torch.device = super().device if first is None else first.device
+        return found
+
+    def _run_tables_in_place(self) -> None:
+        """Has tables that are off the accelerator run where they are; checks those that nobody has read before."""
+        unchecked = run_in_place(self)
+        finish_loading(self)
+        for path in unchecked:
+            for _, matrix in table_at(self, path).matrices():
+                check_table(matrix)
+            check_checksum(table_at(self, path), path)
+
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Like the base class's, from safetensors only; refuses a checkpoint whose codes or decoder do not fit.
@@ -121,6 +146,8 @@ class DirEmbedModelMixin(PreTrainedModel):
         """
         if not kwargs.setdefault("use_safetensors", True):
             raise CheckpointError("compressed models load from safetensors only: drop use_safetensors=False")
+        if isinstance(kwargs.get("device_map"), dict):
+            kwargs["device_map"] = dict(kwargs["device_map"])  # which tables' places are changed in
         name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         with as_checkpoint_error(name):
             if isinstance(name, (str, os.PathLike)):
@@ -130,10 +157,15 @@ class DirEmbedModelMixin(PreTrainedModel):
         return loaded
 
     @staticmethod
-    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        keep_mapped(model, load_config.device_map)
         if state_dict is None and checkpoint_files:
             check_files(CompressionSpec.from_dict(model.config.dirembed), checkpoint_files)
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+        return PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
 
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .codes_dirembed import CODE_TENSORS, BlocksLayout, ModelError, TableLayout, TableRecord
 from .guarded_dirembed import CodesParameter, guard, plain, seal, verify
 from .matrix_dirembed import DENSE_CHUNK, CompressedMatrix
-from .products_dirembed import is_traced, package, product_dtype, rows_product
+from .products_dirembed import is_apart, is_traced, package, product_dtype, rows_product
 from .resizing_dirembed import resize_rows
 from .stock_dirembed import DecodedWeight, StockEmbedding, shell_of
 
@@ -119,6 +119,11 @@ class CompressedLookup(nn.Module):
         return self.stock.padding_idx
 
     @property
+    def device(self) -> torch.device:
+        """The device that the table is on, and runs on."""
+        return plain(self.weight).device
+
+    @property
     def num_rows(self) -> int:
         """V, the number of rows."""
         return self.num_embeddings
@@ -133,9 +138,12 @@ class CompressedLookup(nn.Module):
         raise NotImplementedError
 
     def lookup(self, input_ids: Tensor) -> Tensor:
-        """Rows of the table, each distinct one decoded once: (...,) token ids to (..., dim)."""
-        # Compilers are asked first: their shapes stay dynamic where nothing compares them.
-        if not torch.compiler.is_compiling() and input_ids.numel() >= UNIQUE_FROM:
+        """Rows of the table, each distinct one decoded once: (...,) token ids to (..., dim), on their device."""
+        if is_apart(input_ids, self.device):
+            return self.lookup(input_ids.to(self.device)).to(input_ids.device)
+        # Compilers are asked first: their shapes stay dynamic where nothing compares them. On accelerators they always
+        # do: a shape that depends on data waits for the device, and no CUDA graph can hold it.
+        if not torch.compiler.is_compiling() and input_ids.is_cpu and input_ids.numel() >= UNIQUE_FROM:
             distinct, inverse = torch.unique(input_ids, return_inverse=True)
             return F.embedding(inverse, self.decode(distinct))
         return self.decode(input_ids)
@@ -225,6 +233,8 @@ class CompressedEmbedding(CompressedLookup, CompressedMatrix):
     def num_embeddings(self) -> int:  # type: ignore[override]
         """V, the number of rows."""
         return self.weight.shape[0]
+
+    device = CompressedMatrix.device
 
     def decode(self, ids: Tensor) -> Tensor:
         """Rows of the table: (...,) row numbers to (..., dim)."""
@@ -563,7 +573,7 @@ class CompressedLinear(CompressedMatrix):
         return dense
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """The logits: (..., dim) hidden states to (..., V).
+        """The logits: (..., dim) hidden states to (..., V), on their device.
 
         Raises:
             ModelError: If the states are integers: some models cast them to the dtype of the head's `weight`.
@@ -575,6 +585,9 @@ class CompressedLinear(CompressedMatrix):
             )
         self.check_gradients()
         self.verify_codes()
+        home = hidden_states.device
+        if apart := is_apart(hidden_states, self.device):
+            hidden_states = hidden_states.to(self.device)
         if (shadow := self.active_shadow) is not None:
             shadow.refresh(self)
 
@@ -608,11 +621,13 @@ class CompressedLinear(CompressedMatrix):
             copy = logits.index_copy_ if in_place else logits.index_copy
             logits = copy(-1, rows.long(), exact)  # int64 is what ONNX has
         if self.layout.zero_row is not None:
-            zero = torch.tensor([self.layout.zero_row], device=logits.device)
+            # filled where it is: from a list it would be copied there, which no CUDA graph can hold
+            zero = torch.full((1,), self.layout.zero_row, dtype=torch.int64, device=logits.device)
             logits = logits.index_fill_(-1, zero, 0) if in_place else logits.index_fill(-1, zero, 0)
 
-        logits = logits if self.bias is None else logits + self.bias.to(logits.dtype)
-        return logits.to(given) if widened else logits
+        logits = logits if self.bias is None else logits + self.bias.to(logits.device, logits.dtype)
+        logits = logits.to(given) if widened else logits
+        return logits.to(home) if apart else logits
 
 
 CompressedTable: TypeAlias = CompressedEmbedding | CompressedBlocks | CompressedLinear

@@ -69,6 +69,16 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" and dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+def is_apart(tensor: Tensor, device: torch.device) -> bool:
+    """Whether a tensor has to be brought to a device: it holds numbers, and they are elsewhere.
+
+    Example:
+        >>> is_apart(torch.ones(1), torch.device("cpu")), is_apart(torch.ones(1), torch.device("meta"))
+        (False, False)
+    """
+    return tensor.device != device and not tensor.is_meta and device.type != "meta"
+
+
 def is_traced(*tensors: Tensor) -> bool:
     """Whether operations are recorded or transformed, or the tensors stand for others, as fake ones do."""
     return (

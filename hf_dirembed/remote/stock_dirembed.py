@@ -182,7 +182,9 @@ class DecodedWeight:
 
     def product(self, states: Tensor) -> Tensor:
         """What a linear layer of the table gives: (..., d) to (..., V)."""
-        return torch.cat([F.linear(states, self._table.decode(ids)) for ids in self._ids().split(DENSE_CHUNK)], dim=-1)
+        own = states.to(self.device)
+        logits = torch.cat([F.linear(own, self._table.decode(ids)) for ids in self._ids().split(DENSE_CHUNK)], dim=-1)
+        return logits.to(states.device)
 
     def _ids(self) -> Tensor:
         return torch.arange(len(self), device=self.device)

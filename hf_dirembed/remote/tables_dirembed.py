@@ -216,6 +216,7 @@ def swap_tables(model: PreTrainedModel, spec: CompressionSpec, device: str | Non
     for module in model.modules():
         if module is not model:  # whose class is derived by `derive_model_class`
             module.__class__ = reading_class(type(module))
+    model._no_split_modules = {*(model._no_split_modules or ()), *(each.__name__ for each in TABLE_MODULES)}
     return tables
 
 

@@ -160,19 +160,21 @@ def test_disk_offload_of_a_table_in_several_places(method: str, auto: type, tmp_
     expected = outputs(model, "t5")
     model.save_pretrained(tmp_path / "one")
     again = offloaded_t5(tmp_path / "one", auto, *T5_PARTS)
-    assert all(parameter.is_meta for parameter in again.get_input_embeddings().parameters())
+    assert not any(parameter.is_meta for parameter in again.get_input_embeddings().parameters())
+    assert any(parameter.is_meta for parameter in again.parameters())
     torch.testing.assert_close(outputs(again, "t5"), expected)
     again.save_pretrained(tmp_path / "two")
     assert_same(load("t5", tmp_path / "two"), "t5", expected)
 
 
 @pytest.mark.parametrize("on_disk", [("shared", "lm_head"), ("encoder",)], ids=["table", "encoder"])
-def test_a_table_in_several_places_is_not_offloaded_in_part(on_disk: tuple[str, ...], tmp_path: Path) -> None:
-    """Neither is the stock model's: what is tied goes to disk together, or not at all."""
+def test_a_table_in_several_places_is_offloaded_in_part(on_disk: tuple[str, ...], tmp_path: Path) -> None:
+    """Where a stock model's fails: compressed tables stay the map of their file, whatever goes to disk beside them."""
     auto = transformers.AutoModelForSeq2SeqLM
     FAMILIES["t5"].make(AUTOS["t5"]).save_pretrained(tmp_path / "stock")
-    make("t5", AUTOS["t5"]).save_pretrained(tmp_path / "ours")
-    with pytest.raises((KeyError, ValueError)) as stock:
+    with pytest.raises((KeyError, ValueError), match="weight"):
         outputs(offloaded_t5(tmp_path / "stock", auto, *on_disk), "t5")
-    with pytest.raises(stock.type, match="decoder_"):
-        outputs(offloaded_t5(tmp_path / "ours", auto, *on_disk), "t5")
+    model = make("t5", AUTOS["t5"])
+    expected = outputs(model, "t5")
+    model.save_pretrained(tmp_path / "ours")
+    assert_same(offloaded_t5(tmp_path / "ours", auto, *on_disk), "t5", expected)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from packed import make_embedding, make_head
 
+from benchmarks.gpu import checks, speed
 from benchmarks.gpu.__main__ import NO_GPU, main
+from hf_dirembed.remote import modules_dirembed
+from hf_dirembed.remote.products_dirembed import read_rows, rows_product
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,9 +30,6 @@ def test_the_script_runs_on_a_cpu(tmp_path: Path) -> None:
 
 
 def test_a_wrong_kernel_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.gpu import checks, speed
-    from hf_dirembed.remote import modules_dirembed
-
     product = modules_dirembed.rows_product
     monkeypatch.setattr(modules_dirembed, "rows_product", lambda *values: product(*values) * (1 + 1e-3))
     monkeypatch.setattr(checks, "STATES", (1,))
@@ -46,21 +43,16 @@ def test_a_wrong_kernel_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "| ours" in page
 
 
-def test_kernels_are_right_under_the_interpreter() -> None:
-    """Some of the tables that the benchmark has; a process of its own, as Triton must be told before its import."""
-    pytest.importorskip("triton")
-    program = """if True:
-        import torch
-        from benchmarks.gpu import checks
-        every, names = checks.edge_tables(), ("one row, one latent", "two classes")
-        checks.edge_tables = lambda: {name: every[name] for name in names}
-        checks.STATES = (1,)
-        found = checks.check_kernels(torch.device("cpu"), narrow=False)
-        assert len(found) == 6 and all(each.worst <= 1 for each in found), found
-    """
-    root = Path(__file__).parent.parent
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=600)
+def test_every_shape_of_a_table_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With plain operations in the place of the kernels: wrong scales are found."""
+    monkeypatch.setattr(checks, "triton_read", read_rows)
+    monkeypatch.setattr(checks, "triton_product", lambda rows, states: rows_product(states, rows))
+    found = checks.check_kernels(torch.device("cpu"))
+    assert len(found) == 4 * len(checks.edge_tables())
+    assert all(each.worst <= 1 for each in found)
+    assert {len(allocations) for _, _, allocations in checks.edge_tables().values()} == {1, 2, 4}
+    monkeypatch.setattr(checks, "triton_read", lambda rows, ids: read_rows(rows._replace(rows=rows.rows ^ 4), ids))
+    assert all(each.worst > 1 for each in checks.check_kernels(torch.device("cpu")) if each.what.startswith("rows"))
 
 
 @pytest.mark.parametrize("count", [1, 200])

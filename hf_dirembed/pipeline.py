@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,11 +13,13 @@ from transformers.utils import logging
 
 from .calibration.calibrated import Calibration
 from .calibration.costs import table_costs
+from .calibration.head_norm import implied_hessian, is_head
 from .calibration.token_weights import token_weights as weights_of_tokens
 from .compression.budget import Budget
 from .compression.coded import CodedTable
 from .compression.compress import WEIGHING, fit_table, shows_progress, warn_of_shortened
 from .compression.demand import demand_of
+from .compression.distortion import Measure
 from .compression.row_files import TableFiles, memory_sink
 from .compression.sharing import share_bytes
 from .compression.table import Columns, RowSource, Table
@@ -66,13 +68,11 @@ def compress_model(
 
     used = _calibrate(model, tokenizer, request)
     matrices = [matrix for table in chosen for matrix in _matrices_of(model, table, files)]
-    measured = []
-    for table in chosen:
-        of_table = [matrix for matrix in matrices if matrix.table is table]
-        blocks = [matrix.block or 0 for matrix in of_table]
-        weights, hessians = _measure(model, tokenizer, request, used, table, blocks)
-        for matrix, hessian in zip(of_table, hessians, strict=True):
-            measured.append(replace(matrix, token_weights=weights, hessian=hessian))
+    measured = [
+        matrix
+        for table in chosen
+        for matrix in _measured(model, tokenizer, request, used, [each for each in matrices if each.table is table])
+    ]
     budgeted = _with_budgets(model, request, used, measured)
 
     named = chosen[0].name if len(chosen) == 1 else f"{len(chosen)} tables"
@@ -80,8 +80,7 @@ def compress_model(
     with progress_bar(f"Fitting {named}", sum(work), shown=shows_progress(request.method)) as progress:
         coded = [
             fit_table(
-                matrix.rows, matrix.checked_budget, request.options, token_weights=matrix.token_weights,
-                hessian=matrix.hessian, padding_idx=matrix.padding_idx,
+                matrix.rows, matrix.checked_budget, request.options, matrix.measure, padding_idx=matrix.padding_idx,
                 resume=None if used is not None else request.resume,
                 make_sink=memory_sink if files is None else files.make_sink(matrix.path),
                 progress=progress.part(of_matrix),
@@ -117,8 +116,7 @@ class _Matrix:
         rows: Its rows.
         block: Which of several blocks of columns it is; None if it is the whole table.
         padding_idx: The row of the padding token.
-        token_weights: How much each row counts.
-        hessian: What errors are measured in.
+        measure: What errors of its rows cost, relative to one another.
         budget: What may replace it.
         total_budget: What it shares with others.
     """
@@ -128,8 +126,7 @@ class _Matrix:
     rows: RowSource
     block: int | None
     padding_idx: int | None
-    token_weights: Tensor | None = None
-    hessian: Tensor | None = None
+    measure: Measure = field(default_factory=Measure)
     budget: Budget | None = None
     total_budget: Budget | None = None
 
@@ -178,19 +175,19 @@ def _calibrate(
     return Calibration.of(model, tokenizer, request.calibration, request.languages, resume=request.resume)
 
 
-def _measure(
+def _measured(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     request: CompressionRequest,
     used: Calibration | None,
-    table: VocabularyTable,
-    blocks: Sequence[int],
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Says what errors of a table cost: the token weights, and the Hessian of each of its blocks of columns."""
+    matrices: list[_Matrix],
+) -> list[_Matrix]:
+    """Says what errors of a table cost, to the table or to each of its blocks of columns."""
+    table, tempering = matrices[0].table, request.options.tempering
     hashed = table.kind == "n-gram"  # whose rows count alike
     seen = used is not None and table.name in used.statistics.further
     if request.method not in WEIGHING or (hashed and not seen):
-        return None, [None] * len(blocks)
+        return [replace(matrix, measure=Measure(tempering=tempering)) for matrix in matrices]
 
     weights = None if hashed else request.token_weights
     if weights is None and tokenizer is not None and used is not None:
@@ -198,9 +195,15 @@ def _measure(
     elif weights is None and tokenizer is not None:
         weights = weights_of_tokens(tokenizer, table.rows, languages=request.languages)
 
-    if request.hessian is not None or used is None or request.method != "transform":
-        return weights, [request.hessian] * len(blocks)
-    return weights, [used.hessian(model, table.name, block) for block in blocks]
+    if request.method == "transform" and request.hessian is None and used is not None:
+        hessians = [used.hessian(model, table.name, matrix.block or 0) for matrix in matrices]
+        measures = [Measure(weights, hessian, tempering) for hessian in hessians]
+    elif request.method == "transform" and request.hessian is None and is_head(model, table.name):
+        # along which directions errors matter, but not in which rows
+        measures = [Measure(weights, implied_hessian(model), tempering, relative=True)]
+    else:
+        measures = [Measure(weights, request.hessian, tempering)] * len(matrices)
+    return [replace(matrix, measure=measure) for matrix, measure in zip(matrices, measures, strict=True)]
 
 
 def _with_budgets(
@@ -256,10 +259,7 @@ def _share(
     demands = []
     with progress_bar("Measuring tables", num_weights) as progress:
         for matrix, cost in zip(matrices, table_costs(model, tables, used), strict=True):
-            asked = demand_of(
-                matrix.rows, name=matrix.table.name, cost=cost, options=request.options,
-                token_weights=matrix.token_weights, hessian=matrix.hessian,
-            )  # fmt: skip
+            asked = demand_of(matrix.rows, matrix.measure, name=matrix.table.name, cost=cost, options=request.options)
             demands.append(asked)
             progress.advance(matrix.num_weights)
 

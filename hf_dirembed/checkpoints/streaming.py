@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from torch.nn import Parameter
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..calibration.head_norm import is_head, norm_before_head
 from ..compression.row_files import JoinedRows, TableFiles
 from ..compression.table import RowSource
 from ..errors import CheckpointError, TableError
@@ -118,9 +120,13 @@ class StoredTables:
                 return None
             model = model_on_meta(model_class(config), config)
         files = {shard: StoredFile.read(folder / shard) for shard in shards}
-        found = [_find_table(model, table, files) for table in choose_tables(model, names)]
+        chosen = choose_tables(model, names)
+        found = [_find_table(model, table, files) for table in chosen]
         tables = tuple(table for table in found if table is not None)
-        return cls(model, folder, shards, tables) if len(tables) == len(found) else None
+        known = len(tables) == len(found) and (
+            not any(is_head(model, table.name) for table in chosen) or _read_head_norm(model, files)
+        )
+        return cls(model, folder, shards, tables) if known else None
 
     def rows(self) -> dict[str, RowSource]:
         """The rows of each table, by its path."""
@@ -298,6 +304,24 @@ def _find_table(model: PreTrainedModel, table: VocabularyTable, files: dict[str,
         pieces.append(StoredPiece(shard, name, stored["shape"][0]))
     fits = bool(pieces) and sum(piece.num_rows for piece in pieces) == len(weight)
     return StoredTable(table.name, prefix, tuple(pieces)) if fits else None
+
+
+def _read_head_norm(model: PreTrainedModel, files: dict[str, StoredFile]) -> bool:
+    """Gives a model on the meta device the weights of the norm before its head; False where these are not there."""
+    path = norm_before_head(model)
+    if path is None:
+        return True
+    norm = model.get_submodule(path)
+    for name, parameter in list(norm.named_parameters()):
+        found = [file for file in files.values() if f"{path}.{name}" in file.tensors]
+        if len(found) != 1:
+            return False
+        with safe_open(found[0].path, "pt") as file:
+            stored = file.get_tensor(f"{path}.{name}")
+        if stored.shape != parameter.shape:
+            return False
+        setattr(norm, name, Parameter(stored.to(parameter.dtype), requires_grad=False))
+    return True
 
 
 def _find_pieces(path: str, files: dict[str, StoredFile]) -> list[tuple[str, str]]:

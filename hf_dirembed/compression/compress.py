@@ -217,7 +217,7 @@ def compress_table(
         raise OptionError("resume goes with calibration on text and with method 'autoencoder': leave it out")
     with progress_bar(f"Fitting {' x '.join(map(str, rows.shape))}", 1.0, shown=shows_progress(method)) as progress:
         coded = fit_table(
-            rows, budget, options, token_weights=token_weights, hessian=hessian, padding_idx=padding_idx,
+            rows, budget, options, Measure(token_weights, hessian, options.tempering), padding_idx=padding_idx,
             resume=resume, make_sink=make_sink, progress=progress,
         )  # fmt: skip
     warn_of_shortened(coded.record)
@@ -238,9 +238,8 @@ def fit_table(
     rows: Tensor | RowSource,
     budget: Budget,
     options: MethodOptions,
+    measure: Measure,
     *,
-    token_weights: Tensor | None = None,
-    hessian: Tensor | None = None,
     padding_idx: int | None = None,
     resume: str | Path | None = None,
     make_sink: MakeSink = memory_sink,
@@ -254,8 +253,7 @@ def fit_table(
         rows: The table.
         budget: What may replace it.
         options: How it is compressed.
-        token_weights: How much each row counts.
-        hessian: What errors are measured in.
+        measure: What errors of its rows cost.
         padding_idx: The row of the padding token.
         resume: The file of the autoencoder's training.
         make_sink: Makes the place for the codes of a large table.
@@ -270,12 +268,11 @@ def fit_table(
 
     table = Table(rows, device=options.fitting_device())
     budget.check_smaller(_size(table, dtype))
-    measure = Measure(token_weights, hessian, options.tempering)
     fitting = progress.part(_share_of_fitting(table, measure, options))
     if method == "transform":
         made = _transform(table, budget, dtype, measure, options, make_sink, fitting)
     else:
-        made = _factorize(table, budget, dtype, token_weights, options, resume, fitting)
+        made = _factorize(table, budget, dtype, measure.weights, options, resume, fitting)
     coded = made.coded if isinstance(made, CodedRows) else made
     if not (made.fits if isinstance(made, CodedRows) else coded.fits(dtype)):
         raise _out_of_range(coded, dtype)

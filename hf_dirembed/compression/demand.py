@@ -23,12 +23,11 @@ _GROUPS = 4096  # of rows of like weight: as many numbers stand for the weights 
 
 def demand_of(
     rows: RowSource,
+    measure: Measure | None = None,
     *,
     name: str,
     cost: float,
     options: MethodOptions,
-    token_weights: Tensor | None = None,
-    hessian: Tensor | None = None,
 ) -> Demand:
     """What a table asks of bytes that it shares with others; `share_bytes` says what it gets.
 
@@ -37,11 +36,10 @@ def demand_of(
 
     Args:
         rows: (V, d) table of a floating dtype.
+        measure: What errors of its rows cost, relative to one another.
         name: For messages.
         cost: What leaving it uncoded costs.
         options: How it is to be compressed.
-        token_weights: (V,) non-negative, as for `compress_table`.
-        hessian: (d, d), likewise.
 
     Raises:
         OptionError: If weights or Hessian are malformed.
@@ -57,7 +55,7 @@ def demand_of(
     if dtype is None or not dtype.is_floating_point:
         raise TableError(f"{name} is of dtype {dtype}: load the model unquantised")
     size = TableSize(table.num_rows, table.dim, dtype.itemsize)
-    measure = Measure(token_weights, hessian, options.tempering)
+    measure = measure or Measure(tempering=options.tempering)
 
     in_metric = measure.in_metric(_rows_that_tell(table, measure, options))
     importance = measure.importance(in_metric)

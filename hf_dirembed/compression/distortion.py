@@ -24,12 +24,14 @@ class Measure:
 
     Without a Hessian M is the identity and ωᵢ = wᵢ^τ / ‖xᵢ‖²: the error relative to the row's length, which to first
     order is twice its cosine distance. With a Hessian ωᵢ = wᵢ^τ: what it measures, how far sentences move or
-    the rise of a language model's loss, is absolute already.
+    the rise of a language model's loss, is absolute already; but where it says along which directions errors matter,
+    and nothing of which rows, errors are relative there, too: ωᵢ = wᵢ^τ / (xᵢ M xᵢᵀ).
 
     Attributes:
         weights: w, (num_rows,) non-negative; uniform by default.
         hessian: M, (dim, dim) symmetric positive definite; the identity by default.
         tempering: τ.
+        relative: Whether errors count relative to the row's length; by default where there is no Hessian.
 
     Raises:
         OptionError: On use, if weights or Hessian are malformed.
@@ -46,6 +48,11 @@ class Measure:
     weights: Tensor | None = None
     hessian: Tensor | None = None
     tempering: float = TEMPERING
+    relative: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.relative is None:
+            object.__setattr__(self, "relative", self.hessian is None)
 
     def factor(self, table: Table) -> Tensor | None:
         """L of M = L Lᵀ, (dim, dim) float64, on the table's device; None for the identity."""
@@ -65,7 +72,7 @@ class Measure:
 
     def importance(self, rows: Table) -> RowWeights:
         """What an error of each row counts; of rows in the metric."""
-        return RowWeights.of(rows, self.weights, self.tempering, relative=self.hessian is None)
+        return RowWeights.of(rows, self.weights, self.tempering, relative=bool(self.relative))
 
 
 def weighted_variance(table: Table, weights: Tensor, hessian: Tensor) -> float:

@@ -36,7 +36,7 @@ _SETTINGS = {
     "budget": "budget asked for",
     "table_budget": "the table's share of it",
     "token_weights": "rows weighed by expected token frequency",
-    "hessian": "errors measured in a calibrated Hessian",
+    "hessian": "errors measured in a Hessian",
     "calibration": "calibrated on",
     "base_model": None,  # stated elsewhere
     "device": None,  # in config.json, for whoever repeats it to the byte
@@ -256,7 +256,7 @@ def describe_settings(settings: dict[str, Any]) -> list[tuple[str, str]]:
 
     Example:
         >>> describe_settings({"budget": "bits=2", "hessian": False, "versions": {"torch": "2.13.0"}})[1:]
-        [('errors measured in a calibrated Hessian', 'no'), ('versions', 'torch 2.13.0')]
+        [('errors measured in a Hessian', 'no'), ('versions', 'torch 2.13.0')]
     """
     lines = []
     for name, value in settings.items():

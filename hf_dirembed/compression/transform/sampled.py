@@ -495,7 +495,7 @@ class Fit:
         sample = Sample.draw(rows, importance, settings.sample_rows, settings.seed)
         codec, plan = _plan(rows, importance, sample, [replace(each, num_bytes=room - reserved) for each in rooms])
         origin = codec.bias
-        shortest = importance.shortest if measure.hessian is None else None
+        shortest = importance.shortest if measure.relative else None
         stored, entry = _fit_decoder(codec, rows, row_omega(importance.norms, shortest), row_bytes, settings.passes)
 
         bias = codec.bias if factor is None else codec.bias @ torch.linalg.inv(factor).to(codec.bias)

@@ -67,8 +67,8 @@ def calibrate(
         tokenizer: Its tokenizer.
         texts: The path of a UTF-8 file, strings, a `datasets` dataset (column `text`, or the only string column), or
             token ids such as `self_texts` gives. Read once, as far as needed.
-        max_tokens: Where to stop, at the end of a window. What more tokens of the same kind of text bring beyond the
-            default is worth about a hundredth of a bit per weight; text of another kind is worth more.
+        max_tokens: Where to stop, at the end of a window. benchmarks/effort.md says what more tokens bring; text of
+            another kind is worth more.
         sequence_length: Tokens of a window, special tokens included; no more than the model and tokenizer allow.
         batch_size: Windows at once, fewer where the vocabulary is large.
         seed: Where the random numbers of masks, labels and directions start.

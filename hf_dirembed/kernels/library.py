@@ -82,11 +82,11 @@ def in_use() -> str:
     """What runs packed codes on this CPU.
 
     Returns:
-        `avx512`, `avx2` or `plain`: the library, for the CPU's instructions that it makes use of; or `torch`, where
-        there is no library and plain operations run.
+        `avx512vnni`, `avx512`, `avx2` or `plain`: the library, for the CPU's instructions that it makes use of; or
+        `torch`, where there is no library and plain operations run.
 
     Example:
-        >>> in_use() in ("avx512", "avx2", "plain", "torch")
+        >>> in_use() in ("avx512vnni", "avx512", "avx2", "plain", "torch")
         True
     """
     found = library()

@@ -16,7 +16,8 @@ EXPORTED int64_t dirembed_sources(void) { return DIREMBED_SOURCES; }
 
 /* The kernels that this CPU can run, the best first; NULL behind the last. */
 static const cpu_kernels *const *runnable(void) {
-    static const cpu_kernels *found[4];
+    static const cpu_kernels *found[5];
+    static cpu_kernels with_vnni;
     static _Atomic int done;
     if (!atomic_load(&done)) { /* two threads at once write the same */
         int number = 0;
@@ -24,8 +25,15 @@ static const cpu_kernels *const *runnable(void) {
         __builtin_cpu_init();
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-            __builtin_cpu_supports("avx512vbmi"))
+            __builtin_cpu_supports("avx512vbmi")) {
+            if (__builtin_cpu_supports("avx512vnni")) {
+                with_vnni = kernels_avx512;
+                with_vnni.name = "avx512vnni";
+                with_vnni.fixed = &fixed_avx512;
+                found[number++] = &with_vnni;
+            }
             found[number++] = &kernels_avx512;
+        }
         if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[number++] = &kernels_avx2;
 #endif
         found[number] = &kernels_plain;

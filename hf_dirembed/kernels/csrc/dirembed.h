@@ -86,6 +86,37 @@ typedef struct {
 #define TILE_STATES 4 /* hidden states that are multiplied at a time, where there are several */
 #define MOST_LANES 16 /* floats of the widest vectors: buffers are as long as multiples of it */
 
+/* What levels are multiplied by as fixed-point numbers, for one class of rows and TILE_STATES states, or one: see
+ * fixed_avx512.c. */
+#define FIXED_LANES 16
+#define LANE_ROWS (CLASS_BLOCK + 8) /* those behind a block are of tiles that it does not fill */
+#define MOST_LIMBS 3
+#define MOST_FIXED 8128 /* places of a row: with more, sums of a lane might not fit into 32 bits */
+typedef struct {
+    int64_t limbs, stride; /* digits of a factor, 2 or 3, the highest first; places of a row, a multiple of CHUNK */
+    const int8_t *digits;  /* (states, limbs, stride) */
+    const int32_t *starts; /* (states, limbs, FIXED_LANES) what sums begin with, as levels are given 128 too high */
+    const float *units;    /* (states, FIXED_LANES) what 1 in the lowest digit stands for */
+} fixed_factors;
+
+/* Products in whole numbers. `lanes` are (states, LANE_ROWS, FIXED_LANES) floats, whose sums over the last dimension
+ * are the products with the levels less 1/2. */
+typedef struct {
+    /* Fills in what a `fixed_factors` has of one state, from (stride,) factors, which are finite. */
+    void (*make_digits)(const float *factors, int64_t limbs, int64_t stride, int8_t *digits, int32_t *starts,
+                        float *units);
+    /* Products of packed rows, four of them with one state, or one with TILE_STATES; of three digits. Sections of
+     * factors begin at multiples of CHUNK. `books` is the codebook, its levels 128 higher. */
+    void (*multiply_packed)(const row_class *of, const uint8_t *const *rows, const uint8_t *books,
+                            const fixed_factors *fixed, int64_t states, float *lanes);
+    /* Products of (rows, stride) unpacked levels, 128 too high, with TILE_STATES states of two digits, over `count` codes.
+     * Rows up to LANE_ROWS may be read, and written to `lanes`. */
+    void (*multiply)(const uint8_t *levels, int64_t stride, int64_t rows, const fixed_factors *fixed, int64_t count,
+                     float *lanes);
+    /* The sums of vectors' lanes; their number is rounded up to FIXED_LANES. */
+    void (*add_lanes)(const float *lanes, int64_t vectors, float *totals);
+} fixed_kernels;
+
 /* What differs from CPU to CPU; lanes.h has it in terms of vectors. */
 typedef struct {
     const char *name;
@@ -105,11 +136,13 @@ typedef struct {
     void (*search)(const trellis_search *search, int64_t first, int64_t rows, void *memory);
     int64_t lanes;
     size_t (*search_bytes)(int64_t count, int64_t width);
+    const fixed_kernels *fixed; /* NULL where floats are faster */
 } cpu_kernels;
 
 extern const cpu_kernels kernels_plain;
 #if defined(__x86_64__)
 extern const cpu_kernels kernels_avx2, kernels_avx512;
+extern const fixed_kernels fixed_avx512;
 #endif
 const cpu_kernels *chosen_kernels(void);
 
@@ -146,13 +179,13 @@ INLINE float root_power(int exponent, int shift) {
 INLINE float code_step(int8_t exponent) { return root_power(exponent, 3); }
 INLINE float row_scale(uint8_t row_byte) { return root_power((row_byte >> 2) - 32, 2); }
 INLINE int class_of(uint8_t row_byte) { return row_byte & (MAX_CLASSES - 1); }
-/* Where a row's codes are multiplied from the table of pairs, sections begin at multiples of PLACES, and factors are 0
- * between them: places of a class, or of its sections before one. */
+/* Where a row's codes are multiplied as they are unpacked, sections begin at multiples of PLACES, or of CHUNK, and factors
+ * are 0 between them: places of a class, or of its sections before one. */
 #define PLACES 32
-INLINE int64_t places_before(const row_class *of, int part) {
+INLINE int64_t places_before(const row_class *of, int part, int64_t multiple) {
     int64_t places = 0;
     for (int before = 0; before < part; before++)
-        places += (of->sections[before].count + PLACES - 1) / PLACES * PLACES;
+        places += (of->sections[before].count + multiple - 1) / multiple * multiple;
     return places;
 }
 
@@ -170,6 +203,15 @@ INLINE int64_t most_bytes(const packed_table *table) {
     int64_t most = 0;
     for (int number = 0; number < table->num_classes; number++)
         if (table->classes[number].bytes > most) most = table->classes[number].bytes;
+    return most;
+}
+
+INLINE int64_t most_places(const packed_table *table, int64_t multiple) {
+    int64_t most = 0;
+    for (int number = 0; number < table->num_classes; number++) {
+        int64_t places = places_before(&table->classes[number], NUM_WIDTHS, multiple);
+        if (places > most) most = places;
+    }
     return most;
 }
 

@@ -264,4 +264,5 @@ static size_t search_bytes(int64_t count, int64_t width) {
     return (2 * pasts * LANES + NUM_STATES + LANES) * sizeof(float) + (size_t)count * pasts * LANES;
 }
 
-const cpu_kernels KERNELS = {NAME, UNPACK, unpack_wide, multiply_packed, multiply, search_any, LANES, search_bytes};
+const cpu_kernels KERNELS = {NAME, UNPACK, unpack_wide, multiply_packed, multiply, search_any, LANES, search_bytes,
+                             NULL};

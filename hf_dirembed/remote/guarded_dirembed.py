@@ -285,6 +285,15 @@ def verify(tensor: Tensor, *, values: bool = False) -> None:
     state["_seal"] = (version, sealed[1])
 
 
+def unwritten(tensor: CodesParameter) -> bool:
+    """Whether torch has counted no write to codes since they were sealed, as [`verify`] asks, but in no time."""
+    state = vars(tensor)
+    sealed, alias = state.get("_seal"), state.get("_alias")
+    if sealed is None or alias is None or "_scale" in state or alias.is_inference():
+        return False
+    return bool(alias._version == sealed[0])
+
+
 def intact(mine: Tensor, value: Tensor) -> bool:
     """Whether a value is that of codes, up to the rounding of a cast or of an average over equal ones."""
     return _intact(plain(mine), plain(value)) is not None

@@ -81,13 +81,18 @@ def is_apart(tensor: Tensor, device: torch.device) -> bool:
 
 def is_traced(*tensors: Tensor) -> bool:
     """Whether operations are recorded or transformed, or the tensors stand for others, as fake ones do."""
-    return (
+    if (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
-        or any(type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta for tensor in tensors)
-    )
+    ):
+        return True
+    for tensor in tensors:
+        kind = type(tensor)
+        if (kind is not Tensor and kind is not nn.Parameter) or tensor.is_meta:
+            return True
+    return False
 
 
 def runs_compiled(*tensors: Tensor) -> bool:
@@ -100,7 +105,10 @@ def runs_compiled(*tensors: Tensor) -> bool:
         >>> runs_compiled(torch.ones(1)) == package.compiled(), runs_compiled(torch.ones(1, device="meta"))
         (True, False)
     """
-    return all(each.is_cpu for each in tensors) and not is_traced(*tensors) and package.compiled()
+    for tensor in tensors:
+        if not tensor.is_cpu:
+            return False
+    return not is_traced(*tensors) and package.compiled()
 
 
 def scaled(latents: Tensor, exponents: Tensor | None) -> Tensor:

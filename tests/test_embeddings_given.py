@@ -86,6 +86,22 @@ def test_a_row_is_the_same_whatever_is_decoded_with_it(
     assert torch.equal(embedding.dense_weight()[ids[place]], row)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 16])
+@torch.no_grad()
+def test_a_row_is_the_same_however_many_there_are_and_threads(threads: int) -> None:
+    """Each thread of BLAS has some of the rows, if they are long enough to be worth it."""
+    before, ids = torch.get_num_threads(), torch.arange(300)
+    torch.set_num_threads(threads)
+    try:
+        for method in ("transform", "direction"):
+            embedding = table(384, method)
+            rows = embedding.decode(ids)
+            for count in (*range(1, 50), 63, 129, 255):
+                assert torch.equal(embedding.decode(ids[:count]), rows[:count]), (method, count)
+    finally:
+        torch.set_num_threads(before)
+
+
 @torch.no_grad()
 def test_images_are_found_among_embeddings() -> None:
     """As LLaVA's are, whose token is compared with each row."""

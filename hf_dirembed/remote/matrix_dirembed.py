@@ -5,7 +5,6 @@ This file travels with every compressed model, so it imports nothing of the pack
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -34,6 +33,7 @@ from .guarded_dirembed import (
     plain,
     seal,
     unguard,
+    unwritten,
     verify,
 )
 from .kernels_dirembed import PackedRows, count_classes, gaussian_codebook, pack_rows, row_classes
@@ -49,7 +49,8 @@ TWO_TABLES = (
     "dense model before it is compressed, with config.tie_word_embeddings and tie_weights()"
 )
 CACHE_LINE = 64  # bytes; what torch's own allocations are aligned to
-STEADY_ROWS = 8  # from which on float32 BLAS rounds each row of a product alike
+STEADY_ROWS = 4  # BLAS rounds each row of a product alike where the number of rows is a multiple of this,
+MANY_ROWS = 1024  # and where there are so many that each thread has full tiles
 DENSE_CHUNK = 1 << 14  # rows decoded at a time when the whole table is asked for
 DECODER_TENSORS = ("decoder_weight", "decoder_bias_weight")  # of the code tensors, those that learn unless frozen
 INTEGER_TENSORS = ("weight", "codebook_weight", "further_weight")  # of packed codes, those that may hold any bits
@@ -276,13 +277,16 @@ class CompressedMatrix(nn.Module):
         """
         if torch.compiler.is_compiling():
             return
-        tables = set()
+        table, tables = None, 0
         for name, tensor in self._parameters.items():
-            if tensor is not None and (table := vars(tensor).get("_table")) is not None:
-                tables.add(id(table))
-            if type(tensor) is CodesParameter and name not in DECODER_TENSORS:
+            if tensor is None:
+                continue
+            own = vars(tensor).get("_table")
+            if own is not None and own is not table:
+                table, tables = own, tables + 1
+            if type(tensor) is CodesParameter and name not in DECODER_TENSORS and (values or not unwritten(tensor)):
                 verify(tensor, values=values)
-        if len(tables) > 1:
+        if tables > 1:
             raise ModelError(TWO_TABLES)
 
     def guard_codes(self) -> None:
@@ -376,30 +380,36 @@ class CompressedMatrix(nn.Module):
         On CPUs a row is the same to the bit, whatever is decoded with it: many models find the places of images in
         their embeddings by `inputs_embeds == embedding(image_token_id)`. Rows are where the row numbers are.
         """
-        if is_apart(ids, self.device):
-            return self.decode(ids.to(self.device)).to(ids.device)
-        dtype = product_dtype(self.dtype, self.device)
-        decoder, bias = self.decoder_in(dtype)
-        rows = _rowwise_product(self.latents_of(ids).to(dtype), decoder)
-        outliers = None if self.outlier_weight is None else plain(self.outlier_weight)
-        numbers = None if self.outlier_rows_weight is None else plain(self.outlier_rows_weight)
+        decoder: Tensor = self.decoder_weight
+        if is_apart(ids, decoder.device):
+            return self.decode(ids.to(decoder.device)).to(ids.device)
+
+        bias: Tensor | None = self.decoder_bias_weight
+        given, latents = decoder.dtype, self.latents_of(ids)
+        dtype = product_dtype(given, decoder.device)
+        if dtype != given:
+            decoder, bias = self.decoder_in(dtype)
+        rows = _rowwise_product(latents if latents.dtype == dtype else latents.to(dtype), decoder)
+        kept, rows_kept = self._parameters.get("outlier_weight"), self._parameters.get("outlier_rows_weight")
+        outliers = None if kept is None else plain(kept)
+        numbers = None if rows_kept is None else plain(rows_kept)
         zero_row = self.layout.zero_row
 
         # Nobody else has these rows: where no gradient is asked for, they are changed where they are.
         learns = torch.is_grad_enabled() and any(_learns(each) for each in (rows, bias, outliers))
         if package.patch_rows is not None and not learns and rows.dtype == dtype and runs_compiled(ids, rows):
-            rows = (rows if bias is None else rows.add_(bias)).to(self.dtype)
+            rows = rows if bias is None else rows.add_(bias)
+            rows = rows if given == dtype else rows.to(given)
             if numbers is not None or zero_row is not None:
                 package.patch_rows(rows, ids, numbers, outliers, zero_row)
             return rows
 
         if bias is not None:
             rows = rows + bias
-        rows = rows.to(self.dtype)
+        rows = rows.to(given)
         if numbers is not None and outliers is not None:
             slots, is_outlier = find_slots(numbers, ids, len(self.weight))
-            kept = F.embedding(slots, outliers).to(rows.dtype)
-            rows = torch.where(is_outlier.unsqueeze(-1), kept, rows)
+            rows = torch.where(is_outlier.unsqueeze(-1), F.embedding(slots, outliers).to(rows.dtype), rows)
         if zero_row is not None:
             rows = rows.masked_fill((ids == zero_row).unsqueeze(-1), 0)
         return rows
@@ -532,7 +542,7 @@ class CompressedMatrix(nn.Module):
         Raises:
             ModelError: If they were unfrozen by other means than `unfreeze_codes`.
         """
-        if self.weight.requires_grad and self.weight.dtype != self.dtype:
+        if not self.layout.packed and self.weight.requires_grad and self.weight.dtype != self.dtype:
             raise ModelError(
                 f"latents in {self.weight.dtype} cannot be trained, optimisers make NaNs of them: call "
                 "unfreeze_codes() on the model's input embedding first, or freeze_codes() to leave them as they are"
@@ -692,13 +702,17 @@ def reading_of(layout: Mapping[str, Any]) -> dict[str, Any]:
 def _rowwise_product(latents: Tensor, decoder: Tensor) -> Tensor:
     """The product of (..., rank) latents with a decoder, in which a row does not depend on how many there are.
 
-    Of fewer rows than `STEADY_ROWS`, BLAS sums in another order.
+    BLAS takes some rows at a time, and sums those that are left over in another order: up to three rows, or the last
+    rows of each thread. So there are zeros for what is missing of the last rows.
     """
-    count = math.prod(latents.shape[:-1]) if not torch.compiler.is_compiling() else STEADY_ROWS
-    if count >= STEADY_ROWS or not count or latents.device.type != "cpu":
+    if torch.compiler.is_compiling() or not latents.is_cpu:
         return latents @ decoder
-    rows = F.pad(latents.reshape(count, -1), (0, 0, 0, STEADY_ROWS - count)) @ decoder
-    return rows[:count].view(*latents.shape[:-1], -1)
+    shape = latents.shape
+    count = shape.numel() // shape[-1]
+    if count % STEADY_ROWS == 0 or count > MANY_ROWS:
+        return latents @ decoder
+    rows = torch.constant_pad_nd(latents.reshape(count, shape[-1]), (0, 0, 0, -count % STEADY_ROWS)) @ decoder
+    return rows[:count].view(*shape[:-1], decoder.shape[1])
 
 
 def find_slots(some_rows: Tensor, ids: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import warnings
 import zlib
 from pathlib import Path
@@ -12,11 +13,11 @@ from typing import Any
 import torch
 
 
-INTERFACE = 2  # DIREMBED_INTERFACE of csrc/dirembed.h: what functions take, and how structs are laid out
+INTERFACE = 3  # DIREMBED_INTERFACE of csrc/dirembed.h: what functions take, and how structs are laid out
 LIBRARY = Path(__file__).with_name("_dirembed.so")
 SOURCES = Path(__file__).with_name("csrc")
 FINE, DAMAGED, NO_SUCH_ID, NO_MEMORY = range(4)  # what functions give back
-WORTH_A_THREAD = 100_000.0  # nanoseconds: less work is not worth making another thread for
+WORTH_A_THREAD = 100_000.0  # nanoseconds: less work is not worth another thread
 _MEND = (
     "torch's plain operations, which are slower, run in its place. With a C compiler, build it by: make kernels (in a "
     "checkout), or pip install --force-reinstall --no-deps --no-cache-dir hf_dirembed"
@@ -30,6 +31,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "dirembed_sources": (_NUMBER, ()),
     "dirembed_kernels_name": (ctypes.c_char_p, (_NUMBER,)),
     "dirembed_choose": (None, (_NUMBER,)),
+    "dirembed_share_by": (None, (_ADDRESS,)),
     "dirembed_read": (ctypes.c_int, (_ADDRESS, _ADDRESS, _ADDRESS, _NUMBER, _ADDRESS, _NUMBER)),
     "dirembed_patch": (None, (_ADDRESS, _ADDRESS, _NUMBER, _NUMBER, _ADDRESS, _ADDRESS, _NUMBER, _NUMBER)),
     "dirembed_multiply": (ctypes.c_int, (_ADDRESS, _ADDRESS, _NUMBER, _ADDRESS, _ADDRESS, _NUMBER, _NUMBER)),
@@ -60,7 +62,27 @@ def library() -> Any:
         return _do_without(f"{LIBRARY} has interface {interface}, not {INTERFACE}: it is of another version")
     if SOURCES.is_dir() and found.dirembed_sources() != sources_checksum():
         return _do_without(f"{LIBRARY} was built from other sources than those in {SOURCES}")
+    _share_by_pool(found)
     return found
+
+
+def _share_by_pool(found: Any) -> None:
+    """Has work shared out among torch's own threads where these are OpenMP's; after a fork they are not there."""
+    pool = torchs_pool()
+    if pool is not None and hasattr(os, "register_at_fork"):
+        found.dirembed_share_by(pool)
+        os.register_at_fork(after_in_child=lambda: found.dirembed_share_by(None))
+
+
+def torchs_pool() -> int | None:
+    """The address of `GOMP_parallel` in the OpenMP that torch is linked with; None where there is none."""
+    folder = Path(torch.__file__).parent / "lib"
+    for file in (folder / "libtorch_cpu.so", folder / "libtorch.so"):
+        try:
+            return ctypes.cast(ctypes.CDLL(str(file)).GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue  # built another way, or without OpenMP
+    return None
 
 
 def sources_checksum() -> int:
@@ -94,12 +116,10 @@ def in_use() -> str:
 
 
 def threads_for(nanoseconds: float) -> int:
-    """How many threads work of some length is shared among.
+    """How many threads work of some length is shared among: all or one, as the pool makes teams of other sizes anew.
 
     Example:
         >>> threads_for(1000.0)
         1
     """
-    if nanoseconds < 2 * WORTH_A_THREAD:
-        return 1
-    return max(1, min(torch.get_num_threads(), int(nanoseconds // WORTH_A_THREAD)))
+    return torch.get_num_threads() if nanoseconds >= 2 * WORTH_A_THREAD else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -127,16 +128,42 @@ def test_products_of_large_small_and_no_numbers(num_states: int, dtype: torch.dt
 @pytest.mark.usefixtures("kind")
 @pytest.mark.parametrize("allocations", [ALLOCATIONS[:1], ALLOCATIONS])
 @pytest.mark.parametrize("most_threads", [2, 3])
+@pytest.mark.parametrize("pool", [True, False])
 def test_shared_work_is_the_same(
-    allocations: list[tuple[int, ...]], most_threads: int, monkeypatch: pytest.MonkeyPatch
+    allocations: list[tuple[int, ...]], most_threads: int, pool: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    found = library.library()
+    found.dirembed_share_by(library.torchs_pool() if pool else None)
     rows, ids = draw_rows(2000, 150, allocations), torch.randint(0, 2000, (5, 333))
     cases = [torch.randn(num_states, 150) for num_states in (1, 3, 20, 100)]
     alone = [read_rows(rows, ids), *(rows_product(rows, states) for states in cases)]
     monkeypatch.setattr(library, "WORTH_A_THREAD", 1.0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: most_threads)
     shared = [read_rows(rows, ids), *(rows_product(rows, states) for states in cases)]
+    found.dirembed_share_by(library.torchs_pool())
     assert all(torch.equal(one, other) for one, other in zip(alone, shared, strict=True))
+
+
+@pytest.mark.skipif(library.torchs_pool() is None, reason="this torch has other threads")
+def test_no_threads_are_made_beside_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both would wait for the other's: torch's wait busily."""
+    made: list[int] = []
+    pool = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)(library.torchs_pool())
+
+    @type(pool)
+    def counted(work: int, context: int, threads: int, flags: int) -> None:
+        made.append(threads)
+        pool(work, context, threads, flags)
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    rows, states = draw_rows(20000, 150, ALLOCATIONS), torch.randn(3, 150)
+    expected = rows_product(rows, states)
+    library.library().dirembed_share_by(counted)
+    try:
+        assert torch.equal(rows_product(rows, states), expected)
+    finally:
+        library.library().dirembed_share_by(library.torchs_pool())
+    assert made == [2]
 
 
 def test_threads() -> None:

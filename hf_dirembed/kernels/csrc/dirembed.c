@@ -85,10 +85,25 @@ static void *take_parts(void *given) {
     }
 }
 
-/* Threads are made for one call and gone when it ends: a fork finds none missing, and none wait between calls. Where
- * no more can be made, those that there are do the work. */
+static void take_parts_of_pool(void *given) { take_parts(given); }
+
+typedef void (*pool)(void (*work)(void *), void *context, unsigned threads, unsigned flags);
+static _Atomic(pool) chosen_pool;
+
+/* Makes the process share work out among the threads of OpenMP, by its `GOMP_parallel`; with NULL, no longer. Torch's
+ * threads are these: they wait busily for the next operation, for some milliseconds, and others would wait for them. */
+EXPORTED void dirembed_share_by(pool parallel) { atomic_store(&chosen_pool, parallel); }
+
+/* Without a pool, threads are made for one call and gone when it ends: a fork finds none missing. Where no more can be
+ * made, those that there are do the work. */
 int share_out(part_work work, void *context, int64_t length, int64_t step, int64_t threads) {
     shared_work shared = {.work = work, .context = context, .length = length, .step = step};
+    pool parallel = atomic_load(&chosen_pool);
+    if (parallel && threads > 1 && length > step) {
+        parallel(take_parts_of_pool, &shared, (unsigned)threads, 0); /* of all sizes but this teams are made anew */
+        return atomic_load(&shared.worst);
+    }
+
     pthread_t others[MOST_THREADS];
     int64_t parts = (length + step - 1) / step, made = 0;
     if (threads > MOST_THREADS) threads = MOST_THREADS;

@@ -57,7 +57,7 @@ def random_head(arguments: argparse.Namespace, dtype: torch.dtype) -> tuple[Head
         states = F.linear(hidden, decoder)
         if device.type == "cuda":
             return triton_product(rows, states)
-        return rows_product(rows, states.float()).to(dtype)
+        return rows_product(rows, states.float(), None, dtype)
 
     return head, (arguments.rows, arguments.dim)
 

@@ -1,4 +1,4 @@
-"""What a head is given, as the norm before it says it: found in every architecture, and used where nothing was seen."""
+"""What a head is given, as the norm before it says it: found in all architectures, used where nothing was seen."""
 
 from __future__ import annotations
 

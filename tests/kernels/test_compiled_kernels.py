@@ -148,7 +148,8 @@ def test_shared_work_is_the_same(
 def test_no_threads_are_made_beside_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both would wait for the other's: torch's wait busily."""
     made: list[int] = []
-    pool = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)(library.torchs_pool())
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    pool = kind(library.torchs_pool())
 
     @type(pool)
     def counted(work: int, context: int, threads: int, flags: int) -> None:

@@ -126,6 +126,21 @@ def test_products_of_large_small_and_no_numbers(num_states: int, dtype: torch.dt
 
 
 @pytest.mark.usefixtures("kind")
+@pytest.mark.parametrize("num_codes", [8100, 8128, 8129, 20000])
+@pytest.mark.parametrize("level", [-128, 127])
+def test_the_largest_sums_have_room(num_codes: int, level: int) -> None:
+    """Rows as long as whole numbers allow, and longer, of which every product is as large as any."""
+    rows = draw_rows(5, num_codes, [(num_codes, 0, 0, 0)])
+    rows = rows._replace(codebook=torch.full_like(rows.codebook, level), steps=torch.zeros_like(rows.steps))
+    for num_states in (1, 4, 6):
+        states = torch.ones(num_states, num_codes)
+        exact = states.double() @ all_latents(rows).T
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2**-8)):
+            found = rows_product(rows, states, None, dtype).double()
+            assert ((found - exact).abs() <= tolerance * exact.abs()).all()
+
+
+@pytest.mark.usefixtures("kind")
 @pytest.mark.parametrize("allocations", [ALLOCATIONS[:1], ALLOCATIONS])
 @pytest.mark.parametrize("most_threads", [2, 3])
 @pytest.mark.parametrize("pool", [True, False])
@@ -148,8 +163,9 @@ def test_shared_work_is_the_same(
 def test_no_threads_are_made_beside_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both would wait for the other's: torch's wait busily."""
     made: list[int] = []
-    kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    pool = kind(library.torchs_pool())
+    address = library.torchs_pool()
+    assert address is not None
+    pool = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)(address)
 
     @type(pool)
     def counted(work: int, context: int, threads: int, flags: int) -> None:

@@ -109,8 +109,8 @@ typedef struct {
      * factors begin at multiples of CHUNK. `books` is the codebook, its levels 128 higher. */
     void (*multiply_packed)(const row_class *of, const uint8_t *const *rows, const uint8_t *books,
                             const fixed_factors *fixed, int64_t states, float *lanes);
-    /* Products of (rows, stride) unpacked levels, 128 too high, with TILE_STATES states of two digits, over `count` codes.
-     * Rows up to LANE_ROWS may be read, and written to `lanes`. */
+    /* Products of (rows, stride) unpacked levels, 128 too high, with TILE_STATES states of two digits, over `count`
+     * codes. Rows up to LANE_ROWS may be read, and written to `lanes`. */
     void (*multiply)(const uint8_t *levels, int64_t stride, int64_t rows, const fixed_factors *fixed, int64_t count,
                      float *lanes);
     /* The sums of vectors' lanes; their number is rounded up to FIXED_LANES. */
@@ -179,8 +179,8 @@ INLINE float root_power(int exponent, int shift) {
 INLINE float code_step(int8_t exponent) { return root_power(exponent, 3); }
 INLINE float row_scale(uint8_t row_byte) { return root_power((row_byte >> 2) - 32, 2); }
 INLINE int class_of(uint8_t row_byte) { return row_byte & (MAX_CLASSES - 1); }
-/* Where a row's codes are multiplied as they are unpacked, sections begin at multiples of PLACES, or of CHUNK, and factors
- * are 0 between them: places of a class, or of its sections before one. */
+/* Where a row's codes are multiplied as they are unpacked, sections begin at multiples of PLACES, or of CHUNK, and
+ * factors are 0 between them: places of a class, or of its sections before one. */
 #define PLACES 32
 INLINE int64_t places_before(const row_class *of, int part, int64_t multiple) {
     int64_t places = 0;

@@ -1,9 +1,9 @@
 /* Products in whole numbers, for x86-64 with AVX-512, VBMI and VNNI: Intel since 2019, AMD since Zen 4.
  *
- * A level is a byte and 1/2, and a factor, which is a hidden state's number times a code's step, is a fixed-point number
- * of two or three signed bytes, called its digits. So one instruction multiplies 64 levels with as many digits and adds
- * the products to 16 sums, called lanes, of four neighbours each. The sums are exact. Each lane has a unit of its own, as
- * some factors are many times as large as all others.
+ * A level is a byte and 1/2, and a factor, which is a hidden state's number times a code's step, is a fixed-point
+ * number of two or three signed bytes, called its digits. So one instruction multiplies 64 levels with as many digits
+ * and adds the products to 16 sums, called lanes, of four neighbours each. The sums are exact. Each lane has a unit of
+ * its own, as some factors are many times as large as all others.
  */
 #if defined(__x86_64__)
 #define FEATURES "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,avx2,fma"

@@ -262,8 +262,8 @@ static int all_finite(const float *values, int64_t count) {
     return 1;
 }
 
-/* Chooses how to multiply. Whole numbers are faster with few states, and with more where two digits will do, which is 16
- * bits. Rows must not be too long for them, and what is infinite only floats can say. */
+/* Chooses how to multiply. Whole numbers are faster with few states, and with more where two digits will do, which is
+ * 16 bits. Rows must not be too long for them, and what is infinite only floats can say. */
 static void choose(product *work, const float *states) {
     const packed_table *table = work->table;
     int few = work->num_states <= TILE_STATES;
@@ -285,7 +285,8 @@ typedef struct {
 } forms;
 
 static size_t furnish_forms(const product *work, uint8_t *memory, forms *at) {
-    size_t taken = 0, states = (size_t)(work->table->num_classes * work->padded_states), fixed = work->fixed ? states : 0;
+    size_t taken = 0, states = (size_t)(work->table->num_classes * work->padded_states);
+    size_t fixed = work->fixed ? states : 0;
     size_t lanes = (size_t)work->limbs * FIXED_LANES * sizeof(int32_t);
     at->factors = piece(memory, &taken, states * (size_t)work->stride * sizeof(float));
     at->pairs = piece(memory, &taken, work->fixed ? 0 : PAIRS * sizeof(pair));

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from hf_dirembed.conversion import convert
 from hf_dirembed.remote.codes_dirembed import BIT_WIDTHS, CODEBOOK_SHAPE, CompressionSpec, RowClass, TableLayout
+from hf_dirembed.remote.guarded_dirembed import plain
 from hf_dirembed.remote.kernels_dirembed import PackedRows, count_classes, pack, pack_rows, row_scales
 from hf_dirembed.remote.matrix_dirembed import CompressedMatrix
 from hf_dirembed.remote.modules_dirembed import CompressedEmbedding, CompressedLinear
@@ -134,9 +135,8 @@ def brute_force_rows(module: CompressedMatrix) -> tuple[Tensor, Tensor]:
     """The dense rows of a module with the tensors of seed 0 in float64, and how large their terms are."""
     decoder, bias = module.decoder_weight.double(), module.decoder_bias_weight.double()
     _, latents = draw_rows(NUM_ROWS, CLASSES, PACKED_LAYOUT.rank)
-    latents = latents * 2.0 ** module.exponent_weight.double()
+    latents = latents * 2.0 ** plain(module.exponent_weight).double()
     rows, terms = latents @ decoder + bias, latents.abs() @ decoder.abs() + bias.abs()
-    outliers = module.outlier_rows_weight.long()
-    rows[outliers] = module.outlier_weight.double()
-    terms[outliers] = module.outlier_weight.double().abs()
+    outliers, kept = plain(module.outlier_rows_weight).long(), plain(module.outlier_weight).double()
+    rows[outliers], terms[outliers] = kept, kept.abs()
     return rows, terms

@@ -78,7 +78,7 @@ def test_compress_inspect_expand(dense: Path, tmp_path: Path) -> None:
     assert names == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "1_Pooling/config.json",
         "adapters_dirembed.py", "checks_dirembed.py", "codes_dirembed.py", "configuration_dirembed.py",
-        "guarded_dirembed.py", "kernels_dirembed.py", "matrix_dirembed.py",
+        "guarded_dirembed.py", "kernels_dirembed.py", "kinds_dirembed.py", "matrix_dirembed.py",
         "modeling_dirembed.py", "modules_dirembed.py", "placement_dirembed.py", "products_dirembed.py",
         "resizing_dirembed.py", "stock_dirembed.py", "tables_dirembed.py", "triton_dirembed.py", "README.md",
     }  # fmt: skip

@@ -97,6 +97,7 @@ def test_trust_remote_code_without_plugin(repos: Path, tmp_path: Path) -> None:
                 "configuration_dirembed.py",
                 "guarded_dirembed.py",
                 "kernels_dirembed.py",
+                "kinds_dirembed.py",
                 "matrix_dirembed.py",
                 "modeling_dirembed.py",
                 "modules_dirembed.py",

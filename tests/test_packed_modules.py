@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 from hf_dirembed.checkpoints.convert import inspect_checkpoint
 from hf_dirembed.errors import CheckpointError
 from hf_dirembed.remote.codes_dirembed import RowClass
+from hf_dirembed.remote.guarded_dirembed import plain
 from hf_dirembed.remote.kernels_dirembed import count_classes
 from hf_dirembed.remote.matrix_dirembed import CACHE_LINE, CompressedMatrix
 from hf_dirembed.remote.modules_dirembed import CompressedLinear
@@ -167,7 +168,8 @@ def test_fresh_modules_of_any_layout(name, tmp_path):
 def test_resizing_rows_of_classes(name, sizes, tmp_path):
     """Rows that stay are what they were; new ones are like an old one, of the first class if there is such."""
     family = FAMILIES["llama-tied"]
-    tensors = CompressedMatrix(NUM_ROWS, DIM, LAYOUTS[name]).code_tensors()
+    made = CompressedMatrix(NUM_ROWS, DIM, LAYOUTS[name]).code_tensors()
+    tensors = {each: plain(tensor) for each, tensor in made.items()}
     tensors["row_weight"] = tensors["row_weight"][torch.randperm(NUM_ROWS)] + 4 * torch.randint(0, 3, (NUM_ROWS,))
     tensors["row_weight"] = tensors["row_weight"].to(torch.uint8)
     if "class_counts_weight" in tensors:

@@ -33,7 +33,8 @@ def main() -> None:
     ends, seed, counts, actions = time.monotonic() + 60 * options.minutes, options.start, Counter(), Counter()
     while time.monotonic() < ends:
         sequence = run(seed, length=options.length, only=options.subject)
-        counts["findings" if sequence.finding else "failed as stock" if sequence.failed else "the same"] += 1
+        counts["findings" if sequence.finding else "the same"] += 1
+        counts.update({"refused": sequence.refusals, "failed as stock": sequence.failures})
         actions.update(sequence.actions)
         if sequence.finding:
             print(sequence, flush=True)

@@ -17,12 +17,16 @@ from torch import Tensor
 
 import hf_dirembed
 
-from .actions import ACTIONS, Scene
+from . import actions
+from .action import ACTIONS, Scene
 from .subjects import SUBJECTS, VOCAB, pair
 
 
+__all__ = ["Sequence", "actions", "run"]
+
 METHODS = ("transform", "transform", "direction", "svd")
-RARE = {"compile_eagerly": 0.05, "pickled": 0.5, "peft_of_tables": 0.7, "lora": 0.6}  # those that take long
+ROUNDING = 1e-4  # of the size of all numbers, in float32; what dense and compressed tables sum in another order
+NARROW_ROUNDING = {torch.bfloat16: 6e-2, torch.float16: 1e-2}  # decoders are rounded, where the dense table is
 
 
 @dataclass
@@ -36,7 +40,8 @@ class Sequence:
         actions: The names of the actions, as far as they were done.
         finding: What is neither rounding nor a clear error; None if nothing is.
         refusals: How many of them were refused by a clear error.
-        failed: Whether it ended in an error that the stock model raises as well.
+        failures: How many ended in an error that the stock model raises as well.
+        narrow: Whether the models were in 16 bits since they were compared last.
     """
 
     seed: int
@@ -45,11 +50,14 @@ class Sequence:
     actions: list[str] = field(default_factory=list)
     finding: str | None = None
     refusals: int = 0
-    failed: bool = False
+    failures: int = 0
+    narrow: torch.dtype | None = None
 
     def __str__(self) -> str:
-        said = self.finding or ("fails as stock" if self.failed else "the same")
-        return f"seed {self.seed}: {self.subject} ({self.method}), {' > '.join(self.actions)}: {said}"
+        return (
+            f"seed {self.seed}: {self.subject} ({self.method}), {' > '.join(self.actions)}: "
+            f"{self.finding or 'the same'} ({self.refusals} refused, {self.failures} fail as stock)"
+        )
 
 
 def run(seed: int, *, length: int = 5, only: str | None = None) -> Sequence:
@@ -62,7 +70,7 @@ def run(seed: int, *, length: int = 5, only: str | None = None) -> Sequence:
     """
     draw = Random(seed)
     sequence = Sequence(seed, only or draw.choice(list(SUBJECTS)), draw.choice(METHODS))
-    weights = [RARE.get(name, 1.0) for name in ACTIONS]
+    weights = [action.weight for action in ACTIONS.values()]
     names = draw.choices(list(ACTIONS), weights, k=draw.randint(1, length))
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
@@ -72,25 +80,28 @@ def run(seed: int, *, length: int = 5, only: str | None = None) -> Sequence:
         for number, name in enumerate(names):
             sequence.actions.append(name)
             models = _do(sequence, name, models, f"{seed}.{number}", Path(folder, str(number)))
-            if sequence.finding or sequence.failed:
+            if sequence.finding:
                 break
     return sequence
 
 
 def _do(sequence: Sequence, name: str, models: list[Any], seed: str, folder: Path) -> list[Any]:
-    """Does one action to both models."""
-    act, results, errors = ACTIONS[name], [], []
-    kept = copy.deepcopy(models) if act.may_refuse else models
+    """Does one action to both models; gives those to go on with: the ones before where it fails."""
+    act, results, errors, scenes = ACTIONS[name], [], [], []
+    kept = copy.deepcopy(models)
+    before = _answers(sequence.subject, models[:1], folder)[0] if act.exact else None
     for number, model in enumerate(models):
         place = folder / str(number)
         place.mkdir(parents=True)
+        scenes.append(Scene(sequence.subject, place, Random(seed)))
         try:
-            results.append(act.do(model, Scene(sequence.subject, place, Random(seed))))
+            results.append(act.do(model, scenes[-1]))
             errors.append(None)
         except Exception as error:
             results.append(None)
             errors.append(error)
 
+    # errors, of which a clear one may be ours alone
     ours, stock = errors
     if isinstance(ours, hf_dirembed.DirEmbedError) or _names_a_mend(ours):
         sequence.refusals += 1
@@ -98,29 +109,58 @@ def _do(sequence: Sequence, name: str, models: list[Any], seed: str, folder: Pat
             sequence.finding = f"{name} is refused: {ours}"
         return kept
     if ours is not None or stock is not None:
-        if type(ours) is type(stock):
-            sequence.failed = True
-        else:
+        if type(ours) is not type(stock):
             said = "".join(traceback.format_exception(ours or stock)[-3:])
             sequence.finding = f"{name} fails with {'ours' if ours else 'stock'} alone: {said}"
-        return models
+        sequence.failures += 1
+        return kept
 
+    # some models of transformers do not outlive an untied config
     try:
         _answers(sequence.subject, results[1:], folder)
-    except Exception:  # some models of transformers do not outlive an untied config
-        sequence.failed = True
-        return models
+    except Exception:
+        sequence.failures += 1
+        return kept
 
     try:
-        if act.compares:
-            sequence.finding = _difference(*_answers(sequence.subject, results, folder), results)
-        if act.rebases:
-            results[1] = hf_dirembed.expand(copy.deepcopy(results[0]))
-        found = _answers(sequence.subject, results, folder)
-        sequence.finding = sequence.finding or _difference(*found, results)
+        sequence.finding = _compare(sequence, act, results, scenes, before, folder)
     except Exception as error:
         sequence.finding = f"after {name}: {''.join(traceback.format_exception(error)[-4:])}"
     return results
+
+
+def _compare(
+    sequence: Sequence, act: Any, results: list[Any], scenes: list[Scene], before: Tensor | None, folder: Path
+) -> str | None:
+    """What differs after an action; where models may have become others, the stock one is made of ours again."""
+    subject = sequence.subject
+    found = _answers(subject, results, folder)
+    dtype = next(results[0].parameters()).dtype
+    if dtype in NARROW_ROUNDING:
+        sequence.narrow = dtype if sequence.narrow is not torch.bfloat16 else sequence.narrow
+    if before is not None and before.dtype == found[0].dtype and not torch.equal(before, found[0]):
+        off = (before - found[0]).abs().max().item()
+        return f"what is exact changes the logits, by up to {off:.1e}"
+
+    # numbers that were read, then the answers
+    for mine, theirs in zip(*(scene.read for scene in scenes), strict=bool(scenes[0].read)):
+        said = _differ(mine, theirs, max(_allowed(sequence.narrow), _allowed(mine.dtype)))
+        if said is not None:
+            return f"what is read differs: {said}"
+    if not act.rebases or act.compares:
+        said = _difference(*found, results, _allowed(sequence.narrow))
+        if said is not None:
+            return said
+    if act.rebases or (sequence.narrow and dtype not in NARROW_ROUNDING):
+        results[1] = hf_dirembed.expand(copy.deepcopy(results[0]))
+        sequence.narrow = None
+        return _difference(*_answers(subject, results, folder), results, _allowed(dtype))
+    return None
+
+
+def _allowed(dtype: torch.dtype | None) -> float:
+    """How much numbers may differ that were in a dtype."""
+    return ROUNDING if dtype is None else NARROW_ROUNDING.get(dtype, ROUNDING)
 
 
 def _names_a_mend(error: Exception | None) -> bool:
@@ -131,23 +171,33 @@ def _names_a_mend(error: Exception | None) -> bool:
 @torch.no_grad()
 def _answers(subject: str, models: list[Any], folder: Path) -> list[Tensor]:
     scene = Scene(subject, folder, Random(0))
-    return [scene.ask(model.eval()).double() for model in models]
+    return [scene.ask(model.eval()) for model in models]
 
 
-def _difference(ours: Tensor, stock: Tensor, models: list[Any]) -> str | None:
+def _difference(ours: Tensor, stock: Tensor, models: list[Any], allowed: float) -> str | None:
     """What differs by more than rounding."""
     dtypes = [next(model.parameters()).dtype for model in models]
     if dtypes[0] != dtypes[1]:
         return f"the dtype is {dtypes[0]}, not {dtypes[1]}"
+    if ours.dtype != stock.dtype:
+        return f"the logits are in {ours.dtype}, not {stock.dtype}"
     counts = [(m.num_parameters(), m.num_parameters(exclude_embeddings=True)) for m in models]
     tied = models[1].config.tie_word_embeddings  # what is shared otherwise, a file does not say
     if tied and counts[0] != counts[1]:
         return f"the parameters are counted as {counts[0]}, not {counts[1]}"
     if ours.shape != stock.shape:
         return f"the logits are {list(ours.shape)}, not {list(stock.shape)}"
-    ours, stock = ours[..., : VOCAB // 2], stock[..., : VOCAB // 2]  # rows of new tokens are drawn
-    if not ours.isfinite().all() and stock.isfinite().all():
-        return "ours are not finite"
-    off = ((ours - stock).norm() / stock.norm()).item()
-    allowed = 3e-2  # once they were in 16 bits, they are no more the same
-    return f"the logits differ by {off:.1%}" if off > allowed else None
+    said = _differ(ours[..., : VOCAB // 2], stock[..., : VOCAB // 2], allowed)  # rows of new tokens are drawn
+    return None if said is None else f"the logits: {said}"
+
+
+def _differ(ours: Tensor, stock: Tensor, allowed: float) -> str | None:
+    """Whether numbers differ, by more than a share of their size: the largest of them, and all together."""
+    if ours.shape != stock.shape:
+        return f"of shape {list(ours.shape)}, not {list(stock.shape)}"
+    ours, stock = ours.double(), stock.double()
+    if not torch.equal(ours.isfinite(), stock.isfinite()):
+        return "not finite at other places"
+    size = max(stock.nan_to_num(0, 0, 0).abs().max().item(), 1e-6) if stock.numel() else 1.0
+    off = (ours - stock).nan_to_num(0, 0, 0).abs().max().item() / size if stock.numel() else 0.0
+    return f"off by {off:.1e} of the largest" if off > allowed else None

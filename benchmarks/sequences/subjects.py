@@ -46,6 +46,7 @@ class Subject:
         values: What the config says.
         adapted: The layers that adapters go on.
         encoder_decoder: Whether it takes ids for a decoder as well.
+        per_layer: Whether tokens are looked up for each layer, too.
     """
 
     auto: str
@@ -53,6 +54,7 @@ class Subject:
     values: dict[str, Any]
     adapted: tuple[str, ...]
     encoder_decoder: bool = False
+    per_layer: bool = False
 
     def inputs(self) -> dict[str, Tensor]:
         """Ids that are none of special tokens."""
@@ -70,6 +72,7 @@ SUBJECTS = {
         "Gemma3nTextConfig",
         {**_LLAMA, **_PER_LAYER, "num_hidden_layers": 5, "num_kv_shared_layers": 0, "laurel_rank": 8},
         _ATTENTION,
+        per_layer=True,
     ),
     "gpt2": Subject(
         _CAUSAL,
@@ -110,10 +113,10 @@ SUBJECTS = {
 
 
 @functools.cache
-def compressed(name: str, method: str) -> PreTrainedModel:
+def compressed(name: str, method: str, seed: int = 0) -> PreTrainedModel:
     """The compressed model of a subject; it is shared, so copy it."""
     subject = SUBJECTS[name]
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = getattr(transformers, subject.config)(**subject.values)
     model = getattr(transformers, subject.auto).from_config(config).eval()
     return hf_dirembed.compress(model, **_METHODS[method])
@@ -123,3 +126,9 @@ def pair(name: str, method: str) -> tuple[PreTrainedModel, PreTrainedModel]:
     """A compressed model, and the stock one that it expands to."""
     ours = copy.deepcopy(compressed(name, method))
     return ours, hf_dirembed.expand(copy.deepcopy(ours))
+
+
+def another(name: str, is_compressed: bool) -> PreTrainedModel:
+    """A model of the same shapes and other weights; or the stock one that it expands to."""
+    ours = copy.deepcopy(compressed(name, "transform", seed=1))
+    return ours if is_compressed else hf_dirembed.expand(ours)

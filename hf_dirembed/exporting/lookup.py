@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import ExportError
 from ..remote.codes_dirembed import MAX_CLASSES
+from ..remote.guarded_dirembed import plain
 from ..remote.matrix_dirembed import CompressedMatrix
 from ..remote.modules_dirembed import CompressedBlocks, CompressedEmbedding
 from .graph import GraphPart
@@ -128,7 +129,7 @@ def _decoder(part: GraphPart, matrix: CompressedMatrix, latents: NDArray[numpy.i
         decoder = part.constant("decoder", half.numpy() if exact else _floats(stored))
         if exact:
             decoder = part.cast(decoder, numpy.float32)
-    powers = torch.exp2(exponents.float()).unsqueeze(1)
+    powers = torch.exp2(plain(exponents).float()).unsqueeze(1)
     scaled = part.add("Mul", decoder, part.constant("powers", powers.numpy()))
     rows = part.add("Gather", scaled, part.constant("latents", latents))
     return part.add("Concat", rows, part.constant("bias", _floats(bias)[None]), axis=0)
@@ -138,7 +139,8 @@ def _add_exceptions(part: GraphPart, matrix: CompressedMatrix, ids: str, rows: s
     """Adds what gives the rows that their codes do not stand for: those kept as they are, and the row of zeros."""
     kept = {}
     if matrix.outlier_rows_weight is not None and matrix.outlier_weight is not None:
-        kept = dict(zip(matrix.outlier_rows_weight.tolist(), _floats(matrix.outlier_weight), strict=True))
+        rows_of, values = plain(matrix.outlier_rows_weight), plain(matrix.outlier_weight)
+        kept = dict(zip(rows_of.tolist(), _floats(values), strict=True))
     if matrix.layout.zero_row is not None:
         kept[matrix.layout.zero_row] = numpy.zeros(matrix.dim, numpy.float32)
     if not kept:

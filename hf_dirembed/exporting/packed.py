@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..remote.codes_dirembed import STATE_BITS, RowClass
+from ..remote.guarded_dirembed import plain
 from ..remote.kernels_dirembed import HALF, code_steps, gaussian_codebook, row_scales, windows
 from ..remote.matrix_dirembed import CompressedMatrix
 
@@ -119,7 +120,7 @@ class Slots:
 
         book[:, -1] = STATES * len(books)
         stored = matrix.codebook_weight
-        flat = (gaussian_codebook(torch.device("cpu")) if stored is None else stored).flatten().numpy() + HALF
+        flat = (gaussian_codebook(torch.device("cpu")) if stored is None else plain(stored)).flatten().numpy() + HALF
         levels = [flat[begin + (numpy.arange(STATES) & mask)] for begin, mask in books]
         return cls(
             latents, pair, shift, book,

@@ -6,13 +6,16 @@ This file travels with every compressed model, so it imports nothing of the pack
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
-from .codes_dirembed import ModelError
+from .codes_dirembed import CODE_TENSORS, ModelError
 from .guarded_dirembed import holds_codes
-from .matrix_dirembed import CompressedMatrix
+from .matrix_dirembed import DECODER_TENSORS, CompressedMatrix
 
 
 WRAPPED = ("base_layer", "original_module")  # what PEFT's wrappers call the module that they wrap
+
+CHANGES = ("orig", "g", "v")  # what `torch.nn.utils` adds to the name of a weight that it changes
 
 
 def refuse_wrapper(parent: nn.Module, name: str, child: nn.Module | None) -> None:
@@ -63,13 +66,24 @@ def refuse_wrapper(parent: nn.Module, name: str, child: nn.Module | None) -> Non
 
 
 def refuse_codes(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-    """Refuses codes as the weight of a dense module; called for every parameter that a module gets.
+    """Refuses codes as the parameter of what computes with them; called for every parameter that a module gets.
 
-    A head that is tied by hand, or by PEFT's `ensure_weight_tying`, would multiply with them.
+    A head that is tied by hand, or by PEFT's `ensure_weight_tying`, would multiply with them; `torch.nn.utils` prunes,
+    scales and parametrises weights.
 
     Raises:
-        ModelError: If the parameter is the code matrix of a table.
+        ModelError: If the parameter is one of codes, and the module a dense one or one that changes weights; or if a
+            compressed one is given what stands for changed codes.
     """
+    if parameter is None:
+        return
+    stem, _, change = name.rpartition("_")
+    of_codes = isinstance(module, CompressedMatrix) and stem in CODE_TENSORS and stem not in DECODER_TENSORS
+    if (of_codes and change in CHANGES) or (isinstance(module, ParametrizationList) and holds_codes(parameter)):
+        raise ModelError(
+            "the codes of a compressed table cannot be pruned, normalised or parametrised, as weights can: do that to "
+            "the dense model before it is compressed, or to one that hf_dirembed.expand makes"
+        )
     if name == "weight" and isinstance(module, (nn.Linear, nn.Embedding)) and holds_codes(parameter):
         raise ModelError(
             f"a dense {type(module).__name__} cannot have the codes of a compressed table for its weight: give it "

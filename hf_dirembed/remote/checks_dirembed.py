@@ -25,7 +25,7 @@ from .codes_dirembed import (
     checksum,
     first_line,
 )
-from .guarded_dirembed import guard
+from .guarded_dirembed import guard, plain
 from .matrix_dirembed import CompressedMatrix
 from .modules_dirembed import CompressedBlocks, CompressedTable
 from .tables_dirembed import compressed_tables, table_at
@@ -171,7 +171,7 @@ def check_keys(model: PreTrainedModel, info: Any, ignore_mismatched: bool) -> No
 
 def checked_codes(table: CompressedTable) -> dict[str, Tensor]:
     """The codes that the checksum is taken of: outliers are none, which have the dtype that the model is loaded in."""
-    return {name: tensor for name, tensor in table.codes().items() if not name.endswith("outlier_weight")}
+    return {name: plain(tensor) for name, tensor in table.codes().items() if not name.endswith("outlier_weight")}
 
 
 def check_checksum(table: CompressedTable, path: str) -> None:
@@ -205,9 +205,9 @@ def check_table(matrix: CompressedMatrix) -> None:
             raise CheckpointError(f"{name} of the compressed table holds a NaN or an infinity: {AGAIN}")
 
     matrix.check_codes()
-    rows = matrix.outlier_rows_weight
-    if rows is None or rows.is_meta:
+    if matrix.outlier_rows_weight is None or matrix.outlier_rows_weight.is_meta:
         return
+    rows = plain(matrix.outlier_rows_weight)
     if int(rows[0]) < 0 or int(rows[-1]) >= len(matrix.weight) or not (rows[1:] > rows[:-1]).all():
         raise CheckpointError(
             f"outlier_rows_weight does not name rows of {len(matrix.weight)} in ascending order: {AGAIN}"

@@ -6,7 +6,9 @@ without a word. So they are parameters of a class of their own:
 
 - A write that leaves every code what it is, up to rounding, does nothing: averages over models of equal codes stay
   exact. So does a cast of `.data`. Any other write is refused.
-- What multiplies, looks up or measures weights is refused, for codes are none.
+- What has their values is guarded as well: views, copies, casts, concatenations, and the averages of codes.
+- What else is computed from them is refused, for codes are no weights, and so is handing their values to Python or
+  numpy. Comparisons may be made. The tensors of a state dict may become numpy arrays, for people send and store them.
 - Writes that come by without a Python call, such as those of C++ or through numpy, are noticed by the counter of
   versions that torch keeps, and by a checksum: at the next forward pass and whenever the codes are saved.
 
@@ -29,10 +31,22 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .codes_dirembed import ModelError
+from .kinds_dirembed import (
+    copies,
+    hands_out,
+    is_for_files,
+    is_foreach,
+    keeps_shape,
+    mixes,
+    name_of,
+    of_foreach,
+    reads_in_graphs,
+    tensors_in,
+    writes,
+)
 
 
 HOLDS_CODES = (
@@ -46,31 +60,6 @@ CHANGED_CODES = (
     "again"
 )
 
-# What multiplies, looks up or measures weights. Sums stay: people compare models by them.
-_READING_METHODS = (
-    *("matmul", "__matmul__", "__rmatmul__", "mm", "mv", "bmm", "addmm", "inner", "index_select"),
-    *("mean", "norm", "std", "var", "median", "softmax", "histc", "svd"),
-)
-_READERS: frozenset[Any] = frozenset(
-    {
-        *(F.embedding, F.embedding_bag, F.linear, F.bilinear, F.normalize, F.cosine_similarity, F.softmax),
-        *(F.log_softmax, F.cross_entropy, F.layer_norm, F.pairwise_distance, torch.embedding, torch.cdist),
-        *(torch.matmul, torch.mm, torch.mv, torch.bmm, torch.addmm, torch.addmv, torch.baddbmm, torch.einsum),
-        *(torch.tensordot, torch.inner, torch.mean, torch.norm, torch.std, torch.var, torch.std_mean, torch.var_mean),
-        *(torch.median, torch.softmax, torch.svd, torch.index_select, torch.cosine_similarity, torch.histc),
-        *(torch.linalg.norm, torch.linalg.vector_norm, torch.linalg.matrix_norm, torch.linalg.svd),
-        *(torch.linalg.svdvals, torch.linalg.qr),
-        *(getattr(Tensor, name) for name in _READING_METHODS),
-    }
-)
-
-# What may copy codes, and holds them still in another dtype or form. What shares their memory is a view in any case.
-_COPYING_METHODS = ("detach", "float", "half", "double", "bfloat16", "to", "type", "reshape", "flatten", "__getitem__")
-_SAME_CODES: frozenset[Any] = frozenset(getattr(Tensor, name) for name in _COPYING_METHODS)
-
-_HARMLESS_IN_PLACE = frozenset({"requires_grad_", "share_memory_", "detach_"})
-_OPERATORS = ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "and", "or", "xor")
-_ASSIGNMENTS = frozenset({"__setitem__", *(f"__i{name}__" for name in _OPERATORS)})
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 _LEARNING: frozenset[Any] = frozenset({Tensor.requires_grad_, Tensor.requires_grad.__set__})  # type: ignore[attr-defined]
 
@@ -81,39 +70,29 @@ class _Guard:
     # All in `vars`, so that copies of the object's dictionary are copies of these:
     # _alias: the same memory as a plain tensor. _root: of a view, the parameter that it is one of. _seal: version and
     # checksum of the codes that are right. _scale: what a write has multiplied them by. _open: whether they may be
-    # written to. _follows: whether floats beside them learn, which say what they are to be.
+    # written to. _follows: whether floats beside them learn, which say what they are to be. _stored: whether it came
+    # by a state dict. _stacked: the dimension along which codes were stacked.
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Refuses what takes codes for weights; all else runs as on plain tensors."""
+        """Refuses what takes codes for weights; what gives codes still gives guarded ones."""
         kwargs = kwargs or {}
-        if func in _READERS:
-            raise ModelError(HOLDS_CODES)
         if torch.compiler.is_compiling():
+            if reads_in_graphs(func):
+                raise ModelError(HOLDS_CODES)
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
 
+        name = name_of(func)
         if func == _SET_DATA:
             return _set_data(args[0], args[1])
-        if args and _is_list_of_views(func, args[0]):
-            raise ModelError(CHANGED_CODES)
-        target = kwargs.get("out", args[0] if args and (_writes(func) or kwargs.get("inplace")) else None)
-        if isinstance(target, _Guard) and (root := vars(target).get("_root", target)) is not None:
-            return _write(target, root, func, args, kwargs)
-
-        with torch._C.DisableTorchFunctionSubclass():
-            if func in _LEARNING and isinstance(args[0], CodesParameter):
-                return args[0]  # whatever is asked of all parameters of a model: see `unfreeze_codes`
-            if func is Tensor.__iter__:
-                func = Tensor.unbind
-            result = func(*args, **kwargs)
-            if not args or not isinstance(args[0], _Guard):
-                return result
-            if func in _SAME_CODES and isinstance(result, Tensor):
-                # `nn.Parameter(codes)` insists on the class
-                own = func is Tensor.detach and type(args[0]) is CodesParameter
-                return _view(result, args[0], CodesParameter if own else CodesView)
-            return _views(result, args[0])
+        if func in _LEARNING and isinstance(args[0], CodesParameter):
+            return args[0]  # whatever is asked of all parameters of a model: see `unfreeze_codes`
+        if is_foreach(name):
+            return _foreach(func, name, args, kwargs)
+        if writes(name) or kwargs.get("inplace") or kwargs.get("out") is not None:
+            return _into(func, name, args, kwargs)
+        return _from(func, name, args, kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As a plain parameter or tensor: what reads it needs no class of this package."""
@@ -124,13 +103,16 @@ class _Guard:
 
 
 class CodesView(_Guard, Tensor):
-    """A view of codes, or of them in another dtype: no weights either.
+    """What has the values of codes and is no parameter: views, copies, casts, averages. They are no weights either.
 
-    Views of the same memory guard it as the parameter does; copies in another dtype may be written to.
+    Views of the same memory guard it as the parameter does; copies may be written to, and are still none.
     """
 
     def __deepcopy__(self, memo: Any) -> Tensor:
-        return plain(self).clone()
+        if id(self) not in memo:
+            memo[id(self)] = _guarded(plain(self).clone(memory_format=torch.preserve_format), [self], CodesView)
+        copy: Tensor = memo[id(self)]
+        return copy
 
 
 class CodesParameter(_Guard, nn.Parameter):
@@ -199,6 +181,12 @@ def guard(parameter: Tensor | None) -> None:
 def mark(parameter: Tensor) -> None:
     """Has a plain parameter, of latents that learn, known for codes, which no dense module has for its weight."""
     vars(parameter)["_holds_codes"] = True
+
+
+def mark_stored(tensor: Tensor) -> None:
+    """Lets the codes of a state dict become numpy arrays, in which people send and store what they load again."""
+    if isinstance(tensor, _Guard):
+        vars(tensor)["_stored"] = True
 
 
 def unguard(parameter: Tensor | None) -> None:
@@ -357,40 +345,145 @@ def _set_data(codes: Any, value: Tensor) -> None:
         seal(codes)
 
 
-def _view(result: Tensor, source: Any, kind: type) -> Tensor:
-    """A result that is codes still, as such; of the parameter if it shares the memory."""
-    if type(result) is not Tensor or result.is_meta:
+def _from(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+    """What a function gives that writes to nothing: guarded, where it has the values of codes.
+
+    Raises:
+        ModelError: If it computes something else from codes, or gives them to another library.
+    """
+    sources = [each for each in tensors_in([args, kwargs]) if isinstance(each, _Guard)]
+    stored = all(vars(each).get("_stored") for each in sources)
+    if hands_out(name) and not (stored and is_for_files(name)):
+        raise ModelError(HOLDS_CODES)
+
+    copied, mixed = copies(name), mixes(name, args, kwargs, _is_guarded)
+    with torch._C.DisableTorchFunctionSubclass():
+        try:
+            result = (Tensor.unbind if func is Tensor.__iter__ else func)(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, IndexError) as error:
+            raise ModelError(CHANGED_CODES if mixed else HOLDS_CODES) from error
+        if func is Tensor.__iter__:
+            return iter(_results(result, sources, False))
+
+        # `nn.Parameter(codes)` insists on the class
+        kind = CodesParameter if func is Tensor.detach and type(args[0]) is CodesParameter else CodesView
+        results = _results(result, sources, copied or mixed, kind)
+        if name == "stack" and not kwargs.get("dim", args[1] if len(args) > 1 else 0):
+            vars(results)["_stacked"] = 0
+        elif keeps_shape(name) and isinstance(results, _Guard) and "_stacked" in vars(args[0]):
+            vars(results)["_stacked"] = 0
+        return results
+
+
+def _results(result: Any, sources: list[Any], may_be_new: bool, kind: type = CodesView) -> Any:
+    """What an operation gives, the tensors in it that have the values of codes guarded.
+
+    Args:
+        result: What it gave.
+        sources: The codes that it was given.
+        may_be_new: Whether the operation only copies or averages, so that what is in other memory are codes still.
+        kind: What guards them.
+
+    Raises:
+        ModelError: If something else was computed from codes; comparisons, which give truth values, may be.
+    """
+    if type(result) in (tuple, list):
+        return type(result)(_results(each, sources, may_be_new, kind) for each in result)
+    if isinstance(result, tuple) and any(tensors_in(list(result))):
+        raise ModelError(HOLDS_CODES)  # of `max`, `sort`, and others that name what they give
+    if type(result) is not Tensor or result.dtype == torch.bool or result.is_meta or not result.numel():
         return result
+    strided = result.layout == torch.strided
+    if may_be_new or (strided and any(_shares_memory(result, each) for each in sources)):
+        return _guarded(result, sources, kind) if strided else result
+    raise ModelError(HOLDS_CODES)
+
+
+def _guarded(result: Tensor, sources: list[Any], kind: type) -> Tensor:
+    """A tensor that is codes still, as such; of the parameter whose memory it shares, if it does."""
     view: Tensor = result.as_subclass(kind)
-    root = vars(source).get("_root", source)
-    shared = root is not None and result.untyped_storage().data_ptr() == plain(root).untyped_storage().data_ptr()
-    vars(view)["_root"] = root if shared else None
+    shared = [each for each in sources if _shares_memory(result, each)]
+    vars(view)["_root"] = vars(shared[0]).get("_root", shared[0]) if shared else None
+    if all(vars(each).get("_stored") for each in sources):
+        vars(view)["_stored"] = True
     return view
 
 
-def _views(result: Any, source: Any) -> Any:
-    """What an operation gives, the tensors in it that share the memory of codes guarded as these are."""
-    if isinstance(result, Tensor):
-        if type(result) is not Tensor or result.is_meta or result.layout != torch.strided:
-            return result
-        shared = result.untyped_storage().data_ptr() == plain(source).untyped_storage().data_ptr()
-        return _view(result, source, CodesView) if shared and result.numel() else result
-    if type(result) in (tuple, list):
-        return type(result)(_views(each, source) for each in result)
+def _shares_memory(tensor: Tensor, codes: Any) -> bool:
+    held = plain(codes)
+    if held.is_meta or held.layout != torch.strided or type(held) is not Tensor:
+        return False
+    return tensor.untyped_storage().data_ptr() == held.untyped_storage().data_ptr()
+
+
+def _is_guarded(value: Any) -> bool:
+    """Whether a value is of codes, as are lists of such."""
+    if isinstance(value, (tuple, list)):
+        return bool(value) and all(map(_is_guarded, value))
+    return isinstance(value, _Guard)
+
+
+def _foreach(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Does to each of the codes in lists of tensors what a function does to all: what has none it does at once."""
+
+    def at(number: int, value: Any) -> Any:
+        return value[number] if isinstance(value, (tuple, list)) else value
+
+    def some(numbers: list[int], value: Any) -> Any:
+        return [value[number] for number in numbers] if isinstance(value, (tuple, list)) else value
+
+    # what has codes at any of its places, and what has none
+    results: list[Any] = [None] * len(args[0])
+    of_codes = [any(isinstance(at(number, each), _Guard) for each in args) for number in range(len(results))]
+    rest = [number for number, is_one in enumerate(of_codes) if not is_one]
+    if rest:
+        options = {key: some(rest, value) for key, value in kwargs.items()}
+        done = func(*(some(rest, each) for each in args), **options)
+        for number, result in zip(rest, done or [None] * len(rest), strict=True):
+            results[number] = result
+    single = of_foreach(name)
+    for number in range(len(results)):
+        if of_codes[number]:
+            options = {key: at(number, value) for key, value in kwargs.items()}
+            results[number] = single(*(at(number, each) for each in args), **options)
+    return None if writes(name) else results
+
+
+def _into(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Does what writes: to codes nothing, see `_write`; to other memory, which is guarded as well once it has codes.
+
+    Raises:
+        ModelError: If codes would change, or something else is computed from codes.
+    """
+    if not args:  # as `torch.nn.init` calls
+        (first, target), *_ = kwargs.items()
+        args, kwargs = (target,), {key: value for key, value in kwargs.items() if key != first}
+    target = kwargs["out"] if kwargs.get("out") is not None else args[0]
+    if isinstance(target, _Guard) and (root := vars(target).get("_root", target)) is not None:
+        return _write(target, root, func, args, kwargs)
+
+    known = isinstance(target, _Guard)
+    pure = name in ("copy_", "__setitem__", "set_") or copies(name)
+    in_place = name.removesuffix("_") if name.endswith("_") and not name.startswith("__") else name.replace("__i", "__")
+    others = {key: value for key, value in kwargs.items() if key != "out"}
+    mixed = mixes(in_place, args, others, lambda each: each is target or _is_guarded(each))
+    if not known and not (pure or mixed):
+        raise ModelError(HOLDS_CODES)
+    if not known and isinstance(target, nn.Parameter):
+        raise ModelError(HOLDS_CODES)
+    with torch._C.DisableTorchFunctionSubclass():
+        try:
+            result = func(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, IndexError) as error:
+            raise ModelError(CHANGED_CODES if mixed else HOLDS_CODES) from error
+    if type(target) is Tensor:
+        target.__class__ = CodesView  # type: ignore[assignment]
+        vars(target)["_root"] = None
     return result
-
-
-def _is_list_of_views(func: Any, tensors: Any) -> bool:
-    """Whether a function writes to views of codes that are in a list, which `_write` does not weigh."""
-    foreach = getattr(func, "__name__", "").startswith("_foreach_") and func.__name__.endswith("_")
-    return foreach and any(isinstance(each, CodesView) and vars(each).get("_root") is not None for each in tensors)
-
-
-def _writes(func: Any) -> bool:
-    name: str = getattr(func, "__name__", "")
-    if name in _ASSIGNMENTS:
-        return True
-    return name.endswith("_") and not name.startswith("_") and name not in _HARMLESS_IN_PLACE
 
 
 def _write(target: Any, root: Any, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:

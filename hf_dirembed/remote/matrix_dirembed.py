@@ -29,6 +29,7 @@ from .guarded_dirembed import (
     guard,
     intact,
     mark,
+    mark_stored,
     opened,
     plain,
     seal,
@@ -47,6 +48,10 @@ DENSE_ROWS_WANTED = (
 TWO_TABLES = (
     "this module has codes of one table and a decoder of another, as after `head.weight = embedding.weight`: tie the "
     "dense model before it is compressed, with config.tie_word_embeddings and tie_weights()"
+)
+LOST_CODES = (
+    "something took `weight`, the codes of a compressed table, out of its module, as `torch.nn.utils` do to change "
+    "weights: load the model again, and do that to a dense one, which hf_dirembed.expand makes"
 )
 CACHE_LINE = 64  # bytes; what torch's own allocations are aligned to
 STEADY_ROWS = 4  # BLAS rounds each row of a product alike where the number of rows is a multiple of this,
@@ -252,6 +257,8 @@ class CompressedMatrix(nn.Module):
         held = {name: plain(each) for name, each in self._parameters.items() if each is not None}
         if "latents_weight" not in held:
             raise ModelError("these codes are floats, not packed integers: read them from `weight`")
+        if "weight" not in held:
+            raise ModelError(LOST_CODES)
         weight, codebook = held["weight"], held.get("codebook_weight")
         return PackedRows(
             weight=weight,
@@ -383,6 +390,9 @@ class CompressedMatrix(nn.Module):
         decoder: Tensor = self.decoder_weight
         if is_apart(ids, decoder.device):
             return self.decode(ids.to(decoder.device)).to(ids.device)
+        if decoder.device.type != "meta" and torch.is_autocast_enabled(decoder.device.type):
+            with torch.autocast(decoder.device.type, enabled=False):  # which leaves stock lookups alone
+                return self.decode(ids)
 
         bias: Tensor | None = self.decoder_bias_weight
         given, latents = decoder.dtype, self.latents_of(ids)
@@ -574,6 +584,9 @@ class CompressedMatrix(nn.Module):
         self.write_codes()
         self.verify_codes()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            for name in self.codes():
+                mark_stored(destination[prefix + name])
         if hasattr(destination, "_metadata"):
             destination._metadata[prefix[:-1]]["layout"] = self.layout.to_dict()
 
@@ -605,6 +618,8 @@ class CompressedMatrix(nn.Module):
         for name, value in found.items():
             mine = names[name]
             elsewhere = mine.is_meta or value.is_meta or hasattr(value, "device_mesh")
+            if name not in DECODER_TENSORS:
+                restored[prefix + name] = plain(value)
             learns = name in DECODER_TENSORS or (mine.is_floating_point() and mine.requires_grad)
             if learns or elsewhere or value.shape != mine.shape:
                 continue

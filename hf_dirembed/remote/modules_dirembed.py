@@ -595,9 +595,11 @@ class CompressedLinear(CompressedMatrix):
         dtype, given = hidden_states.dtype, hidden_states.dtype
         device = hidden_states.device.type
         autocast = device != "meta" and torch.is_autocast_enabled(device)
-        if self.layout.packed and not autocast:
+        if autocast and dtype != torch.float64:
+            given = torch.get_autocast_dtype(device)  # as that of any linear layer, whose logits are in it
+        elif self.layout.packed:
             dtype = product_dtype(dtype, hidden_states.device)
-        widened = dtype != given
+        widened = dtype != given and not autocast
         hidden_states = hidden_states.to(dtype)
         decoder, decoder_bias = self.decoder_in(dtype) if widened else (self.decoder_weight, self.decoder_bias_weight)
 
@@ -626,7 +628,7 @@ class CompressedLinear(CompressedMatrix):
             logits = logits.index_fill_(-1, zero, 0) if in_place else logits.index_fill(-1, zero, 0)
 
         logits = logits if self.bias is None else logits + self.bias.to(logits.device, logits.dtype)
-        logits = logits.to(given) if widened else logits
+        logits = logits.to(given)
         return logits.to(home) if apart else logits
 
 

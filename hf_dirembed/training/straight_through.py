@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..compression.transform.trellis import quantise
 from ..errors import ModelError
 from ..remote.codes_dirembed import RowClass
+from ..remote.guarded_dirembed import plain
 from ..remote.kernels_dirembed import HALF, code_steps, pack, row_scales, sections, unpack_levels
 from ..remote.matrix_dirembed import DENSE_CHUNK, find_slots
 
@@ -225,7 +226,7 @@ def _codes_of(matrix: CompressedMatrix) -> Iterator[_ClassCodes]:
     """The codes of each class of a matrix that has rows."""
     assert matrix.exponent_weight is not None
     packed, classes = matrix.packed_rows(), matrix.row_classes()
-    powers = torch.exp2(matrix.exponent_weight.float())
+    powers = torch.exp2(plain(matrix.exponent_weight).float())
     decoder_gains = matrix.decoder_weight.detach().float().square().sum(dim=1)
 
     for number in range(len(packed.classes)):

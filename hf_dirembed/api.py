@@ -19,10 +19,12 @@ from .conversion import restore
 from .errors import ModelError
 from .hub.publishing import remove_traces
 from .pipeline import compress_model
+from .remote.codes_dirembed import with_known_options
 from .remote.modeling_dirembed import DirEmbedModelMixin
 from .request import CompressionRequest
 
 
+@with_known_options
 def compress(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,

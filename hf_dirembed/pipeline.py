@@ -56,6 +56,11 @@ def compress_model(
         DirEmbedError: Where [`compress`] raises one.
     """
     _check_kinds(model, tokenizer)
+    if request.language_tags and tokenizer is None:
+        raise OptionError(
+            f"languages={request.languages!r} says which words are frequent, and it takes a tokenizer to find their "
+            "tokens: pass the model's, or leave languages out"
+        )
     chosen = choose_tables(model, request.names)
     if request.names is None:
         for table in find_tables(model):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .calibration.calibrated import Calibration
+from .calibration.languages import wordfreq_language
 from .calibration.statistics import Statistics
 from .calibration.text import Texts, check_file
 from .compression.budget import Budget
@@ -26,6 +27,7 @@ class CompressionRequest:
         BudgetError: If there is not exactly one budget, or it is no positive number.
         CalibrationError: If a text file to calibrate on cannot be read.
         OptionError: If the method is unknown, or options are not of their kind, or do not go together.
+        WeightsError: If there is no word list for a language.
 
     Example:
         >>> CompressionRequest(method="svd", rank=4, calibration="text.txt")
@@ -60,6 +62,10 @@ class CompressionRequest:
             raise OptionError(f"tables={self.tables!r} names no table: name one at least, or leave it out for all")
         if self.tables is not None and isinstance(self.bits, Mapping):
             raise OptionError(f"tables={self.tables!r} beside the names of bits= says the same twice: leave one out")
+        if not all(isinstance(tag, str) for tag in self.language_tags):
+            raise OptionError(f"languages={self.languages!r} are no tags: give some, like ('en', 'de')")
+        for tag in self.language_tags:
+            wordfreq_language(tag)
         self._check_calibration()
 
     def _budgets(self) -> list[Budget]:
@@ -96,7 +102,10 @@ class CompressionRequest:
     @property
     def language_tags(self) -> list[str]:
         """The languages that were told."""
-        return [self.languages] if isinstance(self.languages, str) else list(self.languages or ())
+        given = self.languages
+        if isinstance(given, str) or not isinstance(given, Sequence | None):
+            return [given]  # type: ignore[list-item]
+        return list(given or ())
 
 
 def whole_bytes(bits: float, num_weights: int) -> int:

@@ -7,6 +7,7 @@ python -m benchmarks.sequences --seed 1234
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 from collections import Counter
 
@@ -31,14 +32,15 @@ def main() -> None:
         return
 
     ends, seed, counts, actions = time.monotonic() + 60 * options.minutes, options.start, Counter(), Counter()
-    while time.monotonic() < ends:
-        sequence = run(seed, length=options.length, only=options.subject)
-        counts["findings" if sequence.finding else "the same"] += 1
-        counts.update({"refused": sequence.refusals, "failed as stock": sequence.failures})
-        actions.update(sequence.actions)
-        if sequence.finding:
-            print(sequence, flush=True)
-        seed += 1
+    with contextlib.suppress(KeyboardInterrupt):  # which ends it early, with the counts
+        while time.monotonic() < ends:
+            sequence = run(seed, length=options.length, only=options.subject)
+            counts["findings" if sequence.finding else "the same"] += 1
+            counts.update({"refused": sequence.refusals, "failed as stock": sequence.failures})
+            actions.update(sequence.actions)
+            if sequence.finding:
+                print(sequence, flush=True)
+            seed += 1
     print(f"seeds {options.start} to {seed - 1}: {dict(counts)}; {sum(actions.values())} actions {dict(actions)}")
 
 

@@ -89,7 +89,7 @@ def _do(sequence: Sequence, name: str, models: list[Any], seed: str, folder: Pat
     """Does one action to both models; gives those to go on with: the ones before where it fails."""
     act, results, errors, scenes = ACTIONS[name], [], [], []
     kept = copy.deepcopy(models)
-    before = _answers(sequence.subject, models[:1], folder)[0] if act.exact else None
+    before = _answers(sequence.subject, models, folder) if act.exact else []
     for number, model in enumerate(models):
         place = folder / str(number)
         place.mkdir(parents=True)
@@ -130,7 +130,7 @@ def _do(sequence: Sequence, name: str, models: list[Any], seed: str, folder: Pat
 
 
 def _compare(
-    sequence: Sequence, act: Any, results: list[Any], scenes: list[Scene], before: Tensor | None, folder: Path
+    sequence: Sequence, act: Any, results: list[Any], scenes: list[Scene], before: list[Tensor], folder: Path
 ) -> str | None:
     """What differs after an action; where models may have become others, the stock one is made of ours again."""
     subject = sequence.subject
@@ -138,8 +138,9 @@ def _compare(
     dtype = next(results[0].parameters()).dtype
     if dtype in NARROW_ROUNDING:
         sequence.narrow = dtype if sequence.narrow is not torch.bfloat16 else sequence.narrow
-    if before is not None and before.dtype == found[0].dtype and not torch.equal(before, found[0]):
-        off = (before - found[0]).abs().max().item()
+    kept = [torch.equal(*each) if each[0].dtype == each[1].dtype else None for each in zip(before, found, strict=False)]
+    if kept == [False, True]:
+        off = (before[0] - found[0]).abs().max().item()
         return f"what is exact changes the logits, by up to {off:.1e}"
 
     # numbers that were read, then the answers
@@ -153,7 +154,7 @@ def _compare(
             return said
     if act.rebases or (sequence.narrow and dtype not in NARROW_ROUNDING):
         results[1] = hf_dirembed.expand(copy.deepcopy(results[0]))
-        sequence.narrow = None
+        sequence.narrow = dtype if dtype in NARROW_ROUNDING else None
         return _difference(*_answers(subject, results, folder), results, _allowed(dtype))
     return None
 

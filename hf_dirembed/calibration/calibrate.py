@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compression.table import Table
 from ..errors import CalibrationError
+from ..remote.codes_dirembed import with_known_options
 from ..processes import process_state
 from ..progress import progress_bar
 from .lookups import FurtherTable
@@ -39,6 +40,7 @@ LOGIT_ELEMENTS = 1 << 27  # of a batch at most: half a gigabyte in float32, and 
 LOGIT_ELEMENTS_CPU = 1 << 25  # a CPU is no quicker with larger batches, but has to find fresh memory for each
 
 
+@with_known_options
 def calibrate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

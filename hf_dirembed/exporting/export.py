@@ -31,6 +31,7 @@ from ..errors import ExportError, ModelError, OptionError
 from ..hub.metadata import hub_id
 from ..hub.source import Source, find_source
 from ..pipeline import compress_model
+from ..remote.codes_dirembed import with_known_options
 from ..request import CompressionRequest
 from .body import example_inputs, lookups_of, make_graph, outputs_of
 from .card import write_export_card
@@ -51,6 +52,7 @@ _CHECKED = {"batch": 3, "length": 33}  # texts and tokens that files are run wit
 _MIN_OPSET = 18  # the first that has bitwise operators
 
 
+@with_known_options
 def export(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],

@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..calibration.statistics import Statistics
 from ..compression.compress import METHODS, SETTINGS, Effort, Settings
 from ..errors import OptionError
+from ..remote.codes_dirembed import with_known_options
 from ..remote.configuration_dirembed import MODEL_TYPE
 from ..request import CompressionRequest
 
@@ -206,3 +207,6 @@ class DirEmbedQuantizationConfig(QuantizationConfigMixin):
 # the quantiser finds them to refuse them; of others it drops them with a warning.
 _PASSED_ON = "LOADING_ATTRIBUTES_CONFIG_TYPES"
 setattr(auto, _PASSED_ON, (*getattr(auto, _PASSED_ON, ()), DirEmbedQuantizationConfig))
+
+
+DirEmbedQuantizationConfig.__init__ = with_known_options(DirEmbedQuantizationConfig.__init__)  # type: ignore[method-assign]

@@ -18,7 +18,7 @@ from transformers.quantizers import HfQuantizer, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError, ModelError
-from ..remote.checks_dirembed import AGAIN, check_checksum, check_files, check_table, finish_loading
+from ..remote.checks_dirembed import AGAIN, check_checksum, check_files, check_table, finish_loading, warn_of_decoder
 from ..remote.configuration_dirembed import MODEL_TYPE, derive_config_class, read_spec
 from ..remote.matrix_dirembed import CompressedMatrix
 from ..remote.modeling_dirembed import derive_model_class
@@ -99,6 +99,7 @@ class CompressedCheckpoint:
             check_table(module)
         for path in compressed_tables(model):
             check_checksum(table_at(model, path), path)
+            warn_of_decoder(table_at(model, path), path)
         finish_loading(model)
 
 

@@ -5,11 +5,14 @@ This file travels with every compressed model, so it imports nothing of the pack
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.optim import Optimizer
 
 from .codes_dirembed import CODE_TENSORS, ModelError
-from .guarded_dirembed import holds_codes
+from .guarded_dirembed import CodesParameter, holds_codes
 from .matrix_dirembed import DECODER_TENSORS, CompressedMatrix
 
 
@@ -89,4 +92,18 @@ def refuse_codes(module: nn.Module, name: str, parameter: nn.Parameter | None) -
             f"a dense {type(module).__name__} cannot have the codes of a compressed table for its weight: give it "
             "dense_weight(), with PEFT leave ensure_weight_tying out, or make a dense model first with "
             "hf_dirembed.expand, and compress that once it is tied"
+        )
+
+
+def refuse_idle_optimizer(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Refuses a step of an optimiser that has nothing but codes, and so would do nothing.
+
+    Raises:
+        ModelError: If it has none but codes that are frozen.
+    """
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    if parameters and all(isinstance(each, CodesParameter) for each in parameters):
+        raise ModelError(
+            "this optimiser has nothing but codes of compressed tables, which do not learn: give it the parameters of "
+            "the model or of the table, of which the decoder learns, or call unfreeze_codes() first"
         )

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
 from .codes_dirembed import (
     CODE_TENSORS,
@@ -30,6 +31,8 @@ from .matrix_dirembed import CompressedMatrix
 from .modules_dirembed import CompressedBlocks, CompressedTable
 from .tables_dirembed import compressed_tables, table_at
 
+
+logger = logging.get_logger(__name__)
 
 AGAIN = "save or download the compressed model again"
 
@@ -87,7 +90,7 @@ def check_stored_dtypes(spec: CompressionSpec, dtypes: Mapping[str, str]) -> Non
     Raises:
         CheckpointError: If a tensor of a compressed table is of another kind than its layout says, or not part of it.
     """
-    matrices = dict(spec.matrices())
+    matrices, matched = dict(spec.matrices()), set()
     for name in dtypes:
         prefix = name.removesuffix(".decoder_weight")
         if prefix == name or f"{prefix}.weight" not in dtypes:
@@ -99,6 +102,7 @@ def check_stored_dtypes(spec: CompressionSpec, dtypes: Mapping[str, str]) -> Non
             continue  # under a name that only the architecture's conversion of checkpoints knows
         layout = matrices[max(stated, key=len)] if stated else next(iter(matrices.values()))
 
+        matched.add(max(stated, key=len) if stated else prefix)
         parts = layout.stored_shapes(1, 1)
         for tensor in CODE_TENSORS:
             found, expected = dtypes.get(f"{prefix}.{tensor}"), layout.stored_dtypes(tensor)
@@ -106,6 +110,12 @@ def check_stored_dtypes(spec: CompressionSpec, dtypes: Mapping[str, str]) -> Non
                 raise CheckpointError(f"{prefix}.{tensor} is not part of the layout that the config states: {AGAIN}")
             if found is not None and found not in expected:
                 raise CheckpointError(f"{prefix}.{tensor} is of dtype {found}, not {' or '.join(expected)}: {AGAIN}")
+
+    held = [name for name in dtypes if name.endswith(".decoder_weight")]
+    if lacking := sorted(matrices.keys() - matched)[: len(matrices) - len(held)]:
+        raise CheckpointError(
+            f"the config says that {', '.join(lacking)} is compressed, of which the checkpoint has no codes: {AGAIN}"
+        )
 
 
 def check_files(spec: CompressionSpec, files: Iterable[str]) -> None:
@@ -190,6 +200,28 @@ def check_checksum(table: CompressedTable, path: str) -> None:
         raise CheckpointError(
             f"the codes of {path} have the checksum {found}, the config says {stated}: something has changed the file "
             f"since it was saved: {AGAIN}"
+        )
+
+
+def decoder_checksum(table: CompressedTable) -> str | None:
+    """The checksum of a table's decoders as files have them; None where they are not in memory."""
+    decoders = {f"{prefix}decoder_weight": matrix.stored_decoder() for prefix, matrix in table.matrices()}
+    known = not any(each.is_meta or hasattr(each, "device_mesh") for each in decoders.values())
+    return checksum(decoders) if known else None
+
+
+def warn_of_decoder(table: CompressedTable, path: str) -> None:
+    """Warns of a decoder that is not the one that was saved beside the codes: training may have changed it."""
+    for _, matrix in table.matrices():
+        held, stored = matrix.dtype, getattr(torch, matrix.layout.decoder)
+        if held != stored and held.itemsize <= stored.itemsize:
+            return  # it was rounded when it was loaded
+    stated, found = table.record.decoder_checksum, decoder_checksum(table)
+    if stated is not None and found is not None and found != stated:
+        logger.warning(
+            f"the decoder of {path} is not the one that was saved beside its codes: that is right if training wrote "
+            "the file without its config (save_pretrained of the model writes both); if it did not, a file of another "
+            f"model is among those that were loaded: {AGAIN}"
         )
 
 

@@ -5,19 +5,24 @@ This file travels with every compressed model, so it imports nothing of the pack
 
 from __future__ import annotations
 
+import difflib
+import functools
+import inspect
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, TypeAlias
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 
+P, R = ParamSpec("P"), TypeVar("R")
 FORMAT = 2
 FLOAT_CODES = ("float32", "float16", "bfloat16")
-DECODERS = (*FLOAT_CODES, "float8_e4m3fn")
+STORED_CODES = (*FLOAT_CODES, "float64")  # the last of models that were cast to it
+DECODERS = (*STORED_CODES, "float8_e4m3fn")
 PACKED_CODES = "packed"
 BIT_WIDTHS = (4, 3, 2, 1)  # the order of a packed row
 STATE_BITS = 8  # of the trellis that codes are read through
@@ -222,8 +227,8 @@ class TableLayout:
             if self.codebook not in CODEBOOKS:
                 known = ", ".join(CODEBOOKS)
                 raise SpecError(f"dirembed codebook {self.codebook!r:.200} is not one of {known}: compress again")
-        elif self.codes not in FLOAT_CODES:
-            known = ", ".join((*FLOAT_CODES, PACKED_CODES))
+        elif self.codes not in STORED_CODES:
+            known = ", ".join((*STORED_CODES, PACKED_CODES))
             raise SpecError(f"dirembed codes {self.codes!r} are not one of {known}: compress the model again")
         elif self.classes or self.codebook is not None or self.outliers is not None:
             raise SpecError("dirembed classes, codebook and outliers go with packed codes only: compress again")
@@ -434,12 +439,13 @@ Layout: TypeAlias = TableLayout | BlocksLayout
 
 @dataclass(frozen=True)
 class TableRecord:
-    """How a table was made, and what came of it: for people; loading depends on none of it but the checksum.
+    """How a table was made, and what came of it: for people; loading depends on none of it but the checksums.
 
     Attributes:
         settings: What the codes were made with (budget, seed, versions).
         quality: What came of it (dense bytes, mean cosine): shown by `hf-dirembed inspect`.
         checksum: The checksum of the codes, as [`checksum`] gives it; None where nobody has taken it.
+        decoder_checksum: The same of the decoder, or of those of all blocks, in the dtype that files have it in.
 
     Raises:
         SpecError: If a field is of the wrong type.
@@ -448,13 +454,15 @@ class TableRecord:
     settings: dict[str, Any] = field(default_factory=dict)
     quality: dict[str, Any] = field(default_factory=dict)
     checksum: str | None = None
+    decoder_checksum: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("settings", "quality"):
             if not isinstance(getattr(self, name), dict):
                 raise SpecError(f"dirembed {name} {getattr(self, name)!r:.200} is no object: compress the model again")
-        if not isinstance(self.checksum, (str, type(None))):
-            raise SpecError(f"dirembed checksum {self.checksum!r:.200} is no text: compress the model again")
+        for name in ("checksum", "decoder_checksum"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise SpecError(f"dirembed {name} {getattr(self, name)!r:.200} is no text: compress the model again")
 
     def figure(self, name: str) -> Any:
         """One of the figures of `quality`, if it is there and a finite number."""
@@ -581,6 +589,41 @@ def _fields_of(cls: type, values: Any) -> dict[str, Any]:
     _check_keys(values, required, known.keys() - required)
     counts = values.get("bit_allocation")
     return {**values, "bit_allocation": tuple(counts)} if isinstance(counts, list) else dict(values)
+
+
+def with_known_options(function: Callable[P, R]) -> Callable[P, R]:
+    """Makes a function name the option that was meant, where it is called with one that it does not have.
+
+    Raises:
+        OptionError: If the arguments of a call are not those of the function.
+
+    Example:
+        >>> with_known_options(lambda *, bits: bits)(bit=4)
+        Traceback (most recent call last):
+        ...
+        hf_dirembed...OptionError: <lambda>() has no option 'bit': did you mean 'bits'?
+    """
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        signature = inspect.signature(function)
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise OptionError(_what_is_meant(function.__qualname__.removesuffix(".__init__"), signature, kwargs, error)) from None
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def _what_is_meant(name: str, signature: inspect.Signature, given: Mapping[str, Any], error: TypeError) -> str:
+    options = [each for each in signature.parameters if each not in ("self", "cls")]
+    strange = [each for each in given if each not in signature.parameters]
+    if not strange:
+        return f"{name}{signature} is not called so ({error}): name its options"
+    near = difflib.get_close_matches(strange[0], options, 1, 0.5)
+    mend = f"did you mean {near[0]!r}?" if near else f"choose among {', '.join(options)}"
+    return f"{name}() has no option {strange[0]!r}: {mend}"
 
 
 def checksum(codes: Mapping[str, Tensor]) -> str:

@@ -94,6 +94,13 @@ class _Guard:
             return _into(func, name, args, kwargs)
         return _from(func, name, args, kwargs)
 
+    def set_(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused, as it gives codes other memory; torch asks no `__torch_function__` about it."""
+        raise ModelError(CHANGED_CODES)
+
+    def __copy__(self) -> Any:
+        return self.detach()  # type: ignore[attr-defined]
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As a plain parameter or tensor: what reads it needs no class of this package."""
         tensor = plain(self)  # type: ignore[arg-type]
@@ -236,6 +243,14 @@ def seal(tensor: Tensor, *, anew: bool = True) -> None:
     """
     if type(tensor) is CodesParameter and not tensor.is_meta and (anew or "_seal" not in vars(tensor)):
         vars(tensor)["_seal"] = (_version(tensor), _checksum(tensor))
+
+
+def sealed_checksum(tensor: Tensor) -> int | None:
+    """The checksum of codes that were sealed, or of the ones that a state dict's tensor is of; None of all others."""
+    root = vars(tensor).get("_root")
+    root = tensor if root is None else root
+    sealed = vars(root).get("_seal") if type(root) is CodesParameter and "_follows" not in vars(root) else None
+    return None if sealed is None else sealed[1]
 
 
 def verify(tensor: Tensor, *, values: bool = False) -> None:
@@ -391,7 +406,7 @@ def _results(result: Any, sources: list[Any], may_be_new: bool, kind: type = Cod
     """
     if type(result) in (tuple, list):
         return type(result)(_results(each, sources, may_be_new, kind) for each in result)
-    if isinstance(result, tuple) and any(tensors_in(list(result))):
+    if isinstance(result, tuple) and next(tensors_in(list(result)), None) is not None:
         raise ModelError(HOLDS_CODES)  # of `max`, `sort`, and others that name what they give
     if type(result) is not Tensor or result.dtype == torch.bool or result.is_meta or not result.numel():
         return result
@@ -465,13 +480,15 @@ def _into(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         return _write(target, root, func, args, kwargs)
 
     known = isinstance(target, _Guard)
-    pure = name in ("copy_", "__setitem__", "set_") or copies(name)
+    pure = name in ("copy_", "__setitem__") or copies(name)
     in_place = name.removesuffix("_") if name.endswith("_") and not name.startswith("__") else name.replace("__i", "__")
     others = {key: value for key, value in kwargs.items() if key != "out"}
     mixed = mixes(in_place, args, others, lambda each: each is target or _is_guarded(each))
     if not known and not (pure or mixed):
         raise ModelError(HOLDS_CODES)
-    if not known and isinstance(target, nn.Parameter):
+    # weights, and what may be the memory of some: codes as integers go to integers alone
+    of_integers = any(not each.is_floating_point() for each in tensors_in([args[1:], kwargs]) if isinstance(each, _Guard))
+    if not known and (isinstance(target, nn.Parameter) or (of_integers and target.is_floating_point())):
         raise ModelError(HOLDS_CODES)
     with torch._C.DisableTorchFunctionSubclass():
         try:

@@ -5,6 +5,7 @@ This file travels with every compressed model, so it imports nothing of the pack
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -33,6 +34,7 @@ from .guarded_dirembed import (
     opened,
     plain,
     seal,
+    sealed_checksum,
     unguard,
     unwritten,
     verify,
@@ -46,9 +48,11 @@ DENSE_ROWS_WANTED = (
     "first with hf_dirembed.expand"
 )
 TWO_TABLES = (
-    "this module has codes of one table and a decoder of another, as after `head.weight = embedding.weight`: tie the "
-    "dense model before it is compressed, with config.tie_word_embeddings and tie_weights()"
+    "this module has codes of one table and a decoder of another, as after `head.weight = embedding.weight` or "
+    "torch.utils.swap_tensors: load the model again; to tie it, tie the dense model before it is compressed, with "
+    "config.tie_word_embeddings and tie_weights()"
 )
+MAX_EXPONENT = 100  # of the powers of two that latents are multiplied by: beyond, rows would not be finite
 LOST_CODES = (
     "something took `weight`, the codes of a compressed table, out of its module, as `torch.nn.utils` do to change "
     "weights: load the model again, and do that to a dense one, which hf_dirembed.expand makes"
@@ -284,16 +288,18 @@ class CompressedMatrix(nn.Module):
         """
         if torch.compiler.is_compiling():
             return
-        table, tables = None, 0
+        tables, of_codes = set(), set()
         for name, tensor in self._parameters.items():
             if tensor is None:
                 continue
-            own = vars(tensor).get("_table")
-            if own is not None and own is not table:
-                table, tables = own, tables + 1
+            table = id(vars(tensor).get("_table"))
+            if "_table" in vars(tensor):
+                tables.add(table)
+            if name in CODE_TENSORS and name not in DECODER_TENSORS:
+                of_codes.add(table)
             if type(tensor) is CodesParameter and name not in DECODER_TENSORS and (values or not unwritten(tensor)):
                 verify(tensor, values=values)
-        if tables > 1:
+        if len(tables) > 1 or len(of_codes) > 1:
             raise ModelError(TWO_TABLES)
 
     def guard_codes(self) -> None:
@@ -349,6 +355,13 @@ class CompressedMatrix(nn.Module):
             self.packed_rows().check()
         except TableError as error:
             raise CheckpointError(str(error)) from error
+        assert self.exponent_weight is not None
+        largest = max(abs(each) for each in plain(self.exponent_weight).aminmax())  # type: ignore[type-var]
+        if int(largest) > MAX_EXPONENT:
+            raise CheckpointError(
+                f"exponent_weight holds a power of two of {int(largest)}, which no decoder is scaled by (at most "
+                f"{MAX_EXPONENT}): compress the model again"
+            )
 
     def latents_of(self, ids: Tensor) -> Tensor:
         """The latents of rows, (..., rank), those of packed codes in float32 at least; zero where a row has none."""
@@ -584,16 +597,22 @@ class CompressedMatrix(nn.Module):
         self.write_codes()
         self.verify_codes()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        codes = sealed_checksum(self.weight)
         if not keep_vars:
             for name in self.codes():
                 mark_stored(destination[prefix + name])
+            vars(destination[f"{prefix}decoder_weight"])["_codes"] = codes
         if hasattr(destination, "_metadata"):
-            destination._metadata[prefix[:-1]]["layout"] = self.layout.to_dict()
+            destination._metadata[prefix[:-1]] |= {"layout": self.layout.to_dict(), "codes": codes}
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
         taken = self._codes_to_load(state_dict, prefix, local_metadata)
+        is_one = "_table" in vars(self.weight)
         with opened(self.codes()):
             super()._load_from_state_dict(taken, prefix, local_metadata, *args)
+        self.seal_codes(anew=False)
+        if is_one and local_metadata.get("assign_to_params_buffers"):
+            self.mark_as_one()
         self.check_codes()
         if self.shadow is not None:
             self.shadow.follow(self)
@@ -614,6 +633,7 @@ class CompressedMatrix(nn.Module):
                 "taken of, or load that with from_pretrained"
             )
 
+        self._check_decoder(found, metadata.get("codes"))
         restored, others = {}, []
         for name, value in found.items():
             mine = names[name]
@@ -636,15 +656,34 @@ class CompressedMatrix(nn.Module):
             )
         return {**state_dict, **restored}
 
+    def _check_decoder(self, found: Mapping[str, Tensor], stated: int | None) -> None:
+        """Refuses a decoder of other codes than those that it is to be beside; one of which nothing is known may be.
+
+        Raises:
+            ModelError: If the state dict says that it was taken of other codes.
+        """
+        decoder = found.get("decoder_weight")
+        if decoder is None:
+            return
+        own = vars(decoder).get("_codes", stated)
+        beside = sealed_checksum(found["weight"]) if "weight" in found else sealed_checksum(self.weight)
+        if own is not None and beside is not None and own != beside:
+            raise ModelError(
+                "the state dict holds a decoder of another table than the codes that it would be loaded beside: load "
+                "codes and decoder of one model"
+            )
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.guard_codes()  # pickled as plain ones
         self.seal_codes(anew=False)
 
     def __format__(self, format_spec: str) -> str:
-        """What an error of PEFT's says of a target that it does not know; no other module is told of a mend there."""
-        caller = sys._getframe(1).f_globals.get("__name__", "")
-        return f"{self} ({DENSE_ROWS_WANTED})" if caller.startswith("peft.") else str(self)
+        """What a message says that names the module, such as PEFT's on a target that it cannot adapt: with a mend.
+
+        `print(model)` and `repr` show the module alone.
+        """
+        return format(f"{self!r} ({DENSE_ROWS_WANTED})", format_spec)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of it."""

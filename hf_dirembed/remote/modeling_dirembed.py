@@ -17,11 +17,12 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
 
-from .adapters_dirembed import refuse_codes, refuse_wrapper
+from .adapters_dirembed import refuse_codes, refuse_idle_optimizer, refuse_wrapper
 from .checks_dirembed import (
     as_checkpoint_error,
     check_checksum,
@@ -30,7 +31,9 @@ from .checks_dirembed import (
     check_keys,
     check_table,
     checked_codes,
+    decoder_checksum,
     finish_loading,
+    warn_of_decoder,
 )
 from .codes_dirembed import (
     BlocksLayout,
@@ -74,6 +77,7 @@ EMBEDDINGS = ("inputs_embeds", "decoder_inputs_embeds")  # arguments of models t
 
 register_module_module_registration_hook(refuse_wrapper)
 register_module_parameter_registration_hook(refuse_codes)
+register_optimizer_step_pre_hook(refuse_idle_optimizer)
 
 
 class DirEmbedModelMixin(PreTrainedModel):
@@ -175,6 +179,7 @@ class DirEmbedModelMixin(PreTrainedModel):
                 check_table(module)
         for path in compressed_tables(model):
             check_checksum(table_at(model, path), path)
+            warn_of_decoder(table_at(model, path), path)
         return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
     def initialize_weights(self) -> None:
@@ -496,12 +501,16 @@ def _narrow_decoders(table: CompressedTable, names: set[str], state: dict[str, T
 
 
 def _current_record(table: CompressedTable) -> TableRecord:
-    """The record of a table with the checksum of the codes that it has now."""
+    """The record of a table with the checksums of the codes and the decoder that it has now."""
     table.write_codes()
     table.verify_codes(values=True)
     codes = checked_codes(table)
     known = not any(tensor.is_meta or hasattr(tensor, "device_mesh") for tensor in codes.values())
-    return replace(table.record, checksum=checksum(codes) if known else table.record.checksum)
+    return replace(
+        table.record,
+        checksum=checksum(codes) if known else table.record.checksum,
+        decoder_checksum=decoder_checksum(table),
+    )
 
 
 _model_classes: dict[tuple[type, type], type] = {}

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .codes_dirembed import CODE_TENSORS, BlocksLayout, ModelError, TableLayout, TableRecord
+from .codes_dirembed import CODE_TENSORS, BlocksLayout, ModelError, TableLayout, TableRecord, with_known_options
 from .guarded_dirembed import CodesParameter, guard, plain, seal, verify
 from .matrix_dirembed import DENSE_CHUNK, CompressedMatrix
 from .products_dirembed import is_apart, is_traced, package, product_dtype, rows_product
@@ -257,6 +257,7 @@ class CompressedEmbedding(CompressedLookup, CompressedMatrix):
         return module
 
     @classmethod
+    @with_known_options
     def from_embedding(
         cls,
         embedding: nn.Embedding,
@@ -517,6 +518,7 @@ class CompressedLinear(CompressedMatrix):
             self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
 
     @classmethod
+    @with_known_options
     def from_linear(
         cls,
         linear: nn.Linear,
@@ -625,7 +627,8 @@ class CompressedLinear(CompressedMatrix):
         if self.layout.zero_row is not None:
             # filled where it is: from a list it would be copied there, which no CUDA graph can hold
             zero = torch.full((1,), self.layout.zero_row, dtype=torch.int64, device=logits.device)
-            logits = logits.index_fill_(-1, zero, 0) if in_place else logits.index_fill(-1, zero, 0)
+            products = (hidden_states * 0).sum(dim=-1, keepdim=True).to(logits.dtype)  # NaN where states are no numbers
+            logits = (logits.index_copy_ if in_place else logits.index_copy)(-1, zero, products)
 
         logits = logits if self.bias is None else logits + self.bias.to(logits.device, logits.dtype)
         logits = logits.to(given)

@@ -100,4 +100,8 @@ def _row_like_the_mean(matrix: CompressedMatrix, classes: Tensor) -> int:
 
 def _put(matrix: CompressedMatrix, name: str, value: Tensor) -> None:
     """Sets a parameter, which learns if the one before did; in memory of its own."""
-    setattr(matrix, name, nn.Parameter(value.clone(), requires_grad=getattr(matrix, name).requires_grad))
+    old = getattr(matrix, name)
+    new = nn.Parameter(value.clone(), requires_grad=old.requires_grad)
+    if "_table" in vars(old):
+        vars(new)["_table"] = vars(old)["_table"]
+    setattr(matrix, name, new)

@@ -84,6 +84,13 @@ class _Guard:
                 return func(*args, **kwargs)
 
         name = name_of(func)
+        if isinstance(func, torch._ops.OpOverload):  # graphs that were exported read codes by these
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if name == "__get__":  # of a property, such as its shape: passes ask for these
+            with torch._C.DisableTorchFunctionSubclass():
+                found = func(*args)
+                return _results(found, [args[0]], False) if isinstance(found, Tensor) else found
         if func == _SET_DATA:
             return _set_data(args[0], args[1])
         if func in _LEARNING and isinstance(args[0], CodesParameter):

@@ -62,6 +62,7 @@ STEADY_ROWS = 4  # BLAS rounds each row of a product alike where the number of r
 MANY_ROWS = 1024  # and where there are so many that each thread has full tiles
 DENSE_CHUNK = 1 << 14  # rows decoded at a time when the whole table is asked for
 DECODER_TENSORS = ("decoder_weight", "decoder_bias_weight")  # of the code tensors, those that learn unless frozen
+STEADY_TENSORS = frozenset(CODE_TENSORS) - {*DECODER_TENSORS, "outlier_weight"}  # parameters that stay such
 INTEGER_TENSORS = ("weight", "codebook_weight", "further_weight")  # of packed codes, those that may hold any bits
 
 
@@ -292,11 +293,11 @@ class CompressedMatrix(nn.Module):
         for name, tensor in self._parameters.items():
             if tensor is None:
                 continue
-            table = id(vars(tensor).get("_table"))
-            if "_table" in vars(tensor):
-                tables.add(table)
-            if name in CODE_TENSORS and name not in DECODER_TENSORS:
-                of_codes.add(table)
+            table = vars(tensor).get("_table")
+            if table is not None:
+                tables.add(id(table))
+            if name in STEADY_TENSORS:
+                of_codes.add(id(table))
             if type(tensor) is CodesParameter and name not in DECODER_TENSORS and (values or not unwritten(tensor)):
                 verify(tensor, values=values)
         if len(tables) > 1 or len(of_codes) > 1:

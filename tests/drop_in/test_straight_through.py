@@ -18,6 +18,7 @@ import hf_dirembed
 from hf_dirembed import CompressedEmbedding, CompressedLinear, ModelError
 from hf_dirembed.compression.transform.trellis import quantise
 from hf_dirembed.remote.codes_dirembed import BIT_WIDTHS
+from hf_dirembed.remote.guarded_dirembed import plain
 from hf_dirembed.remote.kernels_dirembed import row_scales, unpack
 from hf_dirembed.remote.matrix_dirembed import CompressedMatrix, unfreeze
 from hf_dirembed.remote.stock_dirembed import StockEmbedding
@@ -33,26 +34,26 @@ def codes_of(matrix: CompressedMatrix, number: int) -> tuple[Tensor, Tensor, Ten
     """The rows of a class, the latents that their codes add to, and what the codes of each row are multiplied by."""
     first = sum(each.num_codes for each in CLASSES[:number])
     codes = slice(first, first + CLASSES[number].num_codes)
-    latents = matrix.latents_weight[codes].long()
-    steps = 2.0 ** (matrix.steps_weight[codes].float() / 8 + matrix.exponent_weight.float()[latents])
+    latents = plain(matrix.latents_weight)[codes].long()
+    steps = 2.0 ** (plain(matrix.steps_weight)[codes].float() / 8 + plain(matrix.exponent_weight).float()[latents])
     rows = (matrix.row_classes() == number).nonzero().squeeze(1)
-    return rows, latents, steps * row_scales(matrix.row_weight[rows]).unsqueeze(1)
+    return rows, latents, steps * row_scales(plain(matrix.row_weight)[rows]).unsqueeze(1)
 
 
 def levels_of(matrix: CompressedMatrix, number: int) -> Tensor:
     """What the packed codes of the rows of a class stand for, before their steps."""
     rows, _, _ = codes_of(matrix, number)
-    packed = matrix.weight[rows]
+    packed = plain(matrix.weight)[rows]
     if number:
         packed = torch.cat([packed, matrix.further_bytes(number)], dim=1)
-    return unpack(packed, CLASSES[number].bit_allocation, matrix.codebook_weight) + 0.5
+    return unpack(packed, CLASSES[number].bit_allocation, plain(matrix.codebook_weight)) + 0.5
 
 
 def quantised(matrix: CompressedMatrix, number: int) -> Tensor:
     """What they should stand for: their floats, quantised section by section."""
     _, latents, steps = codes_of(matrix, number)
     importance = (matrix.decoder_weight[latents] * steps[0].unsqueeze(1)).square().sum(dim=1).detach()
-    levels = matrix.codebook_weight.float() + 0.5
+    levels = plain(matrix.codebook_weight).float() + 0.5
     targets, found, first = getattr(matrix.shadow, FLOATS[number]).detach() / steps, [], 0
     for count, width in zip(CLASSES[number].bit_allocation, BIT_WIDTHS, strict=True):
         if count:
@@ -82,7 +83,7 @@ def test_unfreezing_and_freezing_change_nothing(name: str) -> None:
 def dense_rows(matrix: CompressedMatrix, latents: Tensor, outliers: Tensor) -> Tensor:
     """The table that float latents stand for."""
     rows = latents @ matrix.decoder_weight.detach() + matrix.decoder_bias_weight.detach()
-    rows = rows.index_put((matrix.outlier_rows_weight.long(),), outliers)
+    rows = rows.index_put((plain(matrix.outlier_rows_weight).long(),), outliers)
     return rows.index_fill(0, torch.tensor([ZERO_ROW]), 0)
 
 
@@ -109,7 +110,7 @@ def test_gradients_are_those_of_float_latents() -> None:
         rows, of_codes, _ = codes_of(embedding, number)
         found = getattr(embedding.shadow, name).grad
         torch.testing.assert_close(found, latents.grad[rows][:, of_codes])
-        assert not found[torch.isin(rows, torch.tensor([ZERO_ROW, *embedding.outlier_rows_weight.tolist()]))].any()
+        assert not found[torch.isin(rows, torch.tensor([ZERO_ROW, *plain(embedding.outlier_rows_weight).tolist()]))].any()
     torch.testing.assert_close(embedding.outlier_weight.grad, outliers.grad)
 
 

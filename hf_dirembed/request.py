@@ -104,7 +104,7 @@ class CompressionRequest:
         """The languages that were told."""
         given = self.languages
         if isinstance(given, str) or not isinstance(given, Sequence | None):
-            return [given]  # type: ignore[list-item]
+            return [given]
         return list(given or ())
 
 

@@ -138,7 +138,9 @@ def _compare(
     dtype = next(results[0].parameters()).dtype
     if dtype in NARROW_ROUNDING:
         sequence.narrow = dtype if sequence.narrow is not torch.bfloat16 else sequence.narrow
-    kept = [torch.equal(*each) if each[0].dtype == each[1].dtype else None for each in zip(before, found, strict=False)]
+    kept = [
+        torch.equal(*each) if each[0].dtype == each[1].dtype else None for each in zip(before, found, strict=False)
+    ]
     if kept == [False, True]:
         off = (before[0] - found[0]).abs().max().item()
         return f"what is exact changes the logits, by up to {off:.1e}"

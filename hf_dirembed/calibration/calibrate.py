@@ -26,9 +26,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compression.table import Table
 from ..errors import CalibrationError
-from ..remote.codes_dirembed import with_known_options
 from ..processes import process_state
 from ..progress import progress_bar
+from ..remote.codes_dirembed import with_known_options
 from .lookups import FurtherTable
 from .probe import Probe
 from .statistics import Statistics, read_metadata

@@ -112,7 +112,7 @@ def check_stored_dtypes(spec: CompressionSpec, dtypes: Mapping[str, str]) -> Non
                 raise CheckpointError(f"{prefix}.{tensor} is of dtype {found}, not {' or '.join(expected)}: {AGAIN}")
 
     held = [name for name in dtypes if name.endswith(".decoder_weight")]
-    if lacking := sorted(matrices.keys() - matched)[: len(matrices) - len(held)]:
+    if held and (lacking := sorted(matrices.keys() - matched)[: len(matrices) - len(held)]):
         raise CheckpointError(
             f"the config says that {', '.join(lacking)} is compressed, of which the checkpoint has no codes: {AGAIN}"
         )

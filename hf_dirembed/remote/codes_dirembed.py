@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 FORMAT = 2
 FLOAT_CODES = ("float32", "float16", "bfloat16")
 STORED_CODES = (*FLOAT_CODES, "float64")  # the last of models that were cast to it
@@ -610,7 +611,9 @@ def with_known_options(function: Callable[P, R]) -> Callable[P, R]:
         try:
             signature.bind(*args, **kwargs)
         except TypeError as error:
-            raise OptionError(_what_is_meant(function.__qualname__.removesuffix(".__init__"), signature, kwargs, error)) from None
+            raise OptionError(
+                _what_is_meant(function.__qualname__.removesuffix(".__init__"), signature, kwargs, error)
+            ) from None
         return function(*args, **kwargs)
 
     return checked

@@ -44,6 +44,7 @@ from .kinds_dirembed import (
     name_of,
     of_foreach,
     reads_in_graphs,
+    tells_about,
     tensors_in,
     writes,
 )
@@ -85,6 +86,9 @@ class _Guard:
 
         name = name_of(func)
         if isinstance(func, torch._ops.OpOverload):  # graphs that were exported read codes by these
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if tells_about(name):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if name == "__get__":  # of a property, such as its shape: passes ask for these
@@ -375,7 +379,8 @@ def _from(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     """
     sources = [each for each in tensors_in([args, kwargs]) if isinstance(each, _Guard)]
     stored = all(vars(each).get("_stored") for each in sources)
-    if hands_out(name) and not (stored and is_for_files(name)):
+    forced = bool(kwargs.get("force"))  # as exporters ask for the bytes of any tensor
+    if hands_out(name) and not ((stored or forced) and is_for_files(name)):
         raise ModelError(HOLDS_CODES)
 
     copied, mixed = copies(name), mixes(name, args, kwargs, _is_guarded)
@@ -392,9 +397,9 @@ def _from(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         # `nn.Parameter(codes)` insists on the class
         kind = CodesParameter if func is Tensor.detach and type(args[0]) is CodesParameter else CodesView
         results = _results(result, sources, copied or mixed, kind)
-        if name == "stack" and not kwargs.get("dim", args[1] if len(args) > 1 else 0):
-            vars(results)["_stacked"] = 0
-        elif keeps_shape(name) and isinstance(results, _Guard) and "_stacked" in vars(args[0]):
+        if (name == "stack" and not kwargs.get("dim", args[1] if len(args) > 1 else 0)) or (
+            keeps_shape(name) and isinstance(results, _Guard) and "_stacked" in vars(args[0])
+        ):
             vars(results)["_stacked"] = 0
         return results
 
@@ -488,13 +493,17 @@ def _into(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
 
     known = isinstance(target, _Guard)
     pure = name in ("copy_", "__setitem__") or copies(name)
-    in_place = name.removesuffix("_") if name.endswith("_") and not name.startswith("__") else name.replace("__i", "__")
+    in_place = (
+        name.removesuffix("_") if name.endswith("_") and not name.startswith("__") else name.replace("__i", "__")
+    )
     others = {key: value for key, value in kwargs.items() if key != "out"}
     mixed = mixes(in_place, args, others, lambda each: each is target or _is_guarded(each))
     if not known and not (pure or mixed):
         raise ModelError(HOLDS_CODES)
     # weights, and what may be the memory of some: codes as integers go to integers alone
-    of_integers = any(not each.is_floating_point() for each in tensors_in([args[1:], kwargs]) if isinstance(each, _Guard))
+    of_integers = any(
+        not each.is_floating_point() for each in tensors_in([args[1:], kwargs]) if isinstance(each, _Guard)
+    )
     if not known and (isinstance(target, nn.Parameter) or (of_integers and target.is_floating_point())):
         raise ModelError(HOLDS_CODES)
     with torch._C.DisableTorchFunctionSubclass():
@@ -505,7 +514,7 @@ def _into(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         except (RuntimeError, TypeError, IndexError) as error:
             raise ModelError(CHANGED_CODES if mixed else HOLDS_CODES) from error
     if type(target) is Tensor:
-        target.__class__ = CodesView  # type: ignore[assignment]
+        target.__class__ = CodesView
         vars(target)["_root"] = None
     return result
 

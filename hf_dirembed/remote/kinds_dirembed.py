@@ -43,7 +43,9 @@ _COPIES = frozenset(
         *("__deepcopy__", "__copy__", "_to_copy", "_copy_from", "copy", "clone_preserve_strides"),
     }
 )
-_SHAPE_KEEPING = frozenset({"to", "type", "type_as", "clone", "contiguous", "detach", "cpu", "cuda", "float", "double"})
+_SHAPE_KEEPING = frozenset(
+    {"to", "type", "type_as", "clone", "contiguous", "detach", "cpu", "cuda", "float", "double"}
+)
 
 # Sums of codes with codes, and codes times numbers: averages are made of these.
 _SUMS = frozenset({"add", "sub", "subtract", "rsub", "__add__", "__radd__", "__sub__", "__rsub__", "lerp"})
@@ -60,6 +62,7 @@ _HANDED_OUT = frozenset(
     }
 )
 _FOR_FILES = frozenset({"numpy", "__array__", "tolist"})  # what people write state dicts to, and send them by
+_ABOUT = frozenset({"__len__", "size", "numel", "nelement", "dim", "ndimension", "stride", "element_size", "__repr__"})
 _FOREACH = "_foreach_"
 
 
@@ -91,6 +94,11 @@ def keeps_shape(name: str) -> bool:
 def hands_out(name: str) -> bool:
     """Whether a function gives values to Python or to another library."""
     return name in _HANDED_OUT
+
+
+def tells_about(name: str) -> bool:
+    """Whether a function tells of the form of a tensor alone; under a tracer it gives numbers as tensors."""
+    return name in _ABOUT
 
 
 def is_for_files(name: str) -> bool:

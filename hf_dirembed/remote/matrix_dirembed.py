@@ -357,7 +357,7 @@ class CompressedMatrix(nn.Module):
         except TableError as error:
             raise CheckpointError(str(error)) from error
         assert self.exponent_weight is not None
-        largest = max(abs(each) for each in plain(self.exponent_weight).aminmax())  # type: ignore[type-var]
+        largest = max(abs(each) for each in plain(self.exponent_weight).aminmax())
         if int(largest) > MAX_EXPONENT:
             raise CheckpointError(
                 f"exponent_weight holds a power of two of {int(largest)}, which no decoder is scaled by (at most "

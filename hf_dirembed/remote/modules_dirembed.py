@@ -627,7 +627,8 @@ class CompressedLinear(CompressedMatrix):
         if self.layout.zero_row is not None:
             # filled where it is: from a list it would be copied there, which no CUDA graph can hold
             zero = torch.full((1,), self.layout.zero_row, dtype=torch.int64, device=logits.device)
-            products = (hidden_states * 0).sum(dim=-1, keepdim=True).to(logits.dtype)  # NaN where states are no numbers
+            # NaN where states are no numbers
+            products = (hidden_states * 0).sum(dim=-1, keepdim=True).to(logits.dtype)
             logits = (logits.index_copy_ if in_place else logits.index_copy)(-1, zero, products)
 
         logits = logits if self.bias is None else logits + self.bias.to(logits.device, logits.dtype)

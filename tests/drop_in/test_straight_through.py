@@ -110,7 +110,9 @@ def test_gradients_are_those_of_float_latents() -> None:
         rows, of_codes, _ = codes_of(embedding, number)
         found = getattr(embedding.shadow, name).grad
         torch.testing.assert_close(found, latents.grad[rows][:, of_codes])
-        assert not found[torch.isin(rows, torch.tensor([ZERO_ROW, *plain(embedding.outlier_rows_weight).tolist()]))].any()
+        assert not found[
+            torch.isin(rows, torch.tensor([ZERO_ROW, *plain(embedding.outlier_rows_weight).tolist()]))
+        ].any()
     torch.testing.assert_close(embedding.outlier_weight.grad, outliers.grad)
 
 

@@ -5,8 +5,6 @@ This file travels with every compressed model, so it imports nothing of the pack
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any

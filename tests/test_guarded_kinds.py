@@ -352,6 +352,16 @@ def test_a_decoder_of_another_table_is_refused_beside_codes() -> None:
             make().load_state_dict(state, strict=False)
 
 
+@pytest.mark.parametrize("learns", [False, True])
+def test_integers_do_not_load_into_float_latents(learns: bool) -> None:
+    model = make("direction")
+    if learns:
+        model.unfreeze_codes()
+    integers = torch.zeros(model.get_input_embeddings().weight.shape, dtype=torch.uint8)
+    with pytest.raises(ModelError, match="codes of another layout"):
+        model.load_state_dict({"model.embed_tokens.weight": integers}, strict=False)
+
+
 def test_a_file_with_a_decoder_of_another_model_is_warned_of(tmp_path: Path, caplog: Any) -> None:
     """So is one that training wrote without its config, which is right: it loads."""
     name = "model.embed_tokens.decoder_weight"

@@ -53,7 +53,7 @@ def _add_matrix(part: GraphPart, matrix: CompressedMatrix, ids: str) -> str:
 def _add_floats(part: GraphPart, matrix: CompressedMatrix, ids: str) -> str:
     """Adds the lookup of float latents and their product with the decoder."""
     # bfloat16, which numpy has not, is read as the float16 or float32 that holds the same values
-    codes = matrix.weight.detach().cpu()
+    codes = plain(matrix.weight).detach().cpu()
     narrow = codes.half()
     held = narrow if torch.equal(narrow.to(codes.dtype), codes) else codes.float()
     latents = part.add("Gather", part.constant("codes", held.numpy()), ids)

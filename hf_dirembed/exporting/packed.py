@@ -58,7 +58,7 @@ class RowStream:
         begins = ends - numpy.array(of_class)[classes]
 
         stream = numpy.zeros(int(ends[-1]) + most, dtype=numpy.uint8)
-        first_bytes = matrix.weight.numpy()
+        first_bytes = plain(matrix.weight).numpy()
         for number, row_class in enumerate(matrix.layout.classes):
             mine = (classes == number).nonzero()[0]
             further = matrix.further_bytes(number).numpy() if number else None

@@ -626,7 +626,9 @@ class CompressedMatrix(nn.Module):
         names = self.code_tensors()
         found = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
         stated = metadata.get("layout")
-        if found and stated is not None and reading_of(stated) != reading_of(self.layout.to_dict()):
+        of_others = stated is not None and reading_of(stated) != reading_of(self.layout.to_dict())
+        integers = {name for name, value in found.items() if not value.is_floating_point()}
+        if found and (of_others or any(names[name].is_floating_point() for name in integers)):
             raise ModelError(
                 "the state dict holds codes of another layout than this table's: load it into the model that it was "
                 "taken of, or load that with from_pretrained"

@@ -99,8 +99,8 @@ def load_another_model(model: Any, scene: Scene) -> Any:
 
 @action(may_refuse=True)
 def load_codes_alone(model: Any, scene: Scene) -> Any:
-    if not isinstance(model, DirEmbedModelMixin):
-        return model
+    if not isinstance(model, DirEmbedModelMixin) or getattr(model.get_input_embeddings(), "learning", False):
+        return model  # latents that learn may be any floats
     state, mine = another(scene.name, True).state_dict(), model.state_dict()
     state = {name: each for name, each in state.items() if name in mine and each.shape == mine[name].shape}
     model.load_state_dict({name: each for name, each in state.items() if name.endswith("tokens.weight")}, strict=False)

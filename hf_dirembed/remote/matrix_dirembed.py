@@ -26,6 +26,7 @@ from .guarded_dirembed import (
     CodesParameter,
     follow_floats,
     guard,
+    holds_codes,
     intact,
     mark,
     mark_stored,
@@ -287,18 +288,18 @@ class CompressedMatrix(nn.Module):
         """
         if torch.compiler.is_compiling():
             return
-        tables, of_codes = set(), set()
+        tables, swapped = set(), False
         for name, tensor in self._parameters.items():
             if tensor is None:
                 continue
             table = vars(tensor).get("_table")
             if table is not None:
                 tables.add(id(table))
-            if name in STEADY_TENSORS:
-                of_codes.add(id(table))
+            elif type(tensor) is nn.Parameter and name in STEADY_TENSORS and not holds_codes(tensor):
+                swapped = True  # whatever a module is given is guarded or marked
             if type(tensor) is CodesParameter and name not in DECODER_TENSORS and (values or not unwritten(tensor)):
                 verify(tensor, values=values)
-        if len(tables) > 1 or len(of_codes) > 1:
+        if len(tables) > 1 or (tables and swapped):
             raise ModelError(TWO_TABLES)
 
     def guard_codes(self) -> None:

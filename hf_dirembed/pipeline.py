@@ -205,7 +205,7 @@ def _measured(
         measures = [Measure(weights, hessian, tempering) for hessian in hessians]
     elif request.method == "transform" and request.hessian is None and is_head(model, table.name):
         # along which directions errors matter, but not in which rows
-        measures = [Measure(weights, implied_hessian(model), tempering, relative=True)]
+        measures = [Measure(weights, implied_hessian(model, table.name), tempering, relative=True)]
     else:
         measures = [Measure(weights, request.hessian, tempering)] * len(matrices)
     return [replace(matrix, measure=measure) for matrix, measure in zip(matrices, measures, strict=True)]

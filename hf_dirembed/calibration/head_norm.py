@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..remote.tables_dirembed import tied_modules
-from .statistics import damped
+from .statistics import DAMPING, damped
 
 
 logger = logging.get_logger(__name__)
@@ -104,17 +104,24 @@ def _is_gain(module: nn.Module) -> bool:
     return isinstance(weight, Tensor) and weight.ndim == 1
 
 
-def implied_hessian(model: PreTrainedModel) -> Tensor | None:
+def implied_hessian(model: PreTrainedModel, path: str) -> Tensor | None:
     """What errors of a head's table are measured in where nothing was seen of the model; None without such a norm.
+
+    Where token ids look the table up, too, nothing is known of that side: the identity stands for it, with as much
+    weight as the head's side has.
 
     Args:
         model: Dense; on the meta device but for that norm, or with all its weights.
+        path: Of the table's module.
 
     Returns:
         (d, d) float64.
     """
     norm = norm_before_head(model)
-    return None if norm is None else damped(implied_moment(model.get_submodule(norm)))
+    if norm is None:
+        return None
+    looked_up = any(isinstance(model.get_submodule(name), nn.Embedding) for name in tied_modules(model, path))
+    return damped(implied_moment(model.get_submodule(norm)), damping=1.0 if looked_up else DAMPING)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from ..errors import CalibrationError
 from .lookups import LookupStatistics
 
 
+DAMPING = 0.1  # of directions that calibration text never needed: they still count a little
 FORMAT = "dirembed-statistics-3"
 TENSORS = ("counts", "head_moment", "gradient_moment", "probabilities", "uncertainty")
 NUMBERS = ("num_tokens", "num_predictions", "num_windows")
@@ -167,7 +168,7 @@ def read_metadata(path: str | Path) -> dict[str, object]:
 
 
 def hessian(
-    statistics: Statistics, *, damping: float = 0.1, use_head: bool = True, use_gradient: bool = True
+    statistics: Statistics, *, damping: float = DAMPING, use_head: bool = True, use_gradient: bool = True
 ) -> Tensor:
     """The matrix C in which errors of the table's rows are measured: ‖x − x̂‖² = (x − x̂)ᵀ C (x − x̂).
 
@@ -211,7 +212,7 @@ def hessian(
     return damped(torch.stack(moments).sum(0), damping=damping)
 
 
-def damped(moment: Tensor, *, damping: float = 0.1) -> Tensor:
+def damped(moment: Tensor, *, damping: float = DAMPING) -> Tensor:
     """A moment, (d, d), as a Hessian: symmetric, scaled to mean diagonal 1, plus `damping` times the identity.
 
     Raises:

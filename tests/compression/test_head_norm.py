@@ -14,6 +14,7 @@ import hf_dirembed
 from hf_dirembed.calibration.head_norm import implied_hessian, implied_moment, norm_before_head
 from hf_dirembed.calibration.statistics import damped
 from hf_dirembed.checkpoints.convert import compress_checkpoint
+from hf_dirembed.remote.tables_dirembed import input_table
 
 
 NORMS = {
@@ -46,7 +47,7 @@ def test_the_norm_before_the_head_is_found_and_its_moment_is_that_of_random_inpu
     model = make(name)
     assert norm_before_head(model) == NORMS[name]
     if NORMS[name] is None:
-        assert implied_hessian(model) is None
+        assert implied_hessian(model, input_table(model)) is None
         return
 
     norm = model.get_submodule(NORMS[name])
@@ -73,7 +74,8 @@ def test_heads_are_coded_by_it_where_nothing_was_seen(name: str, tmp_path: Path)
     model = make(name)
     model.save_pretrained(tmp_path / "dense")
     table = model.get_input_embeddings().weight.data.clone()
-    hessian = damped(implied_moment(model.get_submodule(NORMS[name])))
+    hessian = implied_hessian(model, input_table(model))
+    assert torch.equal(hessian, damped(implied_moment(model.get_submodule(NORMS[name])), damping=1.0))
 
     compress_checkpoint(tmp_path / "dense", tmp_path / "small", bits=6)
     hf_dirembed.compress(model, bits=6).save_pretrained(tmp_path / "loaded")
@@ -89,6 +91,15 @@ def test_heads_are_coded_by_it_where_nothing_was_seen(name: str, tmp_path: Path)
     share = lambda e: float(((e @ hessian) * e).sum() / e.square().sum())  # noqa: E731
     without = hf_dirembed.CompressedEmbedding.from_embedding(torch.nn.Embedding.from_pretrained(table), bits=6)
     assert share(errors) < 0.95 * share((without.dense_weight() - table).double())
+
+
+def test_a_head_of_its_own_is_measured_by_its_side_alone() -> None:
+    model = FAMILIES["llama-untied"].make("AutoModelForCausalLM")
+    assert torch.equal(implied_hessian(model, "lm_head"), damped(implied_moment(model.model.norm)))
+    records = hf_dirembed.compress(model, bits=7).config.dirembed["record"]["tables"]
+    assert {path: record["settings"]["hessian"] for path, record in records.items()} == {
+        "model.embed_tokens": False, "lm_head": True,
+    }  # fmt: skip
 
 
 def test_given_statistics_and_hessians_come_first() -> None:

@@ -357,7 +357,7 @@ def test_resume_keeps_what_was_calibrated_or_trained(dense: Path, tmp_path: Path
     refused = {
         ("--method", "autoencoder", "--rank", "5", "--resume", trained): "was trained with rank=6",
         ("--method", "autoencoder", "--rank", "6", "--resume", calibrated): "holds no dirembed-autoencoder-2",
-        ("--bits", "5", "--calibrate", text, "--resume", trained): "holds no dirembed-statistics-2",
+        ("--bits", "5", "--calibrate", text, "--resume", trained): "holds no dirembed-statistics-3",
         ("--bits", "5", "--resume", trained): "resume goes with calibration on text and with method 'autoencoder'",
         ("--method", "svd", "--rank", "5", "--resume", trained): "resume goes with calibration",
     }

@@ -114,7 +114,7 @@ def test_an_expanded_folder_holds_nothing_of_ours(dense: Path, tmp_path: Path) -
     (tmp_path / "out" / "vocab.txt").write_text("a")
     expand_checkpoint(tmp_path / "out", tmp_path / "stock")
     names = {file.name for file in (tmp_path / "stock").rglob("*")}
-    assert names == {"config.json", "model.safetensors", "vocab.txt"}
+    assert names == {"README.md", "config.json", "model.safetensors", "vocab.txt"}
     assert "dirembed" not in (tmp_path / "stock" / "config.json").read_text()
 
 

@@ -143,7 +143,7 @@ class CodesParameter(_Guard, nn.Parameter):
     Example:
         >>> codes = CodesParameter(torch.tensor([[7, 3]], dtype=torch.uint8))
         >>> _ = codes.detach().copy_(0.9 * codes + 0.1 * codes)  # an average over equal codes
-        >>> codes.tolist()
+        >>> plain(codes).tolist()
         [[7, 3]]
         >>> codes.detach().fill_(0)
         Traceback (most recent call last):

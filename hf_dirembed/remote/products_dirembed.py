@@ -184,7 +184,7 @@ def rows_product(
         ...     latents=torch.zeros(1, dtype=torch.int32), steps=torch.zeros(1, dtype=torch.int8),
         ...     rows=torch.full((3,), 0x80, dtype=torch.uint8), classes=(RowClass((1, 0, 0, 0)),), rank=1,
         ... )  # fmt: skip
-        >>> rows_product(torch.tensor([[2.0]]), rows)
+        >>> rows_product(torch.tensor([[2.0]]), rows).round()
         tensor([[-255., -253., -251.]])
     """
     if states.shape[-1] != rows.rank:

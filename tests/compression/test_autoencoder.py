@@ -223,7 +223,7 @@ def test_a_damaged_training_is_refused(interrupted, tmp_path):
         (tensors, {**header, "epochs": "4"}, "epochs='4'"),
         (tensors, {**header, "epochs": "-1"}, "epochs='-1'"),
         (tensors, {**header, "run": "[]"}, "holds no dirembed-autoencoder-2"),
-        (tensors, {**header, "format": "dirembed-statistics-2"}, "holds no dirembed-autoencoder-2"),
+        (tensors, {**header, "format": "dirembed-statistics-3"}, "holds no dirembed-autoencoder-2"),
         (tensors, {}, "holds no dirembed-autoencoder-2"),
     ]
     for number, (held, metadata, message) in enumerate(cases):

@@ -287,6 +287,10 @@ MISTAKES = {
         ["compress", "{dense}", "{out}", "--bits", "word_embeddings="],
         "embed_tokens=2,lm_head=4",
     ),
+    "bits of a table twice": (
+        ["compress", "{dense}", "{out}", "--bits", "word_embeddings=2,word_embeddings=3"],
+        "names a table twice: give each one number",
+    ),
     "bits of no such table": (["compress", "{dense}", "{out}", "--bits", "lm_hat=4"], "'lm_hat' names no table"),
     "no such table": (
         ["compress", "{dense}", "{out}", "--bits", "4", "--tables", "lm_hat"],

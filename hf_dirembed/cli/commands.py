@@ -80,10 +80,13 @@ class Bits(click.ParamType):
         try:
             if "=" not in value:
                 return float(value)
-            pairs = (part.partition("=") for part in value.split(","))
-            return {name.strip(): float(bits) for name, _, bits in pairs}
+            pairs = [part.partition("=") for part in value.split(",")]
+            numbers = {name.strip(): float(bits) for name, _, bits in pairs}
         except ValueError:
             self.fail(f"{value!r} is neither a number nor numbers by name, like embed_tokens=2,lm_head=4", param, ctx)
+        if len(numbers) < len(pairs):
+            self.fail(f"{value!r} names a table twice: give each one number", param, ctx)
+        return numbers
 
 
 def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:

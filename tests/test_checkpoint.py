@@ -291,6 +291,8 @@ MISTAKES = {
         ["compress", "{dense}", "{out}", "--bits", "word_embeddings=2,word_embeddings=3"],
         "names a table twice: give each one number",
     ),
+    "no ratio": (["compress", "{dense}", "{out}", "--ratio", "0"], "give one, like ratio=16"),
+    "no rank": (["compress", "{dense}", "{out}", "--method", "svd", "--rank", "0"], "give one, like rank=64"),
     "bits of no such table": (["compress", "{dense}", "{out}", "--bits", "lm_hat=4"], "'lm_hat' names no table"),
     "no such table": (
         ["compress", "{dense}", "{out}", "--bits", "4", "--tables", "lm_hat"],

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from ..errors import BudgetError
 
 
+_EXAMPLES = {"bits": "bits=2", "ratio": "ratio=16", "rank": "rank=64", "num_bytes": "num_bytes=1000000"}
+
+
 @dataclass(frozen=True)
 class LatentStorage:
     """How float latents and their decoder are stored.
@@ -89,7 +92,7 @@ class Budget:
         number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
         if not number or not math.isfinite(value) or value <= 0:
             kind = "positive whole number" if whole else "positive number"
-            raise BudgetError(f"{name}={value!r} is not a {kind}: give one, like bits=2")
+            raise BudgetError(f"{name}={value!r} is not a {kind}: give one, like {_EXAMPLES[name]}")
 
     def max_bytes(self, size: TableSize) -> int | None:
         """The most bytes that may replace the table; None where a rank is given instead."""

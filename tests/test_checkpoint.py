@@ -303,6 +303,10 @@ MISTAKES = {
     "no Hub id": (["compress", "{dense}", "{out}", "--bits", "4", "--base-model", "../x"], "no id of the Hub"),
     "no such folder": (["inspect", "{tmp}/nowhere"], "nowhere is no folder here, and no id of the Hub: check"),
     "private what": (["compress", "{dense}", "{out}", "--bits", "4", "--private"], "--private is for an upload"),
+    "an upload to no Hub id": (
+        ["compress", "{dense}", "{out}", "--bits", "4", "--push-to-hub", "no id!"],
+        "--push-to-hub 'no id!' is no id of the Hub: give one like org/name",
+    ),
     "a seed of nothing": (
         ["compress", "{dense}", "{out}", "--rank", "3", "--method", "svd", "--seed", "1"],
         "no random",

@@ -20,6 +20,7 @@ from ..errors import CheckpointError, DirEmbedError, OptionError
 from ..exporting.export import export as export_checkpoint
 from ..exporting.folder import POOLINGS
 from ..exporting.quantise import BODIES
+from ..hub.metadata import valid_repo_id
 from ..hub.publishing import upload_checkpoint, write_checkpoint_card
 from ..processes import is_main_process
 from .demo import PAIRS, SENTENCES, DemoResult, run_demo
@@ -157,6 +158,8 @@ def compress(
         raise OptionError(f"method {method!r} draws no random numbers: leave --seed out")
     if private and not push_to_hub:
         raise CheckpointError("--private is for an upload: name its repo with --push-to-hub")
+    if push_to_hub and valid_repo_id(push_to_hub) is None:  # said before the work, not after it
+        raise CheckpointError(f"--push-to-hub {push_to_hub!r} is no id of the Hub: give one like org/name")
 
     summary = compress_checkpoint(
         src,

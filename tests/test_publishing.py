@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 import hf_dirembed
 from benchmarks.stand_in_hub import StandInHub
+from hf_dirembed.errors import CheckpointError
+from hf_dirembed.hub.publishing import write_checkpoint_card
 
 
 PUSH = """
@@ -87,3 +89,12 @@ def test_the_command_line_uploads_folder_card_and_results(hub: StandInHub, dense
     assert hub.repos["me/small"].private
     assert 'from_pretrained("me/small")' in card_of(hub, "me/small").text
     assert "tokenizer.json" in hub.repos["me/small"].files()
+
+
+@pytest.mark.parametrize("name", ["", "no id!", "a/b/c"])
+def test_a_card_names_no_repo_that_cannot_be(name: str, tmp_path: Path) -> None:
+    """What the card would tell people to load could not be loaded by anybody."""
+    hf_dirembed.compress(FAMILIES["bert"].make("AutoModel"), method="svd", rank=3).save_pretrained(tmp_path / "small")
+    with pytest.raises(CheckpointError, match="is no id of the Hub: give one like org/name"):
+        write_checkpoint_card(tmp_path / "small", model_id=name)
+    assert not (tmp_path / "small" / "README.md").exists()

@@ -15,7 +15,7 @@ from ..errors import CheckpointError, first_line
 from ..evaluation.results import RESULTS_NAME
 from ..remote import configuration_dirembed
 from .card import CARD_NAME, PICTURE_NAME, RESULTS_FILE, is_generated, write_card
-from .metadata import card_metadata
+from .metadata import card_metadata, valid_repo_id
 from .source import Source, find_source
 
 
@@ -43,6 +43,8 @@ def write_checkpoint_card(
     summary, folder = inspect_checkpoint(folder), Path(folder)
     if not summary.tables:
         raise CheckpointError(f"{folder} is not a compressed checkpoint: compress it first")
+    if model_id is not None and valid_repo_id(model_id) is None:
+        raise CheckpointError(f"model id {model_id!r} is no id of the Hub: give one like org/name")
     source = find_source(folder, base_model)
     return write_card(folder, summary, source, model_id=model_id or folder.resolve().name, force=force)
 

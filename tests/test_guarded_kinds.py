@@ -474,3 +474,14 @@ def test_messages_that_name_a_table_name_the_mend() -> None:
     table = make().get_input_embeddings()
     assert "hf_dirembed.expand" in f"Target module {table} is not supported."
     assert "expand" not in repr(table) + str(make())
+
+
+@pytest.mark.parametrize("read", [lambda w: w.detach(), lambda w: w[2:], lambda w: w.view(-1), lambda w: w.T])
+def test_what_a_view_is_of_ends_somewhere(read: Any) -> None:
+    """Compilers go from a view to what it is a view of, and on."""
+    tensor = read(make().get_input_embeddings().weight)
+    for _ in range(5):
+        if not tensor._is_view():
+            return
+        tensor = tensor._base
+    raise AssertionError("a view of views without end")

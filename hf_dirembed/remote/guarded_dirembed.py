@@ -61,6 +61,7 @@ CHANGED_CODES = (
     "again"
 )
 
+_BASE = Tensor._base.__get__  # type: ignore[union-attr]
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 _LEARNING: frozenset[Any] = frozenset({Tensor.requires_grad_, Tensor.requires_grad.__set__})  # type: ignore[attr-defined]
 
@@ -94,6 +95,8 @@ class _Guard:
         if name == "__get__":  # of a property, such as its shape: passes ask for these
             with torch._C.DisableTorchFunctionSubclass():
                 found = func(*args)
+                if func == _BASE:
+                    return found  # a guard of it would be a view in turn, and so on: compilers follow these
                 return _results(found, [args[0]], False) if isinstance(found, Tensor) else found
         if func == _SET_DATA:
             return _set_data(args[0], args[1])

@@ -57,6 +57,8 @@ class Action:
         may_refuse: Whether a compressed model may answer with an error of ours.
         rebases: Whether the two may be other models afterwards: the stock one is made anew of the compressed one.
         compares: Whether they are to answer alike before that.
+        amplifies: Whether it makes what the two differ by larger, as steps of training do: what 16 bits rounded apart
+            before is first made one.
         exact: Whether the compressed model is to answer to the bit as before.
         weight: How often it is drawn, beside the others; what takes long is drawn less often.
     """
@@ -65,6 +67,7 @@ class Action:
     may_refuse: bool = False
     rebases: bool = False
     compares: bool = False
+    amplifies: bool = False
     exact: bool = False
     weight: float = 1.0
 

@@ -88,6 +88,10 @@ def run(seed: int, *, length: int = 5, only: str | None = None) -> Sequence:
 def _do(sequence: Sequence, name: str, models: list[Any], seed: str, folder: Path) -> list[Any]:
     """Does one action to both models; gives those to go on with: the ones before where it fails."""
     act, results, errors, scenes = ACTIONS[name], [], [], []
+    if act.amplifies and sequence.narrow:
+        models = [models[0].float()]
+        models.append(hf_dirembed.expand(copy.deepcopy(models[0])))
+        sequence.narrow = None
     kept = copy.deepcopy(models)
     before = _answers(sequence.subject, models, folder) if act.exact else []
     for number, model in enumerate(models):

@@ -12,7 +12,7 @@ from ..action import Scene, action
 from .training import train_body
 
 
-@action()
+@action(amplifies=True)
 def averaged_model(model: Any, scene: Scene) -> Any:
     kind = scene.draw.randrange(6)
     options: dict[str, Any] = [
@@ -33,7 +33,7 @@ def averaged_model(model: Any, scene: Scene) -> Any:
     return average.module
 
 
-@action()
+@action(amplifies=True)
 @torch.no_grad()
 def ema_by_hand(model: Any, scene: Scene) -> Any:
     ema = copy.deepcopy(model.float())
@@ -61,7 +61,7 @@ def ema_by_hand(model: Any, scene: Scene) -> Any:
     return ema
 
 
-@action()
+@action(amplifies=True)
 @torch.no_grad()
 def soup(model: Any, scene: Scene) -> Any:
     other = copy.deepcopy(model.float())
@@ -92,7 +92,7 @@ def ema_of_a_state_dict(model: Any, scene: Scene) -> Any:
     return average
 
 
-@action(may_refuse=True)
+@action(may_refuse=True, amplifies=True)
 @torch.no_grad()
 def federate(model: Any, scene: Scene) -> Any:
     arrays = [

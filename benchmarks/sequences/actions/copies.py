@@ -77,7 +77,10 @@ def save_gathered(model: Any, scene: Scene) -> Any:
     if _loses_its_head(model):
         return model
     loader = getattr(transformers, SUBJECTS[scene.name].auto)
-    return loader.from_pretrained(scene.folder, dtype="auto").eval()
+    loaded = loader.from_pretrained(scene.folder, dtype="auto").eval()
+    for (_, kept), (_, computed) in zip(model.named_buffers(), loaded.named_buffers(), strict=True):
+        computed.data = kept.data.clone()  # in no file: `half` rounds rotary frequencies, loading computes them again
+    return loaded
 
 
 @action(exact=True)

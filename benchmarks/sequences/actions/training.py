@@ -34,7 +34,7 @@ def train_body(model: Any, scene: Scene, steps: int = 1) -> Any:
     return model
 
 
-@action()
+@action(amplifies=True)
 def train_the_body(model: Any, scene: Scene) -> Any:
     return train_body(model.float(), scene, steps=2)
 

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import hf_dirembed
 from hf_dirembed import ModelError
-from hf_dirembed.remote.guarded_dirembed import CodesParameter
+from hf_dirembed.remote.guarded_dirembed import CodesParameter, plain
 
 
 AUTO = "AutoModelForCausalLM"
@@ -304,7 +304,14 @@ def test_codes_of_one_table_and_a_decoder_of_another_are_refused(method: str) ->
     config = LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=False)
     budget = {"bits": {"embed_tokens": 6, "lm_head": 6}} if method == "transform" else {"rank": 8}
     model = hf_dirembed.compress(LlamaForCausalLM(config), method=method, **budget)
-    for each in (model, copy.deepcopy(model)) if method == "transform" else (model,):
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        swapped = copy.deepcopy(each)
+        other = nn.Parameter(torch.zeros_like(plain(swapped.lm_head.weight)), requires_grad=False)
+        torch.utils.swap_tensors(swapped.lm_head.weight, other)
+        with pytest.raises(ModelError, match="codes of one table"):
+            swapped(torch.arange(9).unsqueeze(0))
+        with pytest.raises(ModelError, match="codes of one table"):
+            copy.deepcopy(swapped)
         try:
             each.lm_head.weight = each.model.embed_tokens.weight
         except ModelError:

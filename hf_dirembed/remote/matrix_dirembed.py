@@ -675,10 +675,16 @@ class CompressedMatrix(nn.Module):
                 "codes and decoder of one model"
             )
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Like any module's; refuses to copy and to pickle codes that something has changed, or of another table."""
+        self.verify_codes()
+        return super().__reduce_ex__(protocol)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.guard_codes()  # pickled as plain ones
         self.seal_codes(anew=False)
+        self.mark_as_one()  # plain parameters, such as the decoder, lose their marks
 
     def __format__(self, format_spec: str) -> str:
         """What a message says that names the module, such as PEFT's on a target that it cannot adapt: with a mend.

@@ -79,13 +79,15 @@ def _keep_mapped(model: PreTrainedModel, device_map: dict[str, Any], name: str) 
     # what else is in the module that goes there as a whole goes there by itself
     at = entry
     for step in steps[len(entry.split(".")) if entry else 0 :]:
+        del device_map[at]
         module = model.get_submodule(at)
-        if any(each is not None for each in (*module._parameters.values(), *module._buffers.values())):
+        computed = module._non_persistent_buffers_set  # which device maps say nothing of
+        stored = [each for name, each in module._buffers.items() if name not in computed]
+        if any(each is not None for each in (*module._parameters.values(), *stored)):
             return False
         for child, _ in module.named_children():
             device_map.setdefault(f"{at}.{child}".lstrip("."), "disk")
         at = f"{at}.{step}".lstrip(".")
-    del device_map[entry]
     device_map[name] = "cpu"
     return True
 

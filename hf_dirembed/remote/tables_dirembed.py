@@ -327,7 +327,15 @@ def _splitting_mobilebert(base: type) -> dict[str, Any]:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         states = self.transform(hidden_states)
         width = states.shape[-1] - self.dense.weight.shape[0]
-        logits: Tensor = self.decoder(states[..., :width]) + states[..., width:] @ self.dense.weight
+        logits: Tensor = self.decoder(states[..., :width])
+
+        # nobody calls that module, so accelerate would leave its weight where it keeps it
+        hook = vars(self.dense).get("_hf_hook")
+        if hook is not None:
+            hook.pre_forward(self.dense)
+        logits = logits + states[..., width:] @ self.dense.weight
+        if hook is not None:
+            hook.post_forward(self.dense, logits)
         return logits
 
     return {"forward": forward}

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from families import FAMILIES
+from families import FAMILIES, TABLE_FAMILIES
 from tiny import BUDGETS, make, outputs
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import hf_dirembed
 from hf_dirembed.checkpoints.convert import inspect_checkpoint
 from hf_dirembed.remote.matrix_dirembed import CompressedMatrix
 
@@ -178,3 +179,31 @@ def test_a_table_in_several_places_is_offloaded_in_part(on_disk: tuple[str, ...]
     expected = outputs(model, "t5")
     model.save_pretrained(tmp_path / "ours")
     assert_same(offloaded_t5(tmp_path / "ours", auto, *on_disk), "t5", expected)
+
+
+EVERYWHERE = {
+    "bert": "AutoModelForMaskedLM",
+    "gemma3n_text": "AutoModelForCausalLM",
+    "llama-untied": "AutoModelForCausalLM",
+    "llava": "AutoModelForImageTextToText",
+    "fsmt": "AutoModelForSeq2SeqLM",
+    "mobilebert": "AutoModelForMaskedLM",
+}
+
+
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
+@pytest.mark.parametrize("name", EVERYWHERE)
+def test_any_module_may_go_to_disk_with_the_tables_in_it(name: str, tmp_path: Path) -> None:
+    """All at once, each child of the model, and children of these: what tables are in stays off the device map."""
+    family, auto = {**FAMILIES, **TABLE_FAMILIES}[name], getattr(transformers, EVERYWHERE[name])
+    model = hf_dirembed.compress(family.make(EVERYWHERE[name]), bits=7).eval()
+    model.save_pretrained(tmp_path / "one")
+    with torch.no_grad():
+        expected = model(**family.inputs()).logits
+    children = [child for child, _ in model.named_children()]
+    maps = [{"": "disk"}, *({each: "disk" if each == child else "cpu" for each in children} for child in children)]
+    for number, device_map in enumerate(maps):
+        folder = tmp_path / str(number)
+        again = auto.from_pretrained(tmp_path / "one", device_map=device_map, offload_folder=folder).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(again(**family.inputs()).logits, expected)

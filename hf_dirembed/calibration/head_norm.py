@@ -105,7 +105,9 @@ def _is_gain(module: nn.Module) -> bool:
 
 
 def implied_hessian(model: PreTrainedModel, path: str) -> Tensor | None:
-    """What errors of a head's table are measured in where nothing was seen of the model; None without such a norm.
+    """What errors of a head's table are measured in where nothing was seen of the model.
+
+    None without such a norm, and where it says nothing: of weights that are all zero, or no numbers.
 
     Where token ids look the table up, too, nothing is known of that side: the identity stands for it, with as much
     weight as the head's side has.
@@ -120,8 +122,12 @@ def implied_hessian(model: PreTrainedModel, path: str) -> Tensor | None:
     norm = norm_before_head(model)
     if norm is None:
         return None
+    moment = implied_moment(model.get_submodule(norm))
+    if not moment.any() or not moment.isfinite().all():
+        logger.info(f"{norm} of {type(model).__name__} is zero or not finite, and says nothing of its head's errors")
+        return None
     looked_up = any(isinstance(model.get_submodule(name), nn.Embedding) for name in tied_modules(model, path))
-    return damped(implied_moment(model.get_submodule(norm)), damping=1.0 if looked_up else DAMPING)
+    return damped(moment, damping=1.0 if looked_up else DAMPING)
 
 
 @torch.no_grad()

@@ -107,3 +107,13 @@ def test_given_statistics_and_hessians_come_first() -> None:
     one, other = (hf_dirembed.compress(make("gemma3"), bits=6, hessian=hessian) for hessian in (given, None))
     codes = [model.get_input_embeddings().weight.detach() for model in (one, other)]
     assert not torch.equal(*map(torch.Tensor.clone, codes))
+
+
+@pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf, 1e300])
+def test_a_norm_that_says_nothing_is_left_out(value: float) -> None:
+    """Nothing was calibrated, so nobody is to be told of calibration."""
+    model = FAMILIES["llama-untied"].make("AutoModelForCausalLM").double()
+    torch.nn.init.constant_(model.model.norm.weight, value)
+    assert implied_hessian(model, "lm_head") is None
+    records = hf_dirembed.compress(model, bits=7).config.dirembed["record"]["tables"]
+    assert not records["lm_head"]["settings"]["hessian"]

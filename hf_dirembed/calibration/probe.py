@@ -40,6 +40,8 @@ class Probe:
             raise CalibrationError(
                 f"the input embedding is a {type(embedding).__name__}: calibrate the dense model, then compress"
             )
+        if isinstance(self.head, nn.Embedding):  # FSMT's: what it is given are ids
+            raise CalibrationError(_beside_its_head(self.model))
         self.embedding = embedding
         self.further = FurtherTable.all_of(self.model)
         # encoder and decoder may each have a module for the same table
@@ -146,7 +148,7 @@ class Probe:
                 output = outputs.logits if "logits" in outputs else outputs.prediction_logits
                 hidden = self.head_inputs[-1] if self.head_inputs else hidden
                 if output.shape[:-1] != (1, len(hidden)):
-                    raise CalibrationError(f"{type(self.model).__name__} computes its logits beside its head")
+                    raise CalibrationError(_beside_its_head(self.model))
                 direction, probabilities, uncertainty = _score(output.detach()[0], uniforms[self.positions])
                 direction = direction.unsqueeze(0)
 
@@ -217,6 +219,10 @@ class Probe:
     def generator(self, number: int) -> torch.Generator:
         """The random numbers of a window: they depend on its number, not on the batch or process it is in."""
         return torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
+
+
+def _beside_its_head(model: PreTrainedModel) -> str:
+    return f"{type(model).__name__} computes its logits beside its head: compress it without calibration"
 
 
 def _score(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:

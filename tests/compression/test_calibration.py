@@ -185,6 +185,13 @@ def test_a_head_that_is_bypassed_is_named(tokenizer):
         calibrate(model, tokenizer, TEXTS, sequence_length=LENGTH)
 
 
+@pytest.mark.parametrize("name", ["mobilebert", "fsmt"])
+def test_models_with_such_a_head_are_told_how_they_are_compressed(name, tokenizer):
+    family = TABLE_FAMILIES[name]
+    with pytest.raises(CalibrationError, match="beside its head: compress it without calibration"):
+        calibrate(family.make(family.autos[0]), tokenizer, TEXTS, sequence_length=LENGTH)
+
+
 def test_mistakes_are_named(tokenizer, tmp_path):
     model = build("causal")
     cases = [

@@ -320,6 +320,19 @@ def test_codes_of_one_table_and_a_decoder_of_another_are_refused(method: str) ->
             each(torch.arange(9).unsqueeze(0))
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@every_method
+@torch.no_grad()
+def test_tables_that_share_their_decoder_alone_are_copied(method: str, copied: Callable[[Any], Any]) -> None:
+    """As untied ones do once they were resized."""
+    model = copied(make(method))
+    model.config.tie_word_embeddings = False
+    model.resize_token_embeddings(model.config.vocab_size + 8, mean_resizing=False)
+    assert model.lm_head.weight is not model.get_input_embeddings().weight
+    assert model.lm_head.decoder_weight is model.get_input_embeddings().decoder_weight
+    assert torch.equal(logits(copied(model)), logits(model))
+
+
 @torch.no_grad()
 def test_fake_tensors_and_ids_that_are_no_integers() -> None:
     table = hf_dirembed.CompressedEmbedding.from_embedding(nn.Embedding(500, 32), bits=4)

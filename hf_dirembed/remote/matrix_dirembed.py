@@ -684,7 +684,12 @@ class CompressedMatrix(nn.Module):
         super().__setstate__(state)
         self.guard_codes()  # pickled as plain ones
         self.seal_codes(anew=False)
-        self.mark_as_one()  # plain parameters, such as the decoder, lose their marks
+
+        # plain parameters, such as the decoder, have lost their marks; other modules may have marked what they share
+        tensors = self.code_tensors().values()
+        table = next((vars(each)["_table"] for each in tensors if "_table" in vars(each)), object())
+        for tensor in tensors:
+            vars(tensor).setdefault("_table", table)
 
     def __format__(self, format_spec: str) -> str:
         """What a message says that names the module, such as PEFT's on a target that it cannot adapt: with a mend.

@@ -22,6 +22,7 @@ from ..remote.kernels_dirembed import PackedRows, sections
 
 
 DAMAGED_TABLE = "packed codes do not fit their classes: compress the model again"
+FREED_TABLE = "something freed the memory of packed codes: load the model again"
 _KEPT = 256  # tables whose addresses are kept
 _DTYPES = {
     "weight": torch.uint8,
@@ -103,7 +104,7 @@ def table_of(rows: PackedRows) -> PackedTable:
     tensors are where they were, in the same shape and dtype. So they may be written to, moved, resized and freed.
 
     Raises:
-        TableError: If the shapes do not fit the classes.
+        TableError: If the shapes do not fit the classes, or the memory of a tensor was freed.
     """
     weight, codebook, latents, steps, of_rows, classes, rank, counts, further = rows
     key = (
@@ -124,9 +125,17 @@ def _identity(tensor: Tensor | None) -> Any:
     return tensor if tensor is None else (tensor.data_ptr(), tensor.nbytes, tensor.dtype, tensor.is_contiguous())
 
 
+def _is_freed(tensor: Tensor) -> bool:
+    """Whether something took the memory of a tensor, as `untyped_storage().resize_(0)` does."""
+    needed = (tensor.storage_offset() + tensor.numel()) * tensor.itemsize
+    return tensor.numel() > 0 and tensor.is_contiguous() and tensor.untyped_storage().nbytes() < needed
+
+
 def _make_table(rows: PackedRows) -> tuple[PackedTable, bool]:
     """The table, and whether tensors had to be copied for it."""
     tensors: dict[str, Tensor | None] = {name: getattr(rows, name) for name in _DTYPES}
+    if any(each is not None and _is_freed(each) for each in tensors.values()):
+        raise TableError(FREED_TABLE)
     taken = {
         name: None if each is None else each.detach().to(_DTYPES[name]).contiguous() for name, each in tensors.items()
     }

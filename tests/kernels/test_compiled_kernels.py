@@ -375,3 +375,13 @@ def test_forks_have_threads_of_their_own(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ours.recv() == expected
     child.join()
     assert child.exitcode == 0
+
+
+@pytest.mark.parametrize("name", ["weight", "codebook", "latents", "steps", "rows", "class_counts", "further"])
+def test_memory_that_was_freed_is_not_read(name: str) -> None:
+    rows = draw_rows(50, 150, ALLOCATIONS)
+    rows_product(rows, torch.randn(1, 150))  # after which the table is known
+    getattr(rows, name).untyped_storage().resize_(0)
+    for read in (lambda: rows_product(rows, torch.randn(1, 150)), lambda: read_rows(rows, torch.arange(3))):
+        with pytest.raises(TableError, match="freed the memory of packed codes"):
+            read()

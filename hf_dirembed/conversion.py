@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -18,6 +17,7 @@ from .remote.tables_dirembed import (
     broken_ties,
     carry_hooks,
     compressed_tables,
+    same_values,
     stock_class,
     swap_tables,
     table_at,
@@ -98,7 +98,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     for target, source in broken_ties(model).items():
         pair = [model.get_submodule(name) for name in (target, source)]
         one, other = (cast(Tensor, dense.get(module, module).weight) for module in pair)
-        if one.shape != other.shape or one.dtype != other.dtype or not torch.equal(one, other):
+        if not same_values(one, other):
             raise ModelError(
                 f"the config ties {target} to {source}, but they are not the same: set config.tie_word_embeddings to "
                 "False, and both stay as they are"

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .calibration.calibrated import Calibration
 from .calibration.costs import table_costs
-from .calibration.head_norm import implied_hessian, is_head
+from .calibration.head_norm import implied_hessian
 from .calibration.token_weights import token_weights as weights_of_tokens
 from .compression.budget import Budget
 from .compression.coded import CodedTable
@@ -30,7 +30,7 @@ from .hub.metadata import hub_id
 from .progress import progress_bar
 from .remote.codes_dirembed import BlocksLayout, CompressionSpec, Layout, TableRecord
 from .request import CompressionRequest, whole_bytes
-from .tables import VocabularyTable, choose_tables, find_tables, match_name, num_blocks
+from .tables import VocabularyTable, choose_tables, find_tables, is_head, match_name, num_blocks
 
 
 logger = logging.get_logger(__name__)
@@ -212,10 +212,7 @@ def _measured(
 
 
 def _with_budgets(
-    model: PreTrainedModel,
-    request: CompressionRequest,
-    used: Calibration | None,
-    matrices: list[_Matrix],
+    model: PreTrainedModel, request: CompressionRequest, used: Calibration | None, matrices: list[_Matrix]
 ) -> list[_Matrix]:
     """Says what may replace each matrix: a share of the bytes of all, or of its table where bits are by name."""
     if request.rank is not None:

@@ -195,10 +195,15 @@ def _check_ties(model: PreTrainedModel) -> None:
             )
 
 
+def is_head(model: PreTrainedModel, path: str) -> bool:
+    """Whether a model's head multiplies the table at a path."""
+    head = model.get_output_embeddings()
+    return any(model.get_submodule(name) is head for name in tied_modules(model, path))
+
+
 def has_tied_head(model: PreTrainedModel) -> bool:
     """Whether a model's head multiplies the table that its token ids look up."""
-    head = model.get_output_embeddings()
-    return any(model.get_submodule(name) is head for name in tied_modules(model, input_table(model)))
+    return is_head(model, input_table(model))
 
 
 def match_name(name: str, names: dict[str, VocabularyTable]) -> str:

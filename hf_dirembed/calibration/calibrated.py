@@ -17,6 +17,7 @@ from ..compression.distortion import weighted_variance
 from ..compression.table import Table
 from ..errors import CalibrationError
 from ..remote.tables_dirembed import tied_modules
+from ..tables import is_head
 from .calibrate import calibrate
 from .self_text import reads_words, self_texts
 from .statistics import Statistics, damped, hessian, usage
@@ -165,7 +166,7 @@ class Calibration:
 def _sides(model: PreTrainedModel, path: str) -> tuple[bool, bool]:
     """Whether a table is the one that calibration sees token ids read, and whether the model's head multiplies it."""
     shared = {model.get_submodule(name) for name in tied_modules(model, path)}
-    return model.get_input_embeddings() in shared, model.get_output_embeddings() in shared
+    return model.get_input_embeddings() in shared, is_head(model, path)
 
 
 def _known(probabilities: Tensor | None) -> Tensor:

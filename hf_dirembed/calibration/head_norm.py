@@ -24,12 +24,6 @@ logger = logging.get_logger(__name__)
 _TRIAL_TOKENS = 2
 
 
-def is_head(model: PreTrainedModel, path: str) -> bool:
-    """Whether a model's head multiplies the table at a path."""
-    head = model.get_output_embeddings()
-    return head is not None and any(model.get_submodule(name) is head for name in tied_modules(model, path))
-
-
 def norm_before_head(model: PreTrainedModel) -> str | None:
     """The path of the norm whose output is what the head multiplies; None where there is none.
 

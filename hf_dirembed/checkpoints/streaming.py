@@ -25,7 +25,7 @@ from torch.nn import Parameter
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..calibration.head_norm import is_head, norm_before_head
+from ..calibration.head_norm import norm_before_head
 from ..compression.row_files import JoinedRows, TableFiles
 from ..compression.table import RowSource
 from ..errors import CheckpointError, TableError
@@ -35,7 +35,7 @@ from ..remote.codes_dirembed import checksum_of_bytes
 from ..remote.configuration_dirembed import MODEL_TYPE
 from ..remote.tables_dirembed import table_at, tied_modules
 from ..request import CompressionRequest
-from ..tables import VocabularyTable, choose_tables
+from ..tables import VocabularyTable, choose_tables, is_head
 from .loading import as_unreadable_error, model_class, model_on_meta
 from .safetensors_io import COPY_BYTES, StoredFile, write_merged
 

@@ -93,7 +93,12 @@ def _differ(model: PreTrainedModel, target: str, source: str) -> bool:
     one, other = (getattr(model.get_submodule(name), "weight", None) for name in (target, source))
     if one is other or not (isinstance(one, Tensor) and isinstance(other, Tensor)) or one.is_meta or other.is_meta:
         return False
-    return one.shape != other.shape or one.dtype != other.dtype or not torch.equal(one, other)
+    return not same_values(one, other)
+
+
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are of one shape and dtype, and hold the same."""
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
 
 
 def tied_modules(model: PreTrainedModel, path: str) -> set[str]:
